@@ -1,0 +1,57 @@
+"""quantguard: low-bit activations for trained classifiers, and a robustness figure to trust.
+
+Every public name is listed in ``__all__``; each is imported when it is first used, since Foolbox,
+torchvision and torch.fx take their time.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from .errors import ConversionError, DataError, LoadError, QuantguardError, SpecError
+from .spec import QuantSpec, Threat
+
+if TYPE_CHECKING:
+    from . import attacks
+    from .activation import QuantActivation, backward, bypass, soften
+    from .checkpoint import load, save
+    from .evaluation import Evaluation, evaluate
+    from .masking import Flag
+    from .pipeline import Comparison, ablate, compare, harden
+    from .recipes import Recipe
+    from .rewrite import convert, inspect, restore
+    from .sites import Plan
+
+_LAZY = {
+    "QuantActivation": "activation", "backward": "activation", "bypass": "activation",
+    "soften": "activation", "load": "checkpoint", "save": "checkpoint",
+    "Evaluation": "evaluation", "evaluate": "evaluation", "Flag": "masking",
+    "Comparison": "pipeline", "ablate": "pipeline", "compare": "pipeline", "harden": "pipeline",
+    "Recipe": "recipes", "convert": "rewrite", "inspect": "rewrite", "restore": "rewrite",
+    "Plan": "sites",
+}
+
+__all__ = [
+    "Comparison", "ConversionError", "DataError", "Evaluation", "Flag", "LoadError", "Plan",
+    "QuantActivation", "QuantSpec", "QuantguardError", "Recipe", "SpecError", "Threat", "ablate",
+    "attacks", "backward", "bypass", "compare", "convert", "evaluate", "harden", "inspect", "load",
+    "restore", "save", "soften",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "attacks":
+        return importlib.import_module(".attacks", __name__)
+    if name == "__version__":
+        from .evaluation import version
+        return version()
+    if name in _LAZY:
+        value = getattr(importlib.import_module(f".{_LAZY[name]}", __name__), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

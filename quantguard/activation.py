@@ -1,0 +1,306 @@
+"""QuantActivation, the one nn.Module that conversion adds, and the contexts that switch it."""
+
+from __future__ import annotations
+
+import copy
+import math
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, fx, nn
+
+from .errors import SpecError
+from .spec import QuantSpec
+from .staircase import MODES, Surrogate, soft_staircase, staircase
+
+# A learned gap never falls below this share of the gap it started from: unguarded, gaps merge
+# under Adam and slopes explode.
+GAP_FLOOR = 0.1
+
+
+class _State(NamedTuple):
+    """What a staircase does just now: "quantize", "soften", "bypass" or "observe"."""
+
+    action: str = "quantize"
+    sharpness: float = 0.0
+    surrogate: Surrogate = Surrogate()
+
+
+def absorbed_range(function: nn.Module) -> tuple[float, float] | None:
+    """Return where f is the identity, for an f that only clips; such an f is absorbed into q."""
+    if type(function) is nn.ReLU:
+        return 0.0, math.inf
+    if type(function) is nn.ReLU6:
+        return 0.0, 6.0
+    return None
+
+
+class QuantActivation(nn.Module):
+    """Compute ``y = q(f(x))``: a float activation f followed by a staircase q.
+
+    Where f only clips (ReLU, ReLU6) it is absorbed: q alone runs, on x. Thresholds of a dynamic
+    staircase are learned; their order holds by construction, since the parameters are logarithms
+    of gaps, relative to where they started.
+
+    Args:
+        spec: bits, fixed or dynamic, per tensor or per channel.
+        function: the float activation f, without parameters; None for the identity.
+        channels: number of channels where ``spec.per_channel``; set_thresholds may change it.
+        axis: the channel dimension where ``spec.per_channel``.
+        inplace: write the result into x as well, for callers that read x again.
+
+    Attributes:
+        shift, log_gaps, log_step: the parameters of a dynamic staircase, all 0 at the start:
+            ``t_1 = base_1 + base_step * shift``, gap ``i`` grows by ``exp(log_gaps_i)``, step by
+            ``exp(log_step)``.
+
+    Raises:
+        SpecError: ``spec`` asks for 32 bits.
+    """
+
+    base: Tensor
+    base_step: Tensor
+    base_width: Tensor
+    zero_level: Tensor
+    function: nn.Module
+
+    def __init__(self, spec: QuantSpec, function: nn.Module | None = None, *,
+                 channels: int = 1, axis: int = 1, inplace: bool = False) -> None:
+        super().__init__()
+        if spec.is_float:
+            raise SpecError("a staircase has 1 to 8 bits, not 32",
+                            fix="Leave this activation as it is.")
+        self.spec, self.inplace = spec, inplace
+        self.axis = axis if spec.per_channel else None
+        # Not a submodule: it has no state, and a ReLU among .modules() would read as one left over.
+        self.__dict__["function"] = copy.deepcopy(function) if function else nn.Identity()
+        # What it computes counts, not where: q(f(x)) is written to x only where ``inplace`` says so.
+        self.float_inplace = bool(getattr(self.function, "inplace", False))
+        if hasattr(self.function, "inplace"):
+            self.function.inplace = False
+        # The forms of the paper's lineage replace the activation; they do not follow it.
+        replaces = spec.form != "uniform"
+        self.gate = absorbed_range(self.function)
+        self.absorbs = replaces or self.gate is not None
+        m = spec.thresholds
+        shape = (channels, m) if spec.per_channel else (m,)
+        self._start_from(torch.arange(m).add(0.5).expand(shape), torch.ones(shape[:-1]),
+                         torch.ones(shape[:-1]), torch.zeros(()))
+        self._state = _State()
+        self._collector: Callable[[Tensor], None] | None = None
+
+    def _start_from(self, t: Tensor, step: Tensor, width: Tensor, zero: Tensor) -> None:
+        for name, value in (("base", t), ("base_step", step), ("base_width", width),
+                            ("zero_level", zero)):
+            self.register_buffer(name, value.detach().float().clone().contiguous())
+        if self.spec.dynamic:
+            rows, device = step.shape, t.device
+            self.shift = nn.Parameter(torch.zeros(rows, device=device))
+            self.log_gaps = nn.Parameter(torch.zeros(*rows, t.shape[-1] - 1, device=device))
+            self.log_step = nn.Parameter(torch.zeros(rows, device=device))
+
+    @classmethod
+    def from_thresholds(cls, thresholds: Tensor | Sequence[float], step: Tensor | float,
+                        zero: float = 0, width: Tensor | float | None = None,
+                        dynamic: bool = False) -> QuantActivation:
+        """Build one staircase from explicit numbers.
+
+        Args:
+            thresholds: (m,), or (C, m) per channel, strictly ascending; m = 2^bits - 1.
+            step: the distance of two levels, positive; (C,) per channel.
+            zero: the level that is 0; 2 * zero is an integer.
+            width: the window at 1 bit; None: 2 t_1 where that is positive, else step.
+            dynamic: whether thresholds and step are learned.
+
+        Raises:
+            SpecError: numbers that do not make a staircase.
+
+        Example:
+            >>> QuantActivation.from_thresholds([0.5, 1.5, 2.5], step=1.0)(torch.tensor([0.7, 9.0]))
+            tensor([1., 3.])
+        """
+        t = torch.as_tensor(thresholds, dtype=torch.float32)
+        bits = (t.shape[-1] + 1).bit_length() - 1 if t.dim() in (1, 2) else 0
+        if t.dim() not in (1, 2) or t.shape[-1] != 2**bits - 1 or not 1 <= bits <= 8:
+            raise SpecError(f"thresholds have shape {tuple(t.shape)}",
+                            fix="Give (m,) or (C, m), m = 2^bits - 1 for 1 to 8 bits.")
+        per_channel = t.dim() == 2
+        module = cls(QuantSpec(bits, dynamic, per_channel))
+        module.set_thresholds(t, step, zero, width)
+        return module
+
+    @torch.no_grad()
+    def set_thresholds(self, thresholds: Tensor, step: Tensor | float, zero: float = 0,
+                       width: Tensor | float | None = None) -> None:
+        """Place the staircase; a dynamic one starts learning from here.
+
+        Raises:
+            SpecError: thresholds that do not ascend, a step that is not positive, or shapes that
+                do not fit.
+        """
+        device = self.base.device
+        t = torch.as_tensor(thresholds, dtype=torch.float32, device=device)
+        size = torch.as_tensor(step, dtype=torch.float32, device=device)
+        rows = t.shape[:-1]
+        if t.dim() != self.base.dim() or t.shape[-1] != self.spec.thresholds:
+            raise SpecError(f"thresholds have shape {tuple(t.shape)}, but {self.spec} has "
+                            f"{'(C, m)' if self.spec.per_channel else '(m,)'}, "
+                            f"m = {self.spec.thresholds}")
+        if not torch.isfinite(t).all() or not (t[..., 1:] > t[..., :-1]).all():
+            raise SpecError(f"thresholds must be finite and strictly ascending: {t.tolist()}")
+        if not torch.isfinite(size).all() or not (size > 0).all():
+            raise SpecError(f"step must be positive: {size.tolist()}")
+        if (2 * zero) % 1:
+            raise SpecError(f"zero={zero} must be a multiple of 1/2")
+        size = size.expand(rows)
+        if width is None:
+            width = torch.where(t[..., 0] > 0, 2 * t[..., 0], size) if zero == 0 else size
+        wide = torch.as_tensor(width, dtype=torch.float32, device=device).expand(rows)
+        if not (wide > 0).all():
+            raise SpecError(f"width must be positive: {wide.tolist()}")
+        self._start_from(t, size, wide, torch.tensor(float(zero), device=device))
+
+    @property
+    def thresholds(self) -> Tensor:
+        """Return the thresholds, (m,) or (C, m), ascending."""
+        if not self.spec.dynamic:
+            return self.base
+        gaps = self.base[..., 1:] - self.base[..., :-1]
+        gaps = gaps * (GAP_FLOOR + (1 - GAP_FLOOR) * self.log_gaps.exp())
+        first = (self.base[..., 0] + self.base_step * self.shift).unsqueeze(-1)
+        return torch.cat([first, first + gaps.cumsum(-1)], -1)
+
+    @property
+    def step(self) -> Tensor:
+        """Return the distance of two levels, () or (C,)."""
+        return self.base_step * self.log_step.exp() if self.spec.dynamic else self.base_step
+
+    @property
+    def zero(self) -> float:
+        """Return the level that is 0."""
+        return float(self.zero_level)
+
+    def _window(self, thresholds: Tensor) -> Tensor:
+        """Return the window at 1 bit: 2 t_1 where learned t_1 is well above 0, else calibrated."""
+        if not self.spec.dynamic or thresholds.shape[-1] > 1:
+            return self.base_width
+        first = thresholds[..., 0].detach()
+        free = (self.zero_level == 0) & (first > 0.1 * self.base_width)
+        return torch.where(free, 2 * first, self.base_width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return q(f(x)), in x's shape, type and memory order."""
+        if isinstance(x, fx.Proxy):
+            # A tracer that walked in would lose the surrogate gradient: be a leaf for every tracer.
+            path = x.tracer.path_of_module(self)  # type: ignore[attr-defined]
+            return x.tracer.create_proxy("call_module", path, (x,), {})  # type: ignore[return-value]
+        action = self._state.action
+        if action in ("bypass", "observe"):
+            y = self.function(x)
+            if action == "observe" and self._collector is not None:
+                self._collector(y)
+        else:
+            z = x if self.absorbs else self.function(x)
+            t, step, axis = self.thresholds, self.step, self.axis
+            window = self._window(t)
+            if action == "soften":
+                y = soft_staircase(z, t, step, window, self.zero_level, self._state.sharpness, axis)
+            else:
+                y = staircase(z, t, step, window, self.zero_level, self._state.surrogate,
+                              self.gate, axis)
+        return x.copy_(y) if self.inplace else y
+
+    def extra_repr(self) -> str:
+        kind = "dynamic" if self.spec.dynamic else "fixed"
+        name = type(self.function).__name__
+        form = "" if self.spec.form == "uniform" else f", {self.spec.form}"
+        rows = f", {self.base.shape[0]} channels" if self.spec.per_channel else ""
+        return f"{self.spec.bits} bits, {kind}{form}{rows}, after {name}"
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # A float checkpoint knows nothing of staircases: then this one keeps its values. One with
+        # only some of the keys is damaged, and strict loading says so.
+        if any(key.startswith(prefix) for key in state_dict):
+            base = state_dict.get(f"{prefix}base")
+            if self.spec.per_channel and base is not None and base.shape[0] != self.base.shape[0]:
+                self._start_from(base, base[..., 0], base[..., 0], self.zero_level)
+            super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def staircases(model: nn.Module) -> dict[str, QuantActivation]:
+    """Return every staircase of model by its full name."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, QuantActivation)}
+
+
+@contextmanager
+def _switched(model: nn.Module, change: dict[str, Any]) -> Iterator[nn.Module]:
+    before = [(module, module._state) for module in staircases(model).values()]
+    for module, state in before:
+        module._state = state._replace(**change)
+    try:
+        yield model
+    finally:
+        for module, state in before:
+            module._state = state
+
+
+@contextmanager
+def bypass(model: nn.Module) -> Iterator[nn.Module]:
+    """Make the converted model compute exactly what the float one would, inside the context."""
+    with _switched(model, {"action": "bypass"}):
+        yield model
+
+
+@contextmanager
+def backward(model: nn.Module, mode: str) -> Iterator[nn.Module]:
+    """Choose the surrogate gradient of every staircase; forward bits do not change.
+
+    Args:
+        model: any module; one without staircases is left as it is.
+        mode: ``ramp``, ``ste``, ``sigmoid`` (k = 8), ``sigmoid(k)`` or ``parent``.
+
+    Raises:
+        SpecError: an unknown mode.
+    """
+    match = re.fullmatch(r"(\w+)(?:\(([\d.]+)\))?", mode)
+    if not match or match[1] not in MODES or (match[2] and match[1] != "sigmoid"):
+        raise SpecError(f"backward mode {mode!r} is unknown",
+                        fix=f"Use one of {', '.join(MODES)}, or sigmoid(k).")
+    surrogate = Surrogate(match[1], float(match[2] or 8.0))
+    with _switched(model, {"surrogate": surrogate}):
+        yield model
+
+
+@contextmanager
+def soften(model: nn.Module, k: float) -> Iterator[nn.Module]:
+    """Replace every staircase by its smooth twin, inside the context.
+
+    Args:
+        model: any module; one without staircases is left as it is.
+        k: sharpness, positive and dimensionless: 2 is a smooth function, infinity is q itself.
+
+    Raises:
+        SpecError: k is not a positive number.
+    """
+    if not (isinstance(k, (int, float)) and 0 < k < math.inf):
+        raise SpecError(f"sharpness k={k!r} must be a positive number")
+    with _switched(model, {"action": "soften", "sharpness": float(k)}):
+        yield model
+
+
+@contextmanager
+def observing(model: nn.Module,
+              collectors: dict[str, Callable[[Tensor], None]]) -> Iterator[nn.Module]:
+    """Run in float, handing what each named activation puts out to its collector."""
+    modules = staircases(model)
+    try:
+        for name, collector in collectors.items():
+            modules[name]._collector = collector
+        with _switched(model, {"action": "observe"}):
+            yield model
+    finally:
+        for module in modules.values():
+            module._collector = None

@@ -1,0 +1,14 @@
+"""Attacks, every one a ``foolbox.attacks.Attack``: what Foolbox has, bridged, and what it lacks.
+
+Example:
+    >>> import quantguard as qg  # doctest: +SKIP
+    >>> fmodel = qg.attacks.FoolboxModel(model.eval())
+    >>> raw, clipped, fooled = qg.attacks.PGD(twin=(2, 16))(fmodel, images, labels, epsilons=0.1)
+"""
+
+from .bridge import FoolboxModel, PixelModel, logits_of
+from .noise import Noise
+from .pgd import PGD
+from .suites import Entry, build_suite
+
+__all__ = ["PGD", "Entry", "FoolboxModel", "Noise", "PixelModel", "build_suite", "logits_of"]

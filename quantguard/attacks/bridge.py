@@ -1,0 +1,97 @@
+"""Bridge between a user's model and Foolbox: pixels in, logits out, no trace left behind."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..activation import staircases
+from ..data import from_pixels
+from ..errors import ConversionError
+from ..running import device_of
+from ..spec import Threat
+from ._foolbox import fb
+
+
+def logits_of(output: Any) -> Tensor:
+    """Return the logits (N, classes) of whatever a classifier returns.
+
+    Raises:
+        ConversionError: no (N, classes) tensor in it.
+    """
+    if isinstance(output, dict) or hasattr(output, "logits"):
+        output = output.get("logits") if isinstance(output, dict) else output.logits
+    if isinstance(output, (tuple, list)) and output:
+        output = output[0]
+    if not isinstance(output, Tensor) or output.dim() != 2:
+        said = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+        raise ConversionError(
+            f"the model returns {said} where logits (N, classes) are needed",
+            fix="Return a tensor, a dict with 'logits', or a tuple that starts with them.")
+    return output
+
+
+class PixelModel(nn.Module):
+    """Compute a model's logits from pixels, counting the images that pass.
+
+    Args:
+        model: the user's model, which eats ``(pixels - mean) / std``.
+        threat: bounds, mean and std.
+        key: the keyword under which the model eats images; None: its first argument.
+
+    Attributes:
+        queries: images passed forward, in all.
+        gradients: images passed forward with a gradient wanted.
+    """
+
+    def __init__(self, model: nn.Module, threat: Threat, key: str | None = None) -> None:
+        super().__init__()
+        self.model, self.threat, self.key = model, threat, key
+        self.training = model.training
+        self.queries = self.gradients = 0
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Return logits (N, classes) in float32 for pixels (N, C, H, W) within the bounds."""
+        self.queries += pixels.shape[0]
+        if pixels.requires_grad and torch.is_grad_enabled():
+            self.gradients += pixels.shape[0]
+        x = from_pixels(pixels, self.threat)
+        output = self.model(x) if self.key is None else self.model(**{self.key: x})
+        return logits_of(output).float()
+
+    @property
+    def quantized(self) -> bool:
+        """Return whether the model has staircases."""
+        return bool(staircases(self.model))
+
+
+class FoolboxModel(fb.models.PyTorchModel):  # type: ignore[misc]
+    """A Foolbox model that our attacks can see through: ``.module`` is the nn.Module itself.
+
+    Unlike ``foolbox.PyTorchModel`` it leaves the model on its device. Works with every Foolbox
+    attack. Put the model in eval mode first.
+
+    Args:
+        model: a user's model, or a :class:`PixelModel`.
+        threat: bounds, mean and std.
+    """
+
+    def __init__(self, model: nn.Module, threat: Threat = Threat()) -> None:
+        self.module = model if isinstance(model, PixelModel) else PixelModel(model, threat)
+        super().__init__(self.module, bounds=threat.bounds, device=device_of(model))
+
+
+def module_of(model: Any) -> PixelModel:
+    """Return the nn.Module behind a Foolbox model.
+
+    Raises:
+        ConversionError: a plain ``foolbox.PyTorchModel``, which hides its module.
+    """
+    module = getattr(model, "module", None)
+    if not isinstance(module, PixelModel):
+        raise ConversionError(
+            f"this attack looks into the model, and {type(model).__name__} hides it",
+            fix="Wrap the model in quantguard.attacks.FoolboxModel(model, threat).")
+    return module

@@ -1,0 +1,66 @@
+"""Random numbers that belong to an image, whatever batch it comes in; and noise as an attack."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import eagerpy as ep
+import torch
+from torch import Tensor
+
+from ._foolbox import fb
+
+
+def image_noise(x: Tensor, norm: str, seed: int, tag: str) -> Tensor:
+    """Return a random point of the unit ball for each image: uniform in Linf, and in L2.
+
+    Args:
+        x: (N, ...) images; the noise of each is drawn from a hash of its bytes, seed and tag.
+        norm: ``linf`` or ``l2``.
+    """
+    out = torch.empty(x.shape, dtype=torch.float32)
+    salt = f"{seed}:{tag}:{norm}".encode()
+    for row, image in zip(out, x.detach().float().cpu().contiguous(), strict=True):
+        digest = hashlib.blake2b(image.numpy().tobytes() + salt, digest_size=8).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest, "little"))
+        if norm == "linf":
+            row.uniform_(-1, 1, generator=generator)
+        else:
+            row.normal_(generator=generator)
+            radius = torch.rand((), generator=generator) ** (1 / row.numel())
+            row.mul_(radius / row.norm())
+    return out.to(x.device)
+
+
+class Noise(fb.attacks.base.FixedEpsilonAttack):  # type: ignore[misc]
+    """Add random noise of full strength, several times: what no gradient guided.
+
+    Args:
+        norm: ``linf`` (corners of the ball and uniform draws in turn) or ``l2``.
+        repeats: draws for each image.
+        seed: of the draws.
+    """
+
+    def __init__(self, norm: str = "linf", repeats: int = 10, seed: int = 0) -> None:
+        self.norm, self.repeats, self.seed = norm, repeats, seed
+
+    @property
+    def distance(self) -> Any:
+        return fb.distances.linf if self.norm == "linf" else fb.distances.l2
+
+    def run(self, model: Any, inputs: Any, criterion: Any, *, epsilon: float,
+            **kwargs: Any) -> Any:
+        """Return for each image the first draw that fools model, else the last."""
+        fb.attacks.base.raise_if_kwargs(kwargs)
+        x, restore = ep.astensor_(inputs)
+        judge = fb.attacks.base.get_criterion(criterion)
+        best, fooled = x, ep.zeros(x, len(x)).bool()
+        for i in range(self.repeats):
+            unit = image_noise(x.raw, self.norm, self.seed, f"noise {i}")
+            if self.norm == "linf" and i % 2 == 0:
+                unit = unit.sign()
+            trial = ep.astensor(x.raw + epsilon * unit).clip(*model.bounds)
+            best = ep.where(fb.devutils.atleast_kd(fooled, x.ndim), best, trial)
+            fooled = ep.logical_or(fooled, judge(trial, model(trial)))
+        return restore(best)

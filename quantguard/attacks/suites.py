@@ -1,0 +1,124 @@
+"""Which attacks a suite is made of: a list of entries, cheap ones first."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..errors import SpecError
+from ..spec import Threat
+from ._foolbox import fb
+from .noise import Noise
+from .pgd import PGD
+
+MODES = ("ramp", "ste", "sigmoid(8)", "parent")
+TWINS: tuple[tuple[float, float], ...] = ((2, 16), (4, 32), (8, 8))
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Hold one attack of a suite.
+
+    Attributes:
+        label: its name in tables and JSON.
+        attack: any ``foolbox.attacks.Attack``.
+        group: what it stands for: ``noise``, ``fgsm``, ``pgd`` (what people run by default),
+            ``ramp``, ``modes``, ``twin``, ``cw``, ``transfer`` or ``other``.
+        everywhere: whether it is run on every correctly classified image, so that its own figure
+            can be shown; otherwise only on images that still stand.
+    """
+
+    label: str
+    attack: Any
+    group: str
+    everywhere: bool = False
+
+    @property
+    def cost(self) -> float:
+        """Return roughly how many gradients an image costs, for the ETA."""
+        values = vars(self.attack)
+        if "binary_search_steps" in values:
+            return float(values["binary_search_steps"] * values["steps"])
+        return float(values.get("steps", values.get("repeats", 1)))
+
+    def settings(self) -> dict[str, Any]:
+        """Return every hyper-parameter as plain JSON types."""
+        plain = {k.strip("_"): v if isinstance(v, (int, float, str, bool, type(None))) else
+                 list(v) if isinstance(v, tuple) else repr(v)
+                 for k, v in vars(self.attack).items()}
+        return {"label": self.label, "class": type(self.attack).__name__, "group": self.group,
+                "everywhere": self.everywhere, **plain}
+
+
+def _entries(threat: Threat, seed: int, quantized: bool, *, steps: int, cw: tuple[int, int],
+             twins: Sequence[tuple[float, float]], modes: Sequence[str],
+             transfer: bool) -> list[Entry]:
+    norm = threat.norm
+    fgsm = fb.attacks.LinfFastGradientAttack() if norm == "linf" else \
+        fb.attacks.L2FastGradientAttack()
+    # early stopping in Foolbox's C&W looks at the whole batch's loss: an image's result would
+    # depend on its neighbours.
+    carlini = fb.attacks.L2CarliniWagnerAttack(
+        binary_search_steps=cw[0], steps=cw[1], stepsize=0.05, initial_const=1.0,
+        abort_early=False)
+    entries = [
+        Entry("noise", Noise(norm, seed=seed), "noise", True),
+        Entry("FGSM", fgsm, "fgsm", True),
+        Entry(f"PGD-{steps}", PGD("ce", steps, norm=norm, seed=seed), "pgd", True),
+        Entry("C&W L2", carlini, "cw", True),
+        Entry(f"PGD-{steps} margin", PGD("margin", steps, norm=norm, seed=seed), "ramp"),
+    ]
+    for mode in modes:
+        entries += [Entry(f"PGD-{steps} {loss} {mode}",
+                          PGD(loss, steps, mode=mode, norm=norm, seed=seed), "modes")
+                    for loss in ("ce", "margin")]
+    for twin in twins:
+        name = f"{twin[0]:g}" if twin[0] == twin[1] else f"{twin[0]:g}-{twin[1]:g}"
+        entries += [Entry(f"twin-{steps} {loss} k {name}",
+                          PGD(loss, steps, twin=twin, norm=norm, seed=seed), "twin")
+                    for loss in ("ce", "margin")]
+    if transfer:
+        # A float model is its own parent: there the budget goes to another start.
+        entries += [Entry(f"transfer-{steps} {loss}",
+                          PGD(loss, steps, parent=quantized, norm=norm, seed=seed + 1),
+                          "transfer" if quantized else "ramp") for loss in ("ce", "margin")]
+    return entries
+
+
+# A literal table: what each suite spends.
+_SUITES: dict[str, dict[str, Any]] = {
+    "quick": {"steps": 20, "cw": (3, 30), "twins": TWINS[:2], "modes": ("sigmoid(8)",),
+              "transfer": True},
+    "standard": {"steps": 50, "cw": (5, 60), "twins": TWINS, "modes": MODES[1:],
+                 "transfer": True},
+}
+
+
+def build_suite(suite: str | Sequence[Any], threat: Threat, *, seed: int,
+                quantized: bool) -> list[Entry]:
+    """Return the entries of a named suite, or of a list of Foolbox attacks or entries.
+
+    Raises:
+        SpecError: an unknown name, an empty list, or something that is no attack.
+    """
+    if isinstance(suite, str):
+        if suite not in _SUITES:
+            near = difflib.get_close_matches(suite, _SUITES, 1, 0.3)
+            raise SpecError(f"suite {suite!r} is unknown",
+                            fix=f"Use one of {', '.join(_SUITES)}" +
+                            (f"; did you mean {near[0]!r}?" if near else "."))
+        return _entries(threat, seed, quantized, **_SUITES[suite])
+    entries = []
+    for number, attack in enumerate(suite):
+        if isinstance(attack, Entry):
+            entries.append(attack)
+        elif isinstance(attack, fb.attacks.base.Attack):
+            entries.append(Entry(f"{type(attack).__name__} {number + 1}", attack, "other", True))
+        else:
+            raise SpecError(f"attack {number + 1} of the suite is a {type(attack).__name__}",
+                            fix="Give foolbox.attacks.Attack objects or a suite's name.")
+    if not entries:
+        raise SpecError("the suite holds no attack")
+    return entries

@@ -1,0 +1,213 @@
+"""Where thresholds start: data, BatchNorm statistics where there is none, else a seeded probe.
+
+Each staircase gets the step (and, after a signed activation, the zero level) with the smallest
+mean squared error between f(x) and q(f(x)).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .activation import QuantActivation, observing, staircases
+from .errors import ConversionError, DataError
+from .running import evaluating, modes_kept, run, seeded
+from .sites import Site
+
+# Values that place one staircase (or one channel of it); more change the step by under a percent.
+_SAMPLES = 16384
+_SAMPLES_PER_CHANNEL = 1024
+_BATCHES = 16
+_PROBE_IMAGES = 8
+
+
+def mse_step(samples: Tensor, m: int) -> tuple[Tensor, float]:
+    """Return step (rows,) and zero level of the uniform staircase nearest to samples.
+
+    Levels ``step * (j - zero)``, j = 0..m, thresholds half-way between them.
+
+    Args:
+        samples: (rows, n) values of f(x); rows share the zero level.
+        m: number of thresholds.
+    """
+    lowest, highest = samples.min(), samples.max()
+    peak = samples.abs().amax(1)
+    peak = torch.where(peak > 0, peak, torch.ones_like(peak))
+    zeros = [0.0]
+    if lowest < -1e-6 * max(float(highest), 1e-12):
+        share = float(-lowest / (highest - lowest)) if highest > lowest else 0.5
+        zeros += sorted({float(z) for z in range(1, min(m, 3) + 1)}
+                        | {float(round(m * share * c)) for c in (0.5, 0.75, 1.0)} | {m / 2})
+    best, chosen, chosen_zero = math.inf, peak / m, 0.0
+    for zero in zeros:
+        top = max(m - zero, zero, 0.5)
+        shares = torch.logspace(-1.4, 0.2, 33).tolist()
+        errors = torch.stack([_error(samples, peak * c / top, m, zero) for c in shares])
+        around = errors.argmin(0)
+        centers = torch.tensor(shares)[around]
+        fine = [centers * c for c in torch.linspace(0.9, 1.1, 11).tolist()]
+        finer = torch.stack([_error(samples, peak * c / top, m, zero) for c in fine])
+        error, pick = finer.min(0)
+        if float(error.sum()) < best * (1 - 1e-6):
+            best, chosen_zero = float(error.sum()), zero
+            chosen = peak * torch.stack(fine).gather(0, pick.unsqueeze(0)).squeeze(0) / top
+    return chosen, chosen_zero
+
+
+def _error(samples: Tensor, step: Tensor, m: int, zero: float) -> Tensor:
+    level = (samples / step.unsqueeze(1) + zero).round_().clamp_(0, m).sub_(zero)
+    return level.mul_(step.unsqueeze(1)).sub_(samples).square_().mean(1)
+
+
+def place(module: QuantActivation, samples: Tensor) -> None:
+    """Place module's thresholds for samples (rows, n) of f(x)."""
+    spec, m = module.spec, module.spec.thresholds
+    if spec.form == "tanh":
+        top = 2**spec.bits - 1
+        level = torch.arange(m, dtype=torch.float64) - top + 0.5
+        t, step, zero = torch.atanh(level / top).float(), torch.tensor(1 / top), float(top)
+    elif spec.form == "sign":
+        t, step, zero = torch.zeros(1), torch.tensor(2.0), 0.5
+    else:
+        step, zero = mse_step(samples, m)
+        step = step * spec.range_factor
+        t = step.unsqueeze(1) * (torch.arange(1, m + 1) - 0.5 - zero)
+        if not spec.per_channel:
+            t, step = t[0], step[0]
+    if spec.form != "uniform" and spec.per_channel:
+        rows = samples.shape[0]
+        t, step = t.expand(rows, m), step.expand(rows)
+    module.set_thresholds(t, step, zero, width=step)
+
+
+def _rows(values: Tensor, per_channel: bool, axis: int, generator: torch.Generator) -> Tensor:
+    """Return a random choice of values as (rows, n)."""
+    values = values.detach().float().cpu()
+    rows = values.movedim(axis, 0).flatten(1) if per_channel else values.reshape(1, -1)
+    most = _SAMPLES_PER_CHANNEL if per_channel else _SAMPLES
+    if rows.shape[1] <= most:
+        return rows
+    return rows[:, torch.randint(rows.shape[1], (most,), generator=generator)]
+
+
+def from_statistics(model: nn.Module, site: Site, module: QuantActivation) -> None:
+    """Place one staircase from the BatchNorms that feed it: a normal per channel, then f.
+
+    Means and variances add where outputs are added.
+    """
+    normals = [model.get_submodule(name) for name in site.statistics]
+    mean = variance = torch.zeros(1)
+    for norm in normals:
+        scale, shift = norm.weight, norm.bias
+        channels = int(norm.num_features)  # type: ignore[arg-type]
+        mean = mean + (torch.zeros(channels) if shift is None else shift.detach().float().cpu())
+        variance = variance + (torch.ones(channels) if scale is None
+                               else scale.detach().float().cpu().square())
+    points = (torch.arange(512, dtype=torch.float32) + 0.5) / 512
+    inputs = mean.unsqueeze(1) + variance.sqrt().unsqueeze(1) * torch.special.ndtri(points)
+    values = module.function(inputs).detach()
+    generator = torch.Generator().manual_seed(0)
+    place(module, _rows(values, module.spec.per_channel, 0, generator))
+
+
+def from_batches(model: nn.Module, batches: Iterable[Any], names: Iterable[str], seed: int = 0,
+                 ) -> set[str]:
+    """Place the named staircases from what their activations put out; return those that ran."""
+    modules = staircases(model)
+    seen: dict[str, list[Tensor]] = {}
+    generator = torch.Generator().manual_seed(seed)
+
+    def collector(name: str) -> Callable[[Tensor], None]:
+        spec, axis = modules[name].spec, modules[name].axis
+
+        def collect(y: Tensor) -> None:
+            seen.setdefault(name, []).append(_rows(y, spec.per_channel, axis or 0, generator))
+        return collect
+
+    with observing(model, {name: collector(name) for name in names}), torch.no_grad():
+        for batch in batches:
+            run(model, batch)
+    for name, parts in seen.items():
+        samples = torch.cat(parts, 1)
+        if not torch.isfinite(samples).all():
+            raise DataError(f"activation {name!r} puts out NaN or infinity on the calibration data")
+        place(modules[name], samples)
+    return set(seen)
+
+
+@contextmanager
+def _buffers_kept(model: nn.Module) -> Iterator[None]:
+    """Put the model's own buffers back afterwards."""
+    buffers = [(b, b.detach().clone()) for module in model.modules()
+               if not isinstance(module, QuantActivation) for b in module.buffers(recurse=False)]
+    try:
+        yield
+    finally:
+        for buffer, value in buffers:
+            buffer.copy_(value)
+
+
+def probe(model: nn.Module, example: Tensor, names: set[str], seed: int = 0) -> set[str]:
+    """Place the named staircases from seeded normal inputs; return those that ran.
+
+    BatchNorms normalise by the probe's own statistics, so that what they put out is distributed
+    as on real data, whatever the inputs are.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    shape = (_PROBE_IMAGES, *example.shape[1:])
+    inputs = torch.randn(shape, generator=generator).to(example.device, example.dtype)
+    ran: set[str] = set()
+    with modes_kept(model), _buffers_kept(model), seeded(seed):
+        for training in (False, True):  # auxiliary heads run in train mode only
+            model.train(training)
+            for module in model.modules():
+                if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                    module.training = True
+            if names - ran:
+                ran |= from_batches(model, [inputs], names - ran, seed)
+    return ran
+
+
+def calibrate(model: nn.Module, sites: Iterable[Site], data: Iterable[Any] | None,
+              example: Tensor | None) -> None:
+    """Place every staircase of a freshly converted model.
+
+    Args:
+        model: the converted model.
+        sites: its converted sites.
+        data: model inputs (tensors or dicts); None: BatchNorm statistics, else the probe.
+        example: one input batch whose shape the probe takes; None where none is known.
+
+    Raises:
+        ConversionError: nothing says where some thresholds should start.
+    """
+    modules = staircases(model)
+    left = {site.name: site for site in sites}
+    if data is not None:
+        with evaluating(model):
+            for name in from_batches(model, data, left):
+                del left[name]
+    for name, site in list(left.items()):
+        if site.statistics:
+            from_statistics(model, site, modules[name])
+            del left[name]
+    # Forms of the lineage have their thresholds by definition.
+    for name in [n for n in left if modules[n].spec.form != "uniform"]:
+        place(modules[name], torch.zeros(1, 1))
+        del left[name]
+    if left and example is not None:
+        for name in probe(model, example, set(left)):
+            del left[name]
+    if left and example is None:
+        raise ConversionError(
+            f"no thresholds for {', '.join(list(left)[:4])}{' …' if len(left) > 4 else ''}",
+            why="No BatchNorm feeds them, and no input was found that the model accepts.",
+            fix="Pass data=, or example= (--input-shape), a batch that the model eats.")
+    for name in left:  # code that no input reached: a unit normal
+        points = torch.special.ndtri((torch.arange(512) + 0.5) / 512).reshape(1, -1)
+        place(modules[name], modules[name].function(points).detach())

@@ -1,0 +1,552 @@
+"""Measure robustness: the share of images that survive every attack of a suite.
+
+Every attacked figure is an upper bound of the truth; its interval covers the sampling of images
+only. No attack is believed: each adversarial is clipped to the threat again and predicted again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from . import masking
+from .attacks import Entry, FoolboxModel, PixelModel, build_suite
+from .attacks.noise import image_noise
+from .attacks.pgd import input_gradient, project
+from .data import check_images, check_labels, require_reiterable, snap, to_pixels, unpack
+from .errors import ConversionError, DataError, SpecError
+from .masking import Flag, wilson
+from .progress import Progress
+from .running import device_of, evaluating, frozen, seeded, to_device
+from .spec import Threat
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Images:
+    """Hold what is attacked: pixels (N, ...) within the bounds, labels (N,), the model's keyword."""
+
+    pixels: Tensor
+    labels: Tensor
+    key: str | None = None
+
+
+@dataclass(frozen=True)
+class AttackResult:
+    """Hold what one attack did.
+
+    Attributes:
+        settings: class and every hyper-parameter.
+        attacked: (N,) images it was run on.
+        broke: (N,) images it broke within the threat, checked by the model itself.
+        own_success, median_norm: a minimum-norm attack's own success before clipping to the
+            threat, and its median L2 norm; None for other attacks.
+        queries, gradients: images passed forward, and with a gradient.
+        seconds: wall time.
+    """
+
+    settings: dict[str, Any]
+    attacked: np.ndarray = field(repr=False)
+    broke: np.ndarray = field(repr=False)
+    own_success: int | None
+    median_norm: float | None
+    queries: int
+    gradients: int
+    seconds: float
+
+    @property
+    def label(self) -> str:
+        """Return the attack's name."""
+        return str(self.settings["label"])
+
+    @property
+    def group(self) -> str:
+        """Return what the attack stands for, see :class:`quantguard.attacks.Entry`."""
+        return str(self.settings["group"])
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Say how robust a model is, and how far to trust that.
+
+    Attributes:
+        correct: (N,) images that are classified correctly unattacked.
+        survived: (N,) images that survive every attack.
+        attacks: what each attack did, in the order in which they ran.
+        flags: checks of the model and of this evaluation.
+        adversarials: (N, ...) float32 pixels: what broke each image, else the image itself.
+        labels: (N,) true classes.
+        threat, suite, seed, environment: how to have it again.
+        image_hash: of pixels and labels, in order.
+        seconds: wall time.
+    """
+
+    correct: np.ndarray = field(repr=False)
+    survived: np.ndarray = field(repr=False)
+    attacks: tuple[AttackResult, ...]
+    flags: tuple[Flag, ...]
+    adversarials: np.ndarray | None = field(repr=False)
+    labels: np.ndarray = field(repr=False)
+    threat: Threat
+    suite: str
+    seed: int
+    environment: dict[str, str]
+    image_hash: str
+    seconds: float
+
+    @property
+    def images(self) -> int:
+        """Return the number of images N."""
+        return len(self.correct)
+
+    @property
+    def clean_accuracy(self) -> float:
+        """Return the share of images classified correctly."""
+        return float(self.correct.mean())
+
+    @property
+    def robust_accuracy(self) -> float:
+        """Return the share of images that survive every attack: an upper bound of the truth."""
+        return float(self.survived.mean())
+
+    @property
+    def clean_interval(self) -> tuple[float, float]:
+        """Return the 95 % Wilson interval of clean_accuracy."""
+        return wilson(int(self.correct.sum()), self.images)
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """Return the 95 % Wilson interval of robust_accuracy; it covers the sampling only."""
+        return wilson(int(self.survived.sum()), self.images)
+
+    @property
+    def verdict(self) -> str:
+        """Return ``resolved``, ``undecided`` or ``unresolved``; no survivor left is resolved."""
+        return masking.verdict(self.flags) if self.survived.any() else "resolved"
+
+    @property
+    def reliable(self) -> bool:
+        """Return whether the evaluation found nothing against its own figure."""
+        return self.verdict == "resolved"
+
+    def surviving(self, *groups: str) -> np.ndarray:
+        """Return (N,) the images that are correct and survive every attack of the groups."""
+        mask: np.ndarray = self.correct.copy()
+        for result in self.attacks:
+            if result.group in groups:
+                mask &= ~result.broke
+        return mask
+
+    def __str__(self) -> str:
+        from .report import evaluation_text
+        return evaluation_text(self)
+
+    def _repr_html_(self) -> str:
+        from .report import evaluation_html
+        return evaluation_html(self)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything but the adversarials, as plain JSON types."""
+        return {
+            "format": FORMAT, "images": self.images, "clean": int(self.correct.sum()),
+            "survived": int(self.survived.sum()), "robust_accuracy": self.robust_accuracy,
+            "interval": list(self.interval), "verdict": self.verdict,
+            "note": "robust_accuracy is an upper bound; the interval covers the sampling only",
+            "threat": self.threat.to_dict(), "suite": self.suite, "seed": self.seed,
+            "environment": self.environment, "image_hash": self.image_hash,
+            "seconds": self.seconds, "labels": self.labels.tolist(),
+            "correct_images": _indices(self.correct), "survived_images": _indices(self.survived),
+            "attacks": [{**r.settings, "attacked_images": _indices(r.attacked),
+                         "broke_images": _indices(r.broke), "own_success": r.own_success,
+                         "median_norm": r.median_norm, "queries": r.queries,
+                         "gradients": r.gradients, "seconds": r.seconds} for r in self.attacks],
+            "flags": [vars(flag) for flag in self.flags]}
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Evaluation:
+        """Read what :meth:`to_dict` wrote.
+
+        Raises:
+            DataError: not such a dictionary, or of another format version.
+        """
+        try:
+            if data["format"] != FORMAT:
+                raise DataError(f"evaluation JSON of format {data['format']}, expected {FORMAT}")
+            n = data["images"]
+            attacks = []
+            for row in data["attacks"]:
+                row = dict(row)
+                attacked, broke = (_mask(row.pop(k), n) for k in ("attacked_images",
+                                                                  "broke_images"))
+                rest = {k: row.pop(k) for k in ("own_success", "median_norm", "queries",
+                                                "gradients", "seconds")}
+                attacks.append(AttackResult(row, attacked, broke, **rest))
+            return cls(_mask(data["correct_images"], n), _mask(data["survived_images"], n),
+                       tuple(attacks), tuple(Flag(**f) for f in data["flags"]), None,
+                       np.array(data["labels"]), Threat(**data["threat"]), data["suite"],
+                       data["seed"], data["environment"], data["image_hash"], data["seconds"])
+        except (KeyError, TypeError) as error:
+            raise DataError("this is no evaluation JSON of quantguard", why=repr(error)) from None
+
+
+def _indices(mask: np.ndarray) -> list[int]:
+    return [int(i) for i in np.flatnonzero(mask)]
+
+
+def _mask(indices: Sequence[int], n: int) -> np.ndarray:
+    mask = np.zeros(n, dtype=bool)
+    mask[list(indices)] = True
+    return mask
+
+
+def environment(device: torch.device) -> dict[str, str]:
+    """Return the versions and the machine that a result depends on."""
+    import importlib.metadata as metadata
+    versions = {name: metadata.version(name) for name in ("torch", "foolbox", "numpy")}
+    return {"python": platform.python_version(), **versions, "quantguard": version(),
+            "machine": f"{platform.machine()}, {os.cpu_count()} cores", "device": str(device),
+            "threads": str(torch.get_num_threads())}
+
+
+def version() -> str:
+    """Return the installed version of the distribution."""
+    import importlib.metadata as metadata
+    try:
+        return metadata.version("torch-quantguard")
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def gather(model: nn.Module, loader: Iterable[Any], threat: Threat, images: int | None) -> Images:
+    """Take the first images of a loader as pixels, checked.
+
+    Raises:
+        DataError: no labels, nothing at all, pixels outside the bounds, or labels that the
+            model has no class for.
+    """
+    require_reiterable(loader, "the loader")
+    if images is not None and images < 1:
+        raise SpecError(f"images={images} must be at least 1")
+    device = device_of(model)
+    pixels: list[Tensor] = []
+    labels: list[Tensor] = []
+    key: str | None = None
+    taken = 0
+    for number, batch in enumerate(loader):
+        where = f"batch {number} of the loader"
+        inputs, target = unpack(batch)
+        if target is None:
+            raise DataError(f"{where} has no labels", fix="Yield (images, labels).")
+        key, x = image_tensor(inputs, where)
+        check_labels(target, None, where)
+        if len(x) != len(target):
+            raise DataError(f"{where} has {len(x)} images and {len(target)} labels")
+        check_images_shape(x, where)
+        p = to_pixels(x.float(), threat)
+        check_images(p, threat.bounds, where)
+        pixels.append(snap(p, threat.bounds))
+        labels.append(target)
+        taken += len(x)
+        if images is not None and taken >= images:
+            break
+    if not taken:
+        raise DataError("the loader is empty", fix="Give at least one batch.")
+    x, y = torch.cat(pixels)[:images], torch.cat(labels)[:images].long()
+    return Images(to_device(x, device), to_device(y, device), key)
+
+
+def image_tensor(inputs: Any, where: str) -> tuple[str | None, Tensor]:
+    """Return the one tensor that is attacked, and the keyword it goes under.
+
+    Raises:
+        DataError: several, or none.
+    """
+    if isinstance(inputs, Tensor):
+        return None, inputs
+    tensors = {k: v for k, v in inputs.items() if isinstance(v, Tensor)}
+    if len(tensors) != 1 or len(inputs) != 1:
+        raise DataError(f"{where} holds {', '.join(map(repr, inputs))} beside the labels",
+                        why="The images that an attack may change must be the model's only input.",
+                        fix="Yield one image tensor, and bind other inputs into the model.")
+    ((name, x),) = tensors.items()
+    return name, x
+
+
+def check_images_shape(x: Tensor, where: str) -> None:
+    """Refuse what is no batch of images or features.
+
+    Raises:
+        DataError: an empty batch, integers, or fewer than two dimensions.
+    """
+    if x.dim() < 2 or not len(x):
+        raise DataError(f"{where} has shape {tuple(x.shape)}", fix="Give images as (N, C, H, W).")
+
+
+def predict(model: PixelModel, x: Tensor, batch: int) -> Tensor:
+    """Return the logits of all images.
+
+    Raises:
+        DataError: the model does not accept images of this shape.
+        ConversionError: NaN logits.
+    """
+    parts = []
+    for start in range(0, len(x), batch):
+        part, size = _padded(x[start : start + batch], batch)
+        try:
+            with torch.no_grad():
+                logits = model(part)[:size]
+        except (RuntimeError, ValueError, AssertionError) as error:
+            said = str(error).strip().splitlines()
+            raise DataError(f"the model does not accept images of shape {tuple(x.shape[1:])}",
+                            why=said[0] if said else type(error).__name__,
+                            fix="Check channels and size; --size resizes, nothing else does.",
+                            ) from error
+        if torch.isnan(logits).any():
+            raise ConversionError("the model puts out NaN logits",
+                                  why=f"First at image {start + int(logits.isnan().any(1).nonzero()[0])}.")
+        parts.append(logits)
+    return torch.cat(parts)
+
+
+def _padded(x: Tensor, batch: int) -> tuple[Tensor, int]:
+    """Fill a last batch up: how images are batched must not change what a kernel computes."""
+    size = len(x)
+    return (x if size == batch else torch.cat([x, x[-1:].expand(batch - size, *x.shape[1:])])), size
+
+
+def batch_size(x: Tensor) -> int:
+    """Return the one batch size for images of this shape."""
+    return 128 if x[0].numel() <= 3 * 64 * 64 else 16
+
+
+class _State:
+    """Hold an evaluation under way; a run directory keeps it after every attack."""
+
+    def __init__(self, path: Path | None, settings: dict[str, Any], images: Images,
+                 correct: np.ndarray) -> None:
+        self.path, self.settings = path, settings
+        self.survived = correct.copy()
+        self.results: list[AttackResult] = []
+        self.adversarials = images.pixels.cpu().numpy().copy()
+        if path is not None and path.exists():
+            self._read(path, len(correct))
+
+    def _read(self, path: Path, n: int) -> None:
+        with np.load(path, allow_pickle=False) as file:
+            told = json.loads(str(file["state"]))
+            different = sorted(k for k in {*told["settings"], *self.settings}
+                               if told["settings"].get(k) != self.settings.get(k))
+            if different:
+                raise SpecError(f"{path.parent} holds an evaluation of other settings",
+                                why=f"Different: {', '.join(different)}.",
+                                fix="Use another run directory, or delete this one.")
+            self.adversarials = file["adversarials"]
+        for row in told["results"]:
+            masks = {k: _mask(row.pop(k), n) for k in ("attacked", "broke")}
+            self.results.append(AttackResult(**masks, **row))
+            self.survived &= ~masks["broke"]
+
+    def add(self, result: AttackResult) -> None:
+        self.results.append(result)
+        self.survived &= ~result.broke
+        if self.path is None:
+            return
+        rows = [{**vars(r), "attacked": _indices(r.attacked), "broke": _indices(r.broke)}
+                for r in self.results]
+        beside = self.path.with_suffix(".tmp.npz")
+        np.savez(beside, adversarials=self.adversarials,
+                 state=json.dumps({"settings": self.settings, "results": rows}))
+        os.replace(beside, self.path)
+
+
+def evaluate(model: nn.Module, loader: Iterable[Any], threat: Threat = Threat(), *,
+             suite: str | Sequence[Any] = "standard", images: int | None = None,
+             run_dir: str | os.PathLike[str] | None = None, seed: int = 0,
+             device: str | torch.device | None = None, progress: bool = True) -> Evaluation:
+    """Measure how many images survive every attack of a suite.
+
+    Works on converted and on float models alike, and leaves no trace on them.
+
+    Args:
+        model: a classifier; what it returns is read as logits.
+        loader: re-iterable of (images, labels), or dicts with ``labels``.
+        threat: norm, eps and bounds in pixel units; mean and std where the loader normalises.
+        suite: ``quick``, ``standard``, or a list of ``foolbox.attacks.Attack``.
+        images: how many images, the loader's first; None: all.
+        run_dir: keeps the state after every attack; run again, it goes on from there.
+        seed: of every random start.
+        device: where to run; None: where the model is.
+        progress: whether to show it.
+
+    Raises:
+        DataError: images or labels that do not fit.
+        ConversionError: a model that returns no logits, or NaN.
+        SpecError: an unknown suite, or a run_dir of other settings.
+
+    Example:
+        >>> evaluation = evaluate(model, loader, Threat(eps=8 / 255))  # doctest: +SKIP
+        >>> evaluation.robust_accuracy, evaluation.verdict  # doctest: +SKIP
+    """
+    before = device_of(model)
+    if device is not None:
+        model.to(device)
+    try:
+        with evaluating(model), frozen(model), seeded(seed), _true_float32():
+            return _evaluate(model, loader, threat, suite, images, run_dir, seed, progress)
+    finally:
+        if device is not None:
+            model.to(before)
+
+
+class _true_float32:
+    """Hold TF32 off: its rounding is larger than what separates a survivor from the fallen."""
+
+    def __enter__(self) -> None:
+        self.before = (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32)
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+
+    def __exit__(self, *_: Any) -> None:
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = self.before
+
+
+def _evaluate(model: nn.Module, loader: Iterable[Any], threat: Threat, suite: str | Sequence[Any],
+              images: int | None, run_dir: str | os.PathLike[str] | None, seed: int,
+              show: bool) -> Evaluation:
+    start = time.monotonic()
+    data = gather(model, loader, threat, images)
+    pixel_model = PixelModel(model, threat, data.key)
+    batch = batch_size(data.pixels)
+    logits = predict(pixel_model, data.pixels, batch)
+    check_labels(data.labels, logits.shape[1], "the loader")
+    correct = (logits.argmax(1) == data.labels).cpu().numpy()
+    entries = build_suite(suite, threat, seed=seed, quantized=pixel_model.quantized)
+    digest = hashlib.blake2b(data.pixels.cpu().numpy().tobytes()
+                             + data.labels.cpu().numpy().tobytes(), digest_size=16).hexdigest()
+    settings = {"threat": json.loads(json.dumps(threat.to_dict())), "seed": seed,
+                "suite": [e.settings() for e in entries], "images": digest,
+                "predictions": hashlib.blake2b(logits.cpu().numpy().tobytes(),
+                                               digest_size=16).hexdigest()}
+    settings = json.loads(json.dumps(settings))
+    path = None
+    if run_dir is not None:
+        path = Path(run_dir) / "evaluation.npz"
+        path.parent.mkdir(parents=True, exist_ok=True)
+    state = _State(path, settings, data, correct)
+    bar = Progress("evaluate", sum(e.cost for e in entries) * int(correct.sum()), show)
+    for number, entry in enumerate(entries):
+        if number < len(state.results):
+            bar.skip(entry.cost * int(correct.sum()))
+            continue
+        result = _attack(FoolboxModel(pixel_model, threat), entry, data, threat, batch,
+                         correct if entry.everywhere else state.survived, state, bar)
+        bar.skip(entry.cost * (int(correct.sum()) - int(result.attacked.sum())))
+        state.add(result)
+    flags = _flags(pixel_model, data, threat, batch, seed, correct, state)
+    bar.close()
+    name = suite if isinstance(suite, str) else "list"
+    return Evaluation(correct, state.survived, tuple(state.results), flags, state.adversarials,
+                      data.labels.cpu().numpy(), threat, name, seed,
+                      environment(data.pixels.device), digest, time.monotonic() - start)
+
+
+def _attack(fmodel: FoolboxModel, entry: Entry, data: Images, threat: Threat, batch: int,
+            mask: np.ndarray, state: _State, bar: Progress) -> AttackResult:
+    """Run one attack on the images of mask, and judge what it returns."""
+    import foolbox as fb
+    begin = time.monotonic()
+    model = fmodel.module
+    queries, gradients = model.queries, model.gradients
+    minimum = isinstance(entry.attack, fb.attacks.base.MinimizationAttack)
+    broke, own, norms = np.zeros(len(mask), dtype=bool), 0, []
+    chosen = np.flatnonzero(mask)
+    for first in range(0, len(chosen), batch):
+        rows = chosen[first : first + batch]
+        x, size = _padded(data.pixels[rows], batch)
+        y, _ = _padded(data.labels[rows], batch)
+        criterion = fb.criteria.Misclassification(y)
+        if minimum:
+            raw = entry.attack.run(fmodel, x, criterion)
+            # Foolbox answers "none found" with zeros.
+            found = (model(raw).argmax(1) != y)[:size] & (raw != 0).flatten(1).any(1)[:size]
+            own += int(found.sum())
+            norms += (raw - x)[:size][found].flatten(1).norm(dim=1).tolist()
+            raw = torch.where(_like(found, raw, size), raw, x)
+        else:
+            raw = entry.attack.run(fmodel, x, criterion, epsilon=threat.eps)
+        trial = project(raw.detach(), x, threat.eps, threat.norm, threat.bounds)
+        with torch.no_grad():
+            fooled = (model(trial).argmax(1) != y)[:size].cpu().numpy()
+        broke[rows] = fooled
+        new = fooled & state.survived[rows]
+        state.adversarials[rows[new]] = trial[:size].cpu().numpy()[new]
+        standing = int((state.survived & ~broke).sum())
+        bar.advance(entry.cost * size, f"{entry.label}, {standing} of {len(mask)} standing")
+    return AttackResult(entry.settings(), mask.copy(), broke, own if minimum else None,
+                        float(np.median(norms)) if norms else None, model.queries - queries,
+                        model.gradients - gradients, time.monotonic() - begin)
+
+
+def _like(found: Tensor, raw: Tensor, size: int) -> Tensor:
+    whole = torch.zeros(len(raw), dtype=torch.bool, device=raw.device)
+    whole[:size] = found
+    return whole.reshape(-1, *[1] * (raw.dim() - 1))
+
+
+def _flags(model: PixelModel, data: Images, threat: Threat, batch: int, seed: int,
+           correct: np.ndarray, state: _State) -> tuple[Flag, ...]:
+    """Check the evaluation's own evidence."""
+    n = len(correct)
+    by_group: dict[str, np.ndarray] = {}
+    for result in state.results:
+        broken = by_group.setdefault(result.group, np.zeros(n, dtype=bool))
+        broken |= result.broke
+    blind = ("noise", "transfer")
+    seeing = np.zeros(n, dtype=bool)
+    for group, broken in by_group.items():
+        if group not in blind:
+            seeing |= broken
+    flags: list[Flag] = []
+    if "pgd" in by_group:
+        rest = correct & ~by_group["pgd"]
+        flags.append(masking.overstated(int((rest & ~state.survived).sum()), n,
+                                        int(state.survived.sum())))
+        if "fgsm" in by_group:
+            one, many = by_group["fgsm"], by_group["pgd"]
+            flags.append(masking.one_step_beats_many(int((one & ~many).sum()),
+                                                     int((many & ~one).sum()), n))
+    stand = correct & ~seeing
+    flags += [masking.blind_beats_seeing(name, int((by_group[name] & stand).sum()),
+                                         int(stand.sum())) for name in blind if name in by_group]
+    zeros, tried = _zero_gradients(model, data, threat, batch, seed, state.survived)
+    flags.append(masking.zero_gradients(zeros, tried))
+    return tuple(flags)
+
+
+def _zero_gradients(model: PixelModel, data: Images, threat: Threat, batch: int, seed: int,
+                    survived: np.ndarray) -> tuple[int, int]:
+    """Count survivors whose input gradient is exactly zero, at the image and at a random point."""
+    chosen, zeros = np.flatnonzero(survived), 0
+    for first in range(0, len(chosen), batch):
+        rows = chosen[first : first + batch]
+        x, size = _padded(data.pixels[rows], batch)
+        y, _ = _padded(data.labels[rows], batch)
+        start = x + threat.eps * image_noise(x, threat.norm, seed, "zero gradients")
+        flat = torch.ones(size, dtype=torch.bool, device=x.device)
+        for point in (x, start.clamp(*threat.bounds)):
+            # the margin: a saturated softmax rounds cross-entropy's gradient to zero by itself
+            gradient = input_gradient(model, point, y, "margin")[0][:size]
+            flat &= (gradient == 0).flatten(1).all(1)
+        zeros += int(flat.sum())
+    return zeros, len(chosen)

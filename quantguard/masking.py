@@ -1,0 +1,156 @@
+"""Red flags: pure functions from counts of images to a Flag, and the statistics beneath them.
+
+A flag of kind *masked* is about the model: default attacks overstate it. One of kind *unresolved*
+or *undecided* is about our own evaluation: the worst case may not be found, or the images are too
+few to tell.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from statistics import NormalDist
+
+_Z = NormalDist().inv_cdf(0.975)
+
+
+@dataclass(frozen=True)
+class Flag:
+    """Hold one check: what it measured, its threshold, and what that means.
+
+    Attributes:
+        name: short name of the check.
+        kind: ``masked``, ``unresolved`` or ``undecided``.
+        raised: whether it speaks.
+        value: the figure, in per cent or points.
+        threshold: the figure from which it speaks.
+        test: the statistical test.
+        reason: one sentence for the user.
+    """
+
+    name: str
+    kind: str
+    raised: bool
+    value: float
+    threshold: float
+    test: str
+    reason: str
+
+
+def wilson(successes: int, n: int) -> tuple[float, float]:
+    """Return the 95 % Wilson score interval of a proportion (Wilson 1927); (0, 1) for n = 0."""
+    if n == 0:
+        return 0.0, 1.0
+    p, z2 = successes / n, _Z * _Z
+    middle = (p + z2 / (2 * n)) / (1 + z2 / n)
+    half = _Z / (1 + z2 / n) * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n))
+    low = 0.0 if successes == 0 else middle - half
+    high = 1.0 if successes == n else middle + half
+    return low, high
+
+
+def mcnemar(only_first: int, only_second: int) -> float:
+    """Return the two-sided exact McNemar p-value of two paired outcomes (McNemar 1947)."""
+    n, k = only_first + only_second, min(only_first, only_second)
+    if n == 0:
+        return 1.0
+    tail = sum(math.comb(n, i) for i in range(k + 1)) / 2**n
+    return min(1.0, 2 * tail)
+
+
+def _at_most(k: int, n: int, p: float) -> float:
+    """Return P(X <= k), X binomial; summed in logarithms, so that no term overflows."""
+    if p <= 0 or k >= n:
+        return 1.0
+    if p >= 1:
+        return 0.0
+    logs = [math.lgamma(n + 1) - math.lgamma(i + 1) - math.lgamma(n - i + 1)
+            + i * math.log(p) + (n - i) * math.log1p(-p) for i in range(k + 1)]
+    top = max(logs)
+    return min(1.0, math.exp(top) * sum(math.exp(v - top) for v in logs))
+
+
+def clopper_pearson(k: int, n: int, level: float = 0.95) -> tuple[float, float]:
+    """Return the two one-sided exact bounds of a proportion, each at level (Clopper, Pearson 1934)."""
+    def solve(above: Callable[[float], bool]) -> float:
+        low, high = 0.0, 1.0
+        for _ in range(60):
+            middle = (low + high) / 2
+            low, high = (middle, high) if above(middle) else (low, middle)
+        return (low + high) / 2
+    lower = 0.0 if k == 0 else solve(lambda p: 1 - _at_most(k - 1, n, p) < 1 - level)
+    upper = 1.0 if k == n else solve(lambda p: _at_most(k, n, p) > 1 - level)
+    return lower, upper
+
+
+def _share(name: str, k: int, n: int, threshold: float, clear: float, what: str,
+           so: str) -> Flag:
+    """Judge a share k of n: raised above threshold, clear below, undecided between."""
+    value = 100 * k / n if n else 0.0
+    test = (f"one-sided 95 % Clopper-Pearson: raised where the lower bound is over "
+            f"{100 * threshold:g} %, clear where the upper bound is under {100 * clear:g} %")
+    if n == 0:
+        return Flag(name, "unresolved", False, 0.0, 100 * threshold, test, f"{what}: no images.")
+    lower, upper = clopper_pearson(k, n)
+    text = f"{what}: {k} of {n}"
+    if lower > threshold:
+        return Flag(name, "unresolved", True, value, 100 * threshold, test, f"{text}. {so}")
+    if upper < clear:
+        return Flag(name, "unresolved", False, value, 100 * threshold, test, f"{text}.")
+    return Flag(name, "undecided", True, value, 100 * threshold, test,
+                f"{text}: too few images to tell. Evaluate more images.")
+
+
+def overstated(default_only: int, n: int, standing: int) -> Flag:
+    """Say by how much default PGD overstates the model against the union of all attacks.
+
+    Args:
+        default_only: images that survive default PGD and fall to another attack.
+        n: all images.
+        standing: images that survive everything.
+    """
+    points = 100 * default_only / n if n else 0.0
+    p = mcnemar(default_only, 0)
+    raised = points >= 2 and p < 0.01
+    reason = (f"Default PGD overstates this model by {points:.1f} points: "
+              f"{standing + default_only} of {n} images survive it, {standing} survive the union.")
+    return Flag("default attack overstates", "masked", raised, points, 2.0,
+                "at least 2 points and exact McNemar p < .01", reason)
+
+
+def zero_gradients(zeros: int, n: int) -> Flag:
+    """Say whether exactly zero input gradients leave gradient attacks blind."""
+    return _share("zero input gradients", zeros, n, 0.01, 0.02,
+                  "images whose input gradient is exactly zero, at the image and at a random point",
+                  "Gradient attacks are blind there; survival says nothing about robustness.")
+
+
+def one_step_beats_many(one_only: int, many_only: int, n: int) -> Flag:
+    """Say whether FGSM breaks more than PGD, which climbs from the same place."""
+    p = mcnemar(one_only, many_only)
+    raised = one_only > many_only and p < 0.01
+    points = 100 * (one_only - many_only) / n if n else 0.0
+    return Flag("one step beats many", "unresolved", raised, points, 0.0,
+                "FGSM breaks more than PGD, exact McNemar p < .01",
+                f"FGSM alone broke {one_only} images, PGD alone {many_only}."
+                + (" The loss surface misleads the attack." if raised else ""))
+
+
+def blind_beats_seeing(name: str, broken: int, standing: int) -> Flag:
+    """Say whether noise or transfer broke what no white-box attack did.
+
+    Args:
+        name: ``noise`` or ``transfer``.
+        broken: images broken by it and by no white-box attack.
+        standing: images that every white-box attack left standing.
+    """
+    return _share(f"{name} beats white-box", broken, standing, 0.005, 0.02,
+                  f"images that {name} broke and no white-box attack did",
+                  "A stronger white-box attack exists; the figure is not the worst case.")
+
+
+def verdict(flags: tuple[Flag, ...]) -> str:
+    """Return ``resolved``, ``undecided`` or ``unresolved``: the worst of the raised flags."""
+    kinds = {flag.kind for flag in flags if flag.raised}
+    return next((kind for kind in ("unresolved", "undecided") if kind in kinds), "resolved")

@@ -1,0 +1,69 @@
+"""Run a model without leaving a trace on it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def run(model: nn.Module, inputs: Any) -> Any:
+    """Call model with a tensor, or with a dict of its keyword arguments."""
+    return model(**inputs) if isinstance(inputs, dict) else model(inputs)
+
+
+@contextmanager
+def modes_kept(model: nn.Module) -> Iterator[nn.Module]:
+    """Put every module's own train or eval mode back afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        yield model
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[nn.Module]:
+    """Hold model in eval mode, and put every module's own mode back."""
+    with modes_kept(model):
+        model.eval()
+        yield model
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[nn.Module]:
+    """Hold parameters free of gradients: they cost time, and ``.grad`` must not change."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    try:
+        for parameter in trained:
+            parameter.requires_grad_(False)
+        yield model
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Draw from a seed inside the context, and leave the caller's random numbers as they were."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        yield
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Return where model is: where its first parameter or buffer is, else the CPU."""
+    tensors: Iterator[Tensor] = iter((*model.parameters(), *model.buffers()))
+    first = next(tensors, None)
+    return first.device if first is not None else torch.device("cpu")
+
+
+def to_device(inputs: Any, device: torch.device) -> Any:
+    """Move a tensor, or the tensors of a dict."""
+    if isinstance(inputs, dict):
+        return {name: to_device(value, device) for name, value in inputs.items()}
+    return inputs.to(device) if isinstance(inputs, Tensor) else inputs

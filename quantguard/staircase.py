@@ -1,0 +1,323 @@
+"""The staircase function: its forward, its surrogate gradients, its softened twin.
+
+``q(x) = step * (sum_i 1[x > t_i] - zero)``, i = 1..m, t ascending (Rakin, Yi, Gong, Fan 2018,
+arXiv:1807.06714). All functions here are pure: tensors in, tensors out.
+
+Ties go down (``x == t_i`` is not above t_i), +-inf take the outer levels, NaN stays NaN.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+MODES = ("ramp", "ste", "sigmoid", "parent")
+# Up to here a comparison per boundary beats a binary search per element.
+_COMPARE_UP_TO = 31
+# Elements per block: a block and its temporaries stay in a core's cache.
+_BLOCK = 1 << 17
+
+
+class Surrogate(NamedTuple):
+    """Name the gradient of a staircase: mode, and the dimensionless sharpness k of ``sigmoid``."""
+
+    mode: str = "ramp"
+    k: float = 8.0
+
+
+class Windows(NamedTuple):
+    """Hold each threshold's window: edges (..., m + 1) ascending, widths (..., m) positive."""
+
+    edges: Tensor
+    widths: Tensor
+
+
+def windows(t: Tensor, width: Tensor) -> Windows:
+    """Return the windows of thresholds t.
+
+    Window i runs from midpoint to midpoint of neighbouring thresholds, the end gaps repeated
+    outwards, so that w_i is the mean of the two adjacent gaps; one threshold alone has ``width``.
+
+    Args:
+        t: (..., m), ascending.
+        width: (...), used only where m is 1.
+    """
+    if t.shape[-1] == 1:
+        half = (width / 2).unsqueeze(-1)
+        return Windows(torch.cat([t - half, t + half], -1), width.unsqueeze(-1).expand_as(t))
+    middles = (t[..., 1:] + t[..., :-1]) / 2
+    gaps = t[..., 1:] - t[..., :-1]
+    edges = torch.cat([t[..., :1] - gaps[..., :1] / 2, middles, t[..., -1:] + gaps[..., -1:] / 2], -1)
+    return Windows(edges, edges[..., 1:] - edges[..., :-1])
+
+
+def _blocks(*tensors: Tensor, axis: int | None) -> Iterator[tuple[Tensor, ...]]:
+    """Cut tensors of one layout into pieces that stay in cache; flat where no channel matters."""
+    first = tensors[0]
+    if axis is None:
+        order = sorted(range(first.dim()), key=first.stride, reverse=True)
+        flat = [x.permute(order).reshape(-1) for x in tensors]
+        size = _BLOCK if first.device.type == "cpu" else max(first.numel(), 1)
+        for start in range(0, first.numel(), size):
+            yield tuple(x[start : start + size] for x in flat)
+    elif first.device.type != "cpu" or axis == 0 or first.numel() <= _BLOCK:
+        yield tensors
+    else:
+        rows = max(1, _BLOCK * first.shape[0] // max(first.numel(), 1))
+        for start in range(0, first.shape[0], rows):
+            yield tuple(x[start : start + rows] for x in tensors)
+
+
+def _dense(x: Tensor) -> Tensor:
+    """Return x with gapless strides, in its own memory order where it has one."""
+    order = sorted(range(x.dim()), key=x.stride, reverse=True)
+    return x if x.permute(order).is_contiguous() else x.contiguous()
+
+
+def _like(x: Tensor, layout: Tensor) -> Tensor:
+    """Return x in the memory order of layout."""
+    if x.stride() == layout.stride():
+        return x
+    return torch.empty_strided(layout.shape, layout.stride(), dtype=x.dtype,
+                               device=x.device).copy_(x)
+
+
+def _spread(values: Tensor, x: Tensor, axis: int | None) -> list[Any]:
+    """Return the last dimension of values as a list that broadcasts against blocks of x."""
+    if axis is None:
+        return list(values.tolist()) if values.device.type == "cpu" else list(values.unbind(-1))
+    shape = [1] * x.dim()
+    shape[axis] = -1
+    return [v.reshape(shape) for v in values.unbind(-1)]
+
+
+def _count(x: Tensor, bounds: Tensor, axis: int | None, out: Tensor) -> None:
+    """Write into out, for each element of the block x, how many of the ascending bounds are < x."""
+    levels = bounds.shape[-1]
+    if levels <= _COMPARE_UP_TO:
+        above = torch.empty(x.shape, dtype=torch.bool, device=x.device)
+        for j, bound in enumerate(_spread(bounds, x, axis)):
+            torch.gt(x, bound, out=above)
+            out.copy_(above) if j == 0 else out.add_(above)
+    elif axis is None:
+        out.copy_(torch.bucketize(x, bounds))
+    else:
+        rows = x.movedim(axis, 0)
+        counts = torch.searchsorted(bounds, rows.reshape(rows.shape[0], -1).contiguous())
+        out.copy_(counts.reshape(rows.shape).movedim(0, axis))
+
+
+def _values(count: Tensor, x: Tensor, step: Any, zero: Tensor, out: Tensor) -> None:
+    """Write ``step * (count - zero)`` into out; a NaN input stays NaN, as it does in ReLU."""
+    value = count.to(torch.float32).sub_(zero).mul_(step)
+    out.copy_(value.masked_fill_(x != x, float("nan")))
+
+
+def _code_type(m: int) -> torch.dtype:
+    return torch.uint8 if 2 * m + 2 <= 256 else torch.int16
+
+
+def _sum_to(x: Tensor, axis: int | None) -> Tensor:
+    """Sum over all but the channel axis, in double: partial sums of blocks must not drift."""
+    if axis is None:
+        return x.sum(dtype=torch.float64)
+    return x.sum(dim=[d for d in range(x.dim()) if d != axis], dtype=torch.float64)
+
+
+def _histogram(weights: Tensor, code: Tensor, codes: int, axis: int | None) -> Tensor:
+    """Sum weights by code: (codes,), or (C, codes) per channel."""
+    if axis is None:
+        return torch.bincount(code.reshape(-1), weights.reshape(-1), minlength=codes)
+    rows = code.movedim(axis, 0).flatten(1).long()
+    rows += codes * torch.arange(rows.shape[0], device=code.device).unsqueeze(1)
+    sums = torch.bincount(rows.reshape(-1), weights.movedim(axis, 0).reshape(-1),
+                          minlength=codes * rows.shape[0])
+    return sums.reshape(-1, codes)
+
+
+def _look_up(table: Tensor, code: Tensor, axis: int | None) -> Tensor:
+    """Return ``table[..., code]`` elementwise."""
+    if axis is None:
+        return table.index_select(0, code.reshape(-1).int()).reshape(code.shape)
+    rows = code.movedim(axis, 0)
+    return table.gather(1, rows.flatten(1).long()).reshape(rows.shape).movedim(0, axis)
+
+
+class _Windowed(torch.autograd.Function):
+    """The staircase with a slope that is constant inside a window: ``ramp``, ``ste``, ``parent``.
+
+    Backward needs one code an element (window and side; a byte up to 7 bits) and, for ``parent``
+    where f is absorbed, a mask of f'.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, t: Tensor, step: Tensor, width: Tensor, zero: Tensor,
+                mode: str, gate: tuple[float, float] | None, axis: int | None) -> Tensor:
+        x = _dense(x)
+        out = torch.empty_like(x)
+        m = t.shape[-1]
+        one_step = _spread(step.unsqueeze(-1), x, axis)[0]
+        if not any(ctx.needs_input_grad):
+            for xs, ys in _blocks(x, out, axis=axis):
+                count = torch.empty_like(xs, dtype=_code_type(m))
+                _count(xs.float(), t, axis, count)
+                _values(count, xs, one_step, zero, ys)
+            return out
+        edges, widths = windows(t, width)
+        # edge, threshold, edge, ..., threshold, edge: code 2i - 1 is window i left of t_i, 2i right.
+        bounds = torch.cat([torch.stack([edges[..., :-1], t], -1).flatten(-2), edges[..., -1:]], -1)
+        code = torch.empty_like(x, dtype=_code_type(m))
+        for xs, ys, cs in _blocks(x, out, code, axis=axis):
+            _count(xs.float(), bounds, axis, cs)
+            _values(cs >> 1, xs, one_step, zero, ys)
+        derivative = None
+        if mode == "parent" and gate is not None:
+            derivative = (x > gate[0]) & (x < gate[1])
+        ctx.save_for_backward(code, derivative, step, widths, edges)
+        ctx.zero, ctx.mode, ctx.axis = zero, mode, axis
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        code, derivative, step, widths, edges = ctx.saved_tensors
+        axis, m = ctx.axis, widths.shape[-1]
+        codes = 2 * m + 2
+        needs_x, needs_t, needs_step, *_ = ctx.needs_input_grad
+        grad = _like(grads[0], code)
+        slopes = step.unsqueeze(-1) / widths
+        if ctx.mode != "ramp":
+            slopes = (m * step / (edges[..., -1] - edges[..., 0])).unsqueeze(-1).expand_as(widths)
+        outside = slopes[..., :1] if ctx.mode == "parent" else torch.zeros_like(slopes[..., :1])
+        table = torch.cat([outside, slopes.repeat_interleave(2, -1), slopes[..., -1:] * (
+            ctx.mode == "parent")], -1)
+        grad_x = torch.empty_like(grad)
+        through, plain = (torch.zeros(*step.shape, codes, dtype=torch.float64, device=step.device)
+                          for _ in range(2))
+        blocks = [grad, code, grad_x] + ([] if derivative is None else [derivative])
+        for gs, cs, outs, *ds in _blocks(*blocks, axis=axis):
+            gs = gs.float()
+            if needs_step:
+                plain += _histogram(gs, cs, codes, axis)
+            if ds:
+                gs = gs * ds[0]
+            if needs_t:
+                through += _histogram(gs, cs, codes, axis)
+            if needs_x:
+                outs.copy_(gs * _look_up(table, cs, axis))
+        by_window = through[..., 1:-1].unflatten(-1, (m, 2)).sum(-1)
+        level = torch.arange(codes, device=step.device) // 2 - ctx.zero
+        return (grad_x if needs_x else None,
+                (-by_window * slopes).to(widths.dtype) if needs_t else None,
+                (plain * level).sum(-1).to(step.dtype) if needs_step else None,
+                None, None, None, None, None)
+
+
+class _Bell(torch.autograd.Function):
+    """The staircase (hard) or its softened twin, both with the twin's gradient.
+
+    ``dq/dx = sum_i step k/w_i s_i (1 - s_i)``, s_i = sigma(k (x - t_i) / w_i), sigma logistic.
+    For x alone the slope is kept; thresholds need every bell apart, so then x is kept instead.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, t: Tensor, step: Tensor, width: Tensor, zero: Tensor,
+                k: float, hard: bool, axis: int | None) -> Tensor:
+        x = _dense(x)
+        out = torch.empty_like(x)
+        widths = windows(t, width).widths
+        needs_x, needs_t, *_ = ctx.needs_input_grad
+        keep_slope = needs_x and not needs_t
+        slope = torch.empty_like(x) if keep_slope else None
+        centers, sharpness = _spread(t, x, axis), _spread(k / widths, x, axis)
+        one_step = _spread(step.unsqueeze(-1), x, axis)[0]
+        for xs, ys, *ss in _blocks(*([x, out] if slope is None else [x, out, slope]), axis=axis):
+            wide = xs.float()
+            if keep_slope or not hard:
+                value, bells = torch.zeros_like(wide), torch.zeros_like(wide)
+                for center, sharp in zip(centers, sharpness, strict=True):
+                    s = torch.sub(wide, center).mul_(sharp).sigmoid_()
+                    value.add_(s)
+                    if keep_slope:
+                        bells.add_(torch.addcmul(s, s, s, value=-1).mul_(sharp))
+                if keep_slope:
+                    ss[0].copy_(bells.mul_(one_step))
+            if hard:
+                count = torch.empty_like(xs, dtype=_code_type(t.shape[-1]))
+                _count(wide, t, axis, count)
+                _values(count, xs, one_step, zero, ys)
+            else:
+                ys.copy_(value.sub_(zero).mul_(one_step))
+        ctx.save_for_backward(slope, x.clone() if needs_t else None,
+                              out if ctx.needs_input_grad[2] else None, t, step, widths)
+        ctx.k, ctx.axis = k, axis
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        slope, x, out, t, step, widths = ctx.saved_tensors
+        axis = ctx.axis
+        needs_x, needs_t, needs_step, *_ = ctx.needs_input_grad
+        layout = next(saved for saved in (slope, x, out) if saved is not None)
+        grad = _like(grads[0], layout)
+        grad_x = grad * slope if slope is not None else None
+        grad_t = grad_step = None
+        if needs_step:
+            by_level = torch.zeros_like(step, dtype=torch.float64)
+            for gs, ys in _blocks(grad, out, axis=axis):
+                by_level += _sum_to(gs.float() * ys.float(), axis)
+            grad_step = (by_level / step).to(step.dtype)
+        if needs_t:
+            grad_x = torch.empty_like(grad)
+            centers, sharpness = _spread(t, x, axis), _spread(ctx.k / widths, x, axis)
+            one_step = _spread(step.unsqueeze(-1), x, axis)[0]
+            shares = torch.zeros_like(t, dtype=torch.float64)
+            for gs, xs, outs in _blocks(grad, x, grad_x, axis=axis):
+                wide, total = xs.float(), torch.zeros_like(gs, dtype=torch.float32)
+                steep = gs.float() * one_step
+                for i, (center, sharp) in enumerate(zip(centers, sharpness, strict=True)):
+                    s = torch.sub(wide, center).mul_(sharp).sigmoid_()
+                    bell = torch.addcmul(s, s, s, value=-1).mul_(sharp).mul_(steep)
+                    shares[..., i] -= _sum_to(bell, axis)
+                    total.add_(bell)
+                outs.copy_(total)
+            grad_t = shares.to(t.dtype)
+        return (grad_x if needs_x else None, grad_t, grad_step, None, None, None, None, None)
+
+
+def staircase(x: Tensor, t: Tensor, step: Tensor, width: Tensor, zero: Tensor,
+              surrogate: Surrogate = Surrogate(), gate: tuple[float, float] | None = None,
+              axis: int | None = None) -> Tensor:
+    """Quantize x: ``step * (#{i: x > t_i} - zero)``.
+
+    Args:
+        x: any shape, floating point; computed in float32, returned in its own type and memory
+            order.
+        t: (m,) thresholds, ascending; (C, m) per channel.
+        step: () or (C,), positive.
+        width: () or (C,), the window where m is 1.
+        zero: (), the level that is 0; 2 * zero is an integer.
+        surrogate: the gradient; the forward bits do not depend on it.
+        gate: (lo, hi) outside which the derivative of an absorbed f is 0 (mode ``parent``).
+        axis: the channel dimension of x where thresholds are per channel.
+    """
+    if surrogate.mode == "sigmoid":
+        return _apply(_Bell, x, t, step, width, zero, surrogate.k, True, axis)
+    return _apply(_Windowed, x, t, step, width, zero, surrogate.mode, gate, axis)
+
+
+def soft_staircase(x: Tensor, t: Tensor, step: Tensor, width: Tensor, zero: Tensor, k: float,
+                   axis: int | None = None) -> Tensor:
+    """Return the softened twin ``step * (sum_i sigma(k (x - t_i) / w_i) - zero)``.
+
+    sigma is the logistic function; w_i is held constant; k grows from 2 (smooth) towards infinity
+    (q itself). Arguments as in :func:`staircase`.
+    """
+    return _apply(_Bell, x, t, step, width, zero, k, False, axis)
+
+
+def _apply(function: Any, *args: Any) -> Tensor:
+    result: Tensor = function.apply(*args)
+    return result
