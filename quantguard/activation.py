@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -90,7 +90,7 @@ class QuantActivation(nn.Module):
         self._start_from(torch.arange(m).add(0.5).expand(shape), torch.ones(shape[:-1]),
                          torch.ones(shape[:-1]), torch.zeros(()))
         self._state = _State()
-        self._collector: Callable[[Tensor], None] | None = None
+        self._listener: Callable[[Tensor], None] | None = None
 
     def _start_from(self, t: Tensor, step: Tensor, width: Tensor, zero: Tensor) -> None:
         for name, value in (("base", t), ("base_step", step), ("base_width", width),
@@ -143,25 +143,19 @@ class QuantActivation(nn.Module):
         """
         device = self.base.device
         t = torch.as_tensor(thresholds, dtype=torch.float32, device=device)
-        size = torch.as_tensor(step, dtype=torch.float32, device=device)
         rows = t.shape[:-1]
+        size = _per_row(step, rows, device, "step")
         if t.dim() != self.base.dim() or t.shape[-1] != self.spec.thresholds:
             raise SpecError(f"thresholds have shape {tuple(t.shape)}, but {self.spec} has "
                             f"{'(C, m)' if self.spec.per_channel else '(m,)'}, "
                             f"m = {self.spec.thresholds}")
         if not torch.isfinite(t).all() or not (t[..., 1:] > t[..., :-1]).all():
             raise SpecError(f"thresholds must be finite and strictly ascending: {t.tolist()}")
-        if not torch.isfinite(size).all() or not (size > 0).all():
-            raise SpecError(f"step must be positive: {size.tolist()}")
         if (2 * zero) % 1:
             raise SpecError(f"zero={zero} must be a multiple of 1/2")
-        size = size.expand(rows)
         if width is None:
             width = torch.where(t[..., 0] > 0, 2 * t[..., 0], size) if zero == 0 else size
-        wide = torch.as_tensor(width, dtype=torch.float32, device=device).expand(rows)
-        if not (wide > 0).all():
-            raise SpecError(f"width must be positive: {wide.tolist()}")
-        self._start_from(t, size, wide, torch.tensor(float(zero), device=device))
+        self._start_from(t, size, _per_row(width, rows, device, "width"), torch.tensor(float(zero), device=device))
 
     @property
     def thresholds(self) -> Tensor:
@@ -200,10 +194,12 @@ class QuantActivation(nn.Module):
         action = self._state.action
         if action in ("bypass", "observe"):
             y = self.function(x)
-            if action == "observe" and self._collector is not None:
-                self._collector(y)
+            if action == "observe" and self._listener is not None:
+                self._listener(y)
         else:
             z = x if self.absorbs else self.function(x)
+            if self._listener is not None:
+                self._listener(z)
             t, step, axis = self.thresholds, self.step, self.axis
             window = self._window(t)
             if action == "soften":
@@ -228,6 +224,19 @@ class QuantActivation(nn.Module):
             if self.spec.per_channel and base is not None and base.shape[0] != self.base.shape[0]:
                 self._start_from(base, base[..., 0], base[..., 0], self.zero_level)
             super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def _per_row(value: Tensor | float, rows: torch.Size, device: torch.device, name: str) -> Tensor:
+    """Return one positive number, or one per row, in the shape of rows."""
+    size = torch.as_tensor(value, dtype=torch.float32, device=device)
+    if size.numel() == 1:
+        size = size.reshape(()).expand(rows)
+    if size.shape != rows:
+        raise SpecError(f"{name} has shape {tuple(size.shape)}, expected one number"
+                        + (f" or {tuple(rows)}" if rows else ""))
+    if not torch.isfinite(size).all() or not (size > 0).all():
+        raise SpecError(f"{name} must be positive: {size.tolist()}")
+    return size
 
 
 def staircases(model: nn.Module) -> dict[str, QuantActivation]:
@@ -292,15 +301,22 @@ def soften(model: nn.Module, k: float) -> Iterator[nn.Module]:
 
 
 @contextmanager
-def observing(model: nn.Module,
-              collectors: dict[str, Callable[[Tensor], None]]) -> Iterator[nn.Module]:
-    """Run in float, handing what each named activation puts out to its collector."""
+def listening(model: nn.Module,
+              listeners: Mapping[str, Callable[[Tensor], None]]) -> Iterator[nn.Module]:
+    """Hand what each named staircase quantizes to its listener, before it is quantized."""
     modules = staircases(model)
     try:
-        for name, collector in collectors.items():
-            modules[name]._collector = collector
-        with _switched(model, {"action": "observe"}):
-            yield model
+        for name, listener in listeners.items():
+            modules[name]._listener = listener
+        yield model
     finally:
         for module in modules.values():
-            module._collector = None
+            module._listener = None
+
+
+@contextmanager
+def observing(model: nn.Module,
+              listeners: Mapping[str, Callable[[Tensor], None]]) -> Iterator[nn.Module]:
+    """Run in float, handing what each named activation f puts out to its listener."""
+    with listening(model, listeners), _switched(model, {"action": "observe"}):
+        yield model

@@ -83,8 +83,8 @@ def load_data(spec: str, split: Split, *, batch_size: int = 128, size: int | Non
 
     Args:
         spec: one of ``DATA_HELP``. Without ROOT, Fashion-MNIST comes from the Debian package
-            ``dataset-fashion-mnist``; it, MNIST and CIFAR-10 otherwise from ``~/.cache/quantguard``,
-            downloaded to there.
+            ``dataset-fashion-mnist``; otherwise it, MNIST and CIFAR-10 are downloaded to and read
+            from ``~/.cache/quantguard``.
         split: ``train`` (shuffled) or ``test`` (in order).
         batch_size: images per batch; the last batch may be smaller.
         size: the shorter side is resized to it, then its middle is cropped.
@@ -171,7 +171,8 @@ def _idx_set(name: str, root: str | None, split: Split, size: int | None,
             raise DataError(f"the download of {name} left no {files[0]} in {_cache() / raw}")
     images, labels = _read_idx(paths[0], 3), _read_idx(paths[1], 1)
     if len(images) != len(labels):
-        raise DataError(f"{paths[0]} holds {len(images)} images and {paths[1]} {len(labels)} labels")
+        raise DataError(f"{paths[0]} holds {len(images)} images and {paths[1]} {len(labels)} "
+                        "labels")
     return _Source(TensorDataset(images.unsqueeze(1), labels), 1, size)
 
 
@@ -290,13 +291,14 @@ def _imagefolder(root: str | None, split: Split, size: int | None, augment: bool
         raise DataError(f"{folder} does not exist",
                         fix="An image folder is DIR/train/CLASS/IMAGE and DIR/val/CLASS/IMAGE.")
     _check_classes(Path(root, "train"), Path(root, "val"))
-    crop = transforms.Compose([transforms.Resize(size), transforms.CenterCrop(size)])
+    steps = [transforms.PILToTensor()]
     if augment and size is not None and size > 64:
-        crop = transforms.RandomResizedCrop(size, scale=(0.35, 1.0))
-    steps = ([] if size is None else [crop]) + [transforms.PILToTensor()]
+        steps = [transforms.RandomResizedCrop(size, scale=(0.35, 1.0)), *steps]
+    elif size is not None:
+        steps = [transforms.Resize(size), transforms.CenterCrop(size), *steps]
     try:
         items = datasets.ImageFolder(folder, transforms.Compose(steps), loader=_open_image)
-    except (FileNotFoundError, OSError) as error:  # torchvision: no class, or a class without images
+    except OSError as error:  # torchvision: no class, or a class without images
         raise DataError(f"{folder} does not hold images in class folders",
                         why=str(error)) from error
     mode = _check_folder([path for path, _ in items.samples], folder, size)
@@ -308,8 +310,9 @@ def _check_classes(train: Path, val: Path) -> None:
     if not (train.is_dir() and val.is_dir()):
         return
     names = [{entry.name for entry in os.scandir(part) if entry.is_dir()} for part in (train, val)]
-    problems = [f"only in {part}: {', '.join(sorted(only)[:5])}" + (", ..." if len(only) > 5 else "")
-                for part, only in ((train, names[0] - names[1]), (val, names[1] - names[0])) if only]
+    extra = ((train, names[0] - names[1]), (val, names[1] - names[0]))
+    problems = [f"only in {part}: {', '.join(sorted(only)[:5])}" + ", ..." * (len(only) > 5)
+                for part, only in extra if only]
     if problems:
         raise DataError(f"{train} and {val} do not hold the same classes", why="; ".join(problems),
                         fix="A class's number is its place in the sorted names, so both need all.")
@@ -396,8 +399,8 @@ def _statistic(name: str, value: Sequence[float] | float | None, channels: int) 
         return None
     numbers = torch.tensor(value, dtype=torch.float32).reshape(-1)
     if len(numbers) not in (1, channels):
-        raise DataError(f"{name} has {len(numbers)} numbers and the images have {channels} channels",
-                        fix=f"Give 1 or {channels}.")
+        raise DataError(f"{name} has {len(numbers)} numbers and the images have {channels} "
+                        "channels", fix=f"Give 1 or {channels}.")
     if not numbers.isfinite().all() or (name == "std" and numbers.min() <= 0):
         raise DataError(f"{name}={value!r} must be finite" + (" and positive" * (name == "std")))
     return numbers.view(-1, 1, 1)
@@ -416,6 +419,7 @@ def unpack(batch: Any) -> tuple[Tensor | dict[str, Any], Tensor | None]:
     Raises:
         DataError: anything else.
     """
+    kind = type(batch).__name__
     fix = "A loader yields a tensor, (images, labels), or a dict with the model's names and labels."
     labels: Any = None
     if isinstance(batch, Mapping):
@@ -429,12 +433,13 @@ def unpack(batch: Any) -> tuple[Tensor | dict[str, Any], Tensor | None]:
     elif isinstance(batch, (tuple, list)):
         if len(batch) not in (1, 2):
             kinds = ", ".join(type(item).__name__ for item in batch)
-            raise DataError(f"a batch is a {type(batch).__name__} of {len(batch)}: ({kinds})", fix=fix)
+            raise DataError(f"a batch is a {kind} of {len(batch)}: ({kinds})", fix=fix)
         inputs, labels = (batch[0], batch[1]) if len(batch) == 2 else (batch[0], None)
     else:
         inputs = batch
     if not isinstance(inputs, (Tensor, dict)):
-        raise DataError(f"a batch's model input is a {type(inputs).__name__}, not a tensor", fix=fix)
+        raise DataError(f"a batch's model input is a {type(inputs).__name__}, not a tensor",
+                        fix=fix)
     if labels is not None and not isinstance(labels, Tensor):
         raise DataError(f"a batch's labels are a {type(labels).__name__}, not a tensor",
                         fix="Give an integer tensor of shape (N,).")
@@ -492,7 +497,8 @@ def check_labels(y: Tensor, classes: int | None, where: str) -> None:
         return
     smallest, largest = int(y.min()), int(y.max())
     if smallest < 0 or (classes is not None and largest >= classes):
-        limit = "0 or more" if classes is None else f"0..{classes - 1}: the model has {classes} outputs"
+        limit = "0 or more" if classes is None else (
+            f"0..{classes - 1}: the model has {classes} outputs")
         raise DataError(f"{where}: labels are {smallest}..{largest}, and must be {limit}")
 
 

@@ -10,7 +10,6 @@ import pickletools
 import re
 import sys
 import zipfile
-from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import is_dataclass
@@ -187,16 +186,16 @@ def read_pickle(file: BinaryIO, where: str, *, trust: bool = False) -> object:
         except Exception as error:  # whatever a hostile or damaged file makes the readers raise
             raise _unreadable(where, error) from error
         file.seek(0)
+    elif start[:2] != b"\x80\x02":
+        raise _unreadable(where, ValueError("neither a zip nor a pickle of protocol 2"))
     allowed = {name: _allowed(name) for name in names}
     refused = sorted(name for name, value in allowed.items() if value is None)
     if not refused and names:
         refused = _check_calls(code, allowed, where)
     if refused:
         raise _refusal(where, refused)
-    # Only what the user has not registered: leaving safe_globals removes what it was given.
-    present = torch.serialization.get_safe_globals()
-    fresh = [(value, name) for name, value in allowed.items() if (value, name) not in present]
-    with torch.serialization.safe_globals(fresh):  # type: ignore[arg-type]
+    # What the user registered is not among `names`, so leaving this context removes only ours.
+    with torch.serialization.safe_globals([(value, name) for name, value in allowed.items()]):
         return _torch_load(file, where, weights_only=True)
 
 
@@ -260,9 +259,8 @@ def _check_calls(code: bytes, allowed: Mapping[str, Any], where: str) -> list[st
         for opcode, argument, _ in pickletools.genops(code):
             op = opcode.name
             if op == "GLOBAL":
+                # The reader renames Python 2's modules; none of those becomes one of `allowed`.
                 module, name = str(argument).split(" ")
-                module, name = NAME_MAPPING.get((module, name),
-                                                (IMPORT_MAPPING.get(module, module), name))
                 stack.append(_Global(f"{module}.{name}"))
             elif op in ("BINPUT", "LONG_BINPUT"):
                 memo[int(argument or 0)] = stack[-1]
@@ -411,7 +409,7 @@ def _unwrap(model: nn.Module, path: Path) -> nn.Module:
 
 
 def _fill(model: nn.Module, state: Mapping[str, Any], path: Path, arch: str) -> None:
-    """Load ``state`` into ``model``: every key, every shape, or one error that lists what differs."""
+    """Load ``state`` into ``model``: every key and shape, or one error that lists the rest."""
     own = model.state_dict()
 
     def strip(key: str) -> str:
@@ -421,8 +419,9 @@ def _fill(model: nn.Module, state: Mapping[str, Any], path: Path, arch: str) -> 
             k.startswith("module.") for k in own):
         state = {strip(k).removeprefix("module."): v for k, v in state.items()}
     state = {strip(k): v for k, v in state.items()}
-    shapes = [(k, tuple(v.shape), tuple(own[k].shape)) for k, v in state.items()
-              if isinstance(v, Tensor) and isinstance(own.get(k), Tensor) and v.shape != own[k].shape]
+    both = [(k, v, own.get(k)) for k, v in state.items()]
+    shapes = [(k, tuple(v.shape), tuple(o.shape)) for k, v, o in both
+              if isinstance(v, Tensor) and isinstance(o, Tensor) and v.shape != o.shape]
     # Files from before torch 0.4 lack this counter, which changes nothing in eval mode.
     missing = [k for k in own if k not in state and not k.endswith("num_batches_tracked")]
     unexpected = [k for k in state if k not in own]

@@ -11,6 +11,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, TensorDataset
+
 from quantguard import data
 from quantguard.data import (
     check_images,
@@ -24,8 +27,6 @@ from quantguard.data import (
 )
 from quantguard.errors import DataError, SpecError
 from quantguard.spec import Threat
-from torch import Tensor
-from torch.utils.data import DataLoader, TensorDataset
 
 
 def everything(loader: DataLoader[Any]) -> tuple[Tensor, Tensor]:
@@ -145,7 +146,8 @@ def idx(array: np.ndarray[Any, np.dtype[np.uint8]]) -> bytes:
     return header + array.tobytes()
 
 
-def write_mnist(folder: Path, part: str = "t10k", count: int = 5, labels: int | None = None) -> None:
+def write_mnist(folder: Path, part: str = "t10k", count: int = 5,
+                labels: int | None = None) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     images = np.arange(count * 28 * 28, dtype=np.uint8).reshape(count, 28, 28)
     (folder / f"{part}-images-idx3-ubyte").write_bytes(idx(images))
@@ -528,7 +530,8 @@ def test_pixels_there_and_back_per_channel() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_snap_undoes_the_rounding_of_a_normalisation(dtype: torch.dtype) -> None:
-    raw = torch.arange(256, dtype=torch.uint8).float().div(255).view(1, 1, 16, 16).repeat(1, 3, 1, 1)
+    raw = torch.arange(256, dtype=torch.uint8).float().div(255).view(1, 1, 16, 16)
+    raw = raw.repeat(1, 3, 1, 1)
     threat = Threat(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
     back = to_pixels(from_pixels(raw.to(dtype), threat), threat)
     assert torch.equal(snap(back, (0, 1)), raw.to(dtype))

@@ -1,0 +1,252 @@
+"""Our own file: one zip of a manifest, safetensors, and a skeleton. Loading never runs its code.
+
+``manifest.json`` says which sites got which staircase, ``weights.safetensors`` holds every
+tensor, and the skeleton is an arch spec (``torchvision:`` or ``timm:``) or a pickle of the float
+model without its weights, read through the allow-list of models.py. The conversion is carried out
+again on loading.
+"""
+
+from __future__ import annotations
+
+import copy
+import io
+import json
+import os
+import zipfile
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .activation import staircases
+from .audit import Audit
+from .errors import LoadError, QuantguardError
+from .models import build_arch, is_our_file, load_model, read_pickle
+from .rewrite import Conversion, carry_out, conversion_of, restore, unwrap
+from .sites import Plan, find_sites
+from .spec import QuantSpec
+
+FORMAT = 1
+# Factories that a manifest may name: others are code of somebody else's choosing.
+_SAFE_ARCHES = ("torchvision:", "timm:")
+
+
+def save(model: nn.Module, path: str | os.PathLike[str], *, arch: str | None = None) -> None:
+    """Write a converted (or float) model to one file that :func:`load` reads.
+
+    The file is written beside path and renamed, so that what was there is never half gone.
+
+    Args:
+        model: the model; wrappers such as DataParallel are taken off.
+        path: where to.
+        arch: the spec that builds the float model, where one does.
+
+    Raises:
+        LoadError: staircases that quantguard did not put there, or state that is no tensor.
+    """
+    model = unwrap(model)
+    done = conversion_of(model)
+    if staircases(model) and done is None:
+        raise LoadError(f"{type(model).__name__} holds staircases that convert did not place",
+                        fix="Save its state_dict with torch.save, and build it in your own code.")
+    tensors, aliases = _unique(model)
+    manifest: dict[str, Any] = {
+        "format": FORMAT, "class": f"{type(model).__module__}.{type(model).__qualname__}",
+        "arch": arch, "training": model.training, "aliases": aliases,
+        "sites": _sites(done.plan) if done else None,
+        "audit": asdict(done.audit) if done and done.audit else None}
+    files = {"weights.safetensors": _safetensors(tensors)}
+    if arch is None or not arch.startswith(_SAFE_ARCHES):
+        skeleton = _skeleton(model if done is None else restore(model))
+        if skeleton is not None:
+            files["skeleton.pt"] = skeleton
+    target = Path(path)
+    beside = target.with_name(target.name + ".tmp")
+    try:
+        with zipfile.ZipFile(beside, "w") as file:
+            file.writestr("manifest.json", json.dumps(manifest, indent=1))
+            for name, content in files.items():
+                file.writestr(name, content)
+        os.replace(beside, target)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def load(path: str | os.PathLike[str], *, model: nn.Module | None = None) -> nn.Module:
+    """Read a model that :func:`save` or the command line wrote.
+
+    No code in the file is run: classes come from torch, torchvision, timm and quantguard only.
+
+    Args:
+        path: the file.
+        model: the float model, where the file cannot rebuild its class; it is copied.
+
+    Raises:
+        LoadError: not such a file, damaged, or of a class that only ``model=`` can give.
+    """
+    where = os.fspath(path)
+    if not Path(path).is_file() or not is_our_file(path):
+        raise LoadError(f"{where} is not a file of quantguard",
+                        fix="quantguard convert makes one from a torch file.")
+    try:
+        with zipfile.ZipFile(path) as file:
+            manifest = json.loads(file.read("manifest.json"))
+            weights = file.read("weights.safetensors")
+            skeleton = file.read("skeleton.pt") if "skeleton.pt" in file.namelist() else None
+        if manifest["format"] != FORMAT:
+            raise LoadError(f"{where} has format {manifest['format']}, this version reads {FORMAT}")
+        float_model = _float_model(manifest, skeleton, model, where)
+        state = _read_safetensors(weights)
+        state |= {alias: state[name] for alias, name in manifest["aliases"].items()}
+        plan = _plan(manifest, float_model, where)
+    except (KeyError, TypeError, ValueError, zipfile.BadZipFile, OSError) as error:
+        if isinstance(error, QuantguardError):
+            raise
+        raise LoadError(f"{where} is damaged", why=f"{type(error).__name__}: {error}") from error
+    result = _materialised(float_model) if plan is None else _materialised(
+        carry_out(float_model, plan))
+    try:
+        result.load_state_dict(state, strict=True)
+    except RuntimeError as error:
+        raise LoadError(f"the tensors of {where} do not fit {manifest['class']}",
+                        why=str(error).splitlines()[-1].strip(),
+                        fix="Pass model= with the float model that was converted.") from error
+    if model is not None or skeleton is None:
+        result.train(manifest["training"])
+    if plan is not None:
+        told = manifest["audit"]
+        audit = None if told is None else Audit(tuple(told["ran"]), tuple(told["left"]),
+                                                told["identical"])
+        result.__dict__["quantguard"] = Conversion(plan, audit)
+    return result
+
+
+def open_model(spec: str, *, arch: str | None = None, trust: bool = False) -> nn.Module:
+    """Return the model that MODEL names on the command line: our file, a torch file, or an arch.
+
+    Raises:
+        LoadError: none of these, or one that may not be read without ``trust``.
+    """
+    if Path(spec).is_file() and is_our_file(spec):
+        return load(spec, model=build_arch(arch) if arch else None)
+    return load_model(spec, arch=arch, trust=trust)
+
+
+def _unique(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return the state dict without tensors that are there twice, and those by name."""
+    first: dict[tuple[Any, ...], str] = {}
+    tensors: dict[str, Tensor] = {}
+    aliases: dict[str, str] = {}
+    for name, value in model.state_dict().items():
+        if not isinstance(value, Tensor):
+            raise LoadError(f"{name!r} in the state of {type(model).__name__} is a "
+                            f"{type(value).__name__}, not a tensor")
+        key = (value.data_ptr(), value.shape, value.stride(), value.dtype)
+        if value.numel() and key in first:
+            aliases[name] = first[key]
+        else:
+            first[key] = name
+            tensors[name] = value.detach().cpu().contiguous().clone()
+    return tensors, aliases
+
+
+def _safetensors(tensors: dict[str, Tensor]) -> bytes:
+    import safetensors.torch
+    return safetensors.torch.save(tensors)
+
+
+def _read_safetensors(content: bytes) -> dict[str, Tensor]:
+    import safetensors.torch
+    try:
+        return safetensors.torch.load(content)
+    except Exception as error:
+        raise ValueError(f"weights.safetensors: {error}") from error
+
+
+def _sites(plan: Plan) -> list[dict[str, Any]]:
+    return [{"name": s.name, "kind": s.kind, "reason": s.reason,
+             "spec": asdict(s.spec) if s.spec else None} for s in plan.sites]
+
+
+def _plan(manifest: dict[str, Any], model: nn.Module, where: str) -> Plan | None:
+    """Return the plan of the manifest, carried over to the sites of model."""
+    if manifest["sites"] is None:
+        return None
+    told = {row["name"]: row for row in manifest["sites"]}
+    found = find_sites(model)
+    names = {site.name for site in found.sites}
+    if names != set(told):
+        different = sorted(names ^ set(told))
+        raise LoadError(f"{where} was made from another model than this {type(model).__name__}",
+                        why=f"Activation sites differ: {', '.join(different[:5])}.")
+    return replace(found, sites=tuple(
+        replace(site, reason=told[site.name]["reason"],
+                spec=QuantSpec(**told[site.name]["spec"]) if told[site.name]["spec"] else None)
+        for site in found.sites))
+
+
+def _float_model(manifest: dict[str, Any], skeleton: bytes | None, model: nn.Module | None,
+                 where: str) -> nn.Module:
+    if model is not None:
+        return unwrap(model)
+    arch = manifest["arch"]
+    if arch is not None and arch.startswith(_SAFE_ARCHES):
+        return build_arch(arch)
+    if skeleton is not None:
+        read = read_pickle(io.BytesIO(skeleton), where)
+        if isinstance(read, nn.Module):
+            return read
+    made = f" It was built by {arch}; --arch {arch} would run that." if arch else ""
+    raise LoadError(f"{where} holds a {manifest['class']}, which only your own code can build",
+                    why="Loading a file never runs code that is not torch's, torchvision's, "
+                        "timm's or quantguard's." + made,
+                    fix="In Python: quantguard.load(path, model=float_model); on the command "
+                        "line: --arch package.module:factory.")
+
+
+def _owners(model: nn.Module) -> Iterator[tuple[dict[str, Any], str, Tensor]]:
+    """Yield every place that holds a persistent tensor."""
+    for module in model.modules():
+        for name, value in module._parameters.items():
+            if value is not None:
+                yield module._parameters, name, value
+        for name, value in module._buffers.items():
+            if value is not None and name not in module._non_persistent_buffers_set:
+                yield module._buffers, name, value
+
+
+def _moved(model: nn.Module, to_meta: bool) -> nn.Module:
+    """Replace persistent tensors by empty ones; tied ones stay tied."""
+    new: dict[int, Tensor] = {}
+    old = []  # keeps every id taken
+    for place, name, value in list(_owners(model)):
+        if id(value) not in new:
+            old.append(value)
+            device = "meta" if to_meta else "cpu"
+            empty: Tensor = torch.empty_like(value.detach(), device=device)
+            if isinstance(value, nn.Parameter):
+                empty = nn.Parameter(empty, value.requires_grad)
+            new[id(value)] = empty
+        place[name] = new[id(value)]
+    return model
+
+
+def _materialised(model: nn.Module) -> nn.Module:
+    if any(value.is_meta for _, _, value in _owners(model)):
+        return _moved(model, to_meta=False)
+    return copy.deepcopy(model)
+
+
+def _skeleton(model: nn.Module) -> bytes | None:
+    """Return the float model without weights as a pickle that load accepts, or None."""
+    file = io.BytesIO()
+    try:
+        torch.save(_moved(copy.deepcopy(model), to_meta=True), file)
+        file.seek(0)
+        read_pickle(file, "the skeleton")
+    except Exception:  # noqa: BLE001 - whatever cannot be pickled or read back: no skeleton then
+        return None
+    return file.getvalue()
