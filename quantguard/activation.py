@@ -77,10 +77,10 @@ class QuantActivation(nn.Module):
         self.axis = axis if spec.per_channel else None
         # Not a submodule: it has no state, and a ReLU among .modules() would read as one left over.
         self.__dict__["function"] = copy.deepcopy(function) if function else nn.Identity()
-        # What it computes counts, not where: q(f(x)) is written to x only where ``inplace`` says so.
+        # What it computes counts, not where: only ``inplace`` writes to x.
         self.float_inplace = bool(getattr(self.function, "inplace", False))
         if hasattr(self.function, "inplace"):
-            self.function.inplace = False
+            setattr(self.function, "inplace", False)  # noqa: B010 - typed as a Module
         # The forms of the paper's lineage replace the activation; they do not follow it.
         replaces = spec.form != "uniform"
         self.gate = absorbed_range(self.function)
@@ -155,7 +155,8 @@ class QuantActivation(nn.Module):
             raise SpecError(f"zero={zero} must be a multiple of 1/2")
         if width is None:
             width = torch.where(t[..., 0] > 0, 2 * t[..., 0], size) if zero == 0 else size
-        self._start_from(t, size, _per_row(width, rows, device, "width"), torch.tensor(float(zero), device=device))
+        self._start_from(t, size, _per_row(width, rows, device, "width"),
+                         torch.tensor(float(zero), device=device))
 
     @property
     def thresholds(self) -> Tensor:
@@ -189,8 +190,8 @@ class QuantActivation(nn.Module):
         """Return q(f(x)), in x's shape, type and memory order."""
         if isinstance(x, fx.Proxy):
             # A tracer that walked in would lose the surrogate gradient: be a leaf for every tracer.
-            path = x.tracer.path_of_module(self)  # type: ignore[attr-defined]
-            return x.tracer.create_proxy("call_module", path, (x,), {})  # type: ignore[return-value]
+            path = x.tracer.path_of_module(self)
+            return x.tracer.create_proxy("call_module", path, (x,), {})
         action = self._state.action
         if action in ("bypass", "observe"):
             y = self.function(x)

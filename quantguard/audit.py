@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import types
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -38,10 +39,10 @@ class _Watch(TorchFunctionMode):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.paths = {id(module): name for name, module in model.named_modules()}
+        self.paths: dict[int, str] = {id(module): name for name, module in model.named_modules()}
         self.found: list[tuple[str, str]] = []
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(self, func: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kind = KIND_OF_FUNCTION.get(func)
         if kind is None and getattr(func, "__objclass__", None) is torch._C.TensorBase:
             kind = KIND_OF_METHOD.get(func.__name__)
@@ -53,14 +54,14 @@ class _Watch(TorchFunctionMode):
 
     def _caller(self) -> str | None:
         """Return the innermost module of the model on the stack; None inside a staircase."""
-        frame = sys._getframe(2)
+        frame: types.FrameType | None = sys._getframe(2)
         while frame is not None:
-            module = frame.f_locals.get("self")
+            module: Any = frame.f_locals.get("self")
             if isinstance(module, QuantActivation):
                 return None
             if isinstance(module, nn.Module) and id(module) in self.paths:
                 return self.paths[id(module)]
-            frame = frame.f_back  # type: ignore[assignment]
+            frame = frame.f_back
         return ""
 
 
@@ -129,7 +130,7 @@ def find_example(model: nn.Module) -> Tensor | None:
         try:
             with torch.no_grad(), evaluating(model), seeded(0):
                 model(example)
-        except Exception:  # noqa: BLE001 - a shape that does not fit may raise anything
+        except Exception:
             continue
         return example
     return None

@@ -100,11 +100,11 @@ def from_statistics(model: nn.Module, site: Site, module: QuantActivation) -> No
 
     Means and variances add where outputs are added.
     """
-    normals = [model.get_submodule(name) for name in site.statistics]
+    normals: list[Any] = [model.get_submodule(name) for name in site.statistics]
     mean = variance = torch.zeros(1)
     for norm in normals:
         scale, shift = norm.weight, norm.bias
-        channels = int(norm.num_features)  # type: ignore[arg-type]
+        channels = int(norm.num_features)
         mean = mean + (torch.zeros(channels) if shift is None else shift.detach().float().cpu())
         variance = variance + (torch.ones(channels) if scale is None
                                else scale.detach().float().cpu().square())

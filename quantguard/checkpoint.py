@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from .activation import staircases
 from .audit import Audit
 from .errors import LoadError, QuantguardError
+from .files import replacing
 from .models import build_arch, is_our_file, load_model, read_pickle
 from .rewrite import Conversion, carry_out, conversion_of, restore, unwrap
 from .sites import Plan, find_sites
@@ -63,16 +64,10 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, arch: str | None = N
         skeleton = _skeleton(model if done is None else restore(model))
         if skeleton is not None:
             files["skeleton.pt"] = skeleton
-    target = Path(path)
-    beside = target.with_name(target.name + ".tmp")
-    try:
-        with zipfile.ZipFile(beside, "w") as file:
-            file.writestr("manifest.json", json.dumps(manifest, indent=1))
-            for name, content in files.items():
-                file.writestr(name, content)
-        os.replace(beside, target)
-    finally:
-        beside.unlink(missing_ok=True)
+    with replacing(path) as beside, zipfile.ZipFile(beside, "w") as file:
+        file.writestr("manifest.json", json.dumps(manifest, indent=1))
+        for name, content in files.items():
+            file.writestr(name, content)
 
 
 def load(path: str | os.PathLike[str], *, model: nn.Module | None = None) -> nn.Module:
@@ -207,15 +202,14 @@ def _float_model(manifest: dict[str, Any], skeleton: bytes | None, model: nn.Mod
                         "line: --arch package.module:factory.")
 
 
-def _owners(model: nn.Module) -> Iterator[tuple[dict[str, Any], str, Tensor]]:
+def _owners(model: nn.Module) -> Iterator[tuple[Any, str, Tensor]]:
     """Yield every place that holds a persistent tensor."""
     for module in model.modules():
-        for name, value in module._parameters.items():
-            if value is not None:
-                yield module._parameters, name, value
-        for name, value in module._buffers.items():
-            if value is not None and name not in module._non_persistent_buffers_set:
-                yield module._buffers, name, value
+        places: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+        for place in places:
+            for name, value in place.items():
+                if value is not None and name not in module._non_persistent_buffers_set:
+                    yield place, name, value
 
 
 def _moved(model: nn.Module, to_meta: bool) -> nn.Module:
@@ -247,6 +241,6 @@ def _skeleton(model: nn.Module) -> bytes | None:
         torch.save(_moved(copy.deepcopy(model), to_meta=True), file)
         file.seek(0)
         read_pickle(file, "the skeleton")
-    except Exception:  # noqa: BLE001 - whatever cannot be pickled or read back: no skeleton then
+    except Exception:
         return None
     return file.getvalue()

@@ -26,9 +26,10 @@ from .attacks.noise import image_noise
 from .attacks.pgd import input_gradient, project
 from .data import check_images, check_labels, require_reiterable, snap, to_pixels, unpack
 from .errors import ConversionError, DataError, SpecError
+from .files import replacing, write_text
 from .masking import Flag, wilson
 from .progress import Progress
-from .running import device_of, evaluating, frozen, seeded, to_device
+from .running import device_of, evaluating, frozen, run, seeded, to_device
 from .spec import Threat
 
 FORMAT = 1
@@ -36,7 +37,7 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class Images:
-    """Hold what is attacked: pixels (N, ...) within the bounds, labels (N,), the model's keyword."""
+    """Hold what is attacked: pixels (N, ...), labels (N,), and the model's keyword for images."""
 
     pixels: Tensor
     labels: Tensor
@@ -174,6 +175,25 @@ class Evaluation:
                          "gradients": r.gradients, "seconds": r.seconds} for r in self.attacks],
             "flags": [vars(flag) for flag in self.flags]}
 
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the JSON that :meth:`from_dict` reads."""
+        write_text(path, json.dumps(self.to_dict(), indent=1))
+
+    def save_adversarials(self, path: str | os.PathLike[str]) -> None:
+        """Write ``x`` (N, ...) pixels, ``y`` (N,) labels and ``broken`` (N,) as one npz file.
+
+        Raises:
+            DataError: the evaluation was read from JSON, which has no images.
+        """
+        if self.adversarials is None:
+            raise DataError("this evaluation was read from JSON, which holds no adversarials")
+        target = Path(path)
+        if target.suffix != ".npz":
+            raise DataError(f"{target} must end in .npz")
+        with replacing(target) as beside:
+            np.savez_compressed(beside, x=self.adversarials, y=self.labels,
+                                broken=self.correct & ~self.survived)
+
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Evaluation:
         """Read what :meth:`to_dict` wrote.
@@ -304,18 +324,11 @@ def predict(model: PixelModel, x: Tensor, batch: int) -> Tensor:
     parts = []
     for start in range(0, len(x), batch):
         part, size = _padded(x[start : start + batch], batch)
-        try:
-            with torch.no_grad():
-                logits = model(part)[:size]
-        except (RuntimeError, ValueError, AssertionError) as error:
-            said = str(error).strip().splitlines()
-            raise DataError(f"the model does not accept images of shape {tuple(x.shape[1:])}",
-                            why=said[0] if said else type(error).__name__,
-                            fix="Check channels and size; --size resizes, nothing else does.",
-                            ) from error
+        with torch.no_grad():
+            logits = run(model, part)[:size]
         if torch.isnan(logits).any():
-            raise ConversionError("the model puts out NaN logits",
-                                  why=f"First at image {start + int(logits.isnan().any(1).nonzero()[0])}.")
+            first = start + int(logits.isnan().any(1).nonzero()[0])
+            raise ConversionError("the model puts out NaN logits", why=f"First at image {first}.")
         parts.append(logits)
     return torch.cat(parts)
 
@@ -354,9 +367,9 @@ class _State:
                                 fix="Use another run directory, or delete this one.")
             self.adversarials = file["adversarials"]
         for row in told["results"]:
-            masks = {k: _mask(row.pop(k), n) for k in ("attacked", "broke")}
-            self.results.append(AttackResult(**masks, **row))
-            self.survived &= ~masks["broke"]
+            row |= {k: _mask(row[k], n) for k in ("attacked", "broke")}
+            self.results.append(AttackResult(**row))
+            self.survived &= ~self.results[-1].broke
 
     def add(self, result: AttackResult) -> None:
         self.results.append(result)
@@ -365,10 +378,9 @@ class _State:
             return
         rows = [{**vars(r), "attacked": _indices(r.attacked), "broke": _indices(r.broke)}
                 for r in self.results]
-        beside = self.path.with_suffix(".tmp.npz")
-        np.savez(beside, adversarials=self.adversarials,
-                 state=json.dumps({"settings": self.settings, "results": rows}))
-        os.replace(beside, self.path)
+        with replacing(self.path) as beside:
+            np.savez(beside, adversarials=self.adversarials,
+                     state=json.dumps({"settings": self.settings, "results": rows}))
 
 
 def evaluate(model: nn.Module, loader: Iterable[Any], threat: Threat = Threat(), *,

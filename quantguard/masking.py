@@ -55,7 +55,7 @@ def mcnemar(only_first: int, only_second: int) -> float:
     n, k = only_first + only_second, min(only_first, only_second)
     if n == 0:
         return 1.0
-    tail = sum(math.comb(n, i) for i in range(k + 1)) / 2**n
+    tail: float = sum(math.comb(n, i) for i in range(k + 1)) / 2**n
     return min(1.0, 2 * tail)
 
 
@@ -72,7 +72,7 @@ def _at_most(k: int, n: int, p: float) -> float:
 
 
 def clopper_pearson(k: int, n: int, level: float = 0.95) -> tuple[float, float]:
-    """Return the two one-sided exact bounds of a proportion, each at level (Clopper, Pearson 1934)."""
+    """Return both one-sided exact bounds of a proportion (Clopper, Pearson 1934)."""
     def solve(above: Callable[[float], bool]) -> float:
         low, high = 0.0, 1.0
         for _ in range(60):

@@ -16,6 +16,7 @@ from torch import nn
 from .activation import staircases
 from .errors import SpecError
 from .evaluation import Evaluation, evaluate
+from .files import write_text
 from .masking import mcnemar
 from .recipes import Recipe, recipe_of
 from .rewrite import conversion_of, convert, unwrap
@@ -150,14 +151,6 @@ class Comparison:
         from .report import page
         text = page(self) if str(path).endswith(".html") else json.dumps(self.to_dict(), indent=1)
         write_text(path, text)
-
-
-def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Write a file beside and rename it: what was there is never half gone."""
-    target = Path(path)
-    beside = target.with_name(target.name + ".tmp")
-    beside.write_text(text, encoding="utf-8")
-    os.replace(beside, target)
 
 
 def compare(models: Mapping[str, nn.Module], loader: Iterable[Any], threat: Threat = Threat(), *,

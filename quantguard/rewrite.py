@@ -121,7 +121,7 @@ def _compile(traced: Traced, cls: type[nn.Module]) -> Any:
     # Known to linecache, the generated lines show in a traceback and to torch.compile.
     linecache.cache[file] = (len(code.src), None, code.src.splitlines(True), file)
     space = dict(code.globals)
-    exec(compile(code.src, file, "exec"), space)  # noqa: S102 - source that torch.fx wrote
+    exec(compile(code.src, file, "exec"), space)
     return space["forward"]
 
 
@@ -317,7 +317,7 @@ def restore(model: nn.Module) -> nn.Module:
     for path, module in list(twin.named_modules()):
         if isinstance(module, _Rewritten):
             added |= {join(path, attribute) for _, attribute in module._names}
-            module.__class__ = module._user_class
+            object.__setattr__(module, "__class__", module._user_class)
     for path, module in staircases(twin).items():
         parent_path, _, name = path.rpartition(".")
         parent = twin.get_submodule(parent_path)
@@ -326,7 +326,7 @@ def restore(model: nn.Module) -> nn.Module:
             continue
         function = copy.deepcopy(module.function)
         if hasattr(function, "inplace"):
-            function.inplace = module.float_inplace
+            setattr(function, "inplace", module.float_inplace)  # noqa: B010 - typed as a Module
         _put(parent, name, function)
     for path in added - set(staircases(model)):  # float copies of calls that were kept
         parent_path, _, name = path.rpartition(".")

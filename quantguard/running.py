@@ -9,10 +9,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .errors import DataError
+
 
 def run(model: nn.Module, inputs: Any) -> Any:
-    """Call model with a tensor, or with a dict of its keyword arguments."""
-    return model(**inputs) if isinstance(inputs, dict) else model(inputs)
+    """Call model with a tensor, or with a dict of its keyword arguments.
+
+    Raises:
+        DataError: the model does not accept inputs of this shape.
+    """
+    try:
+        return model(**inputs) if isinstance(inputs, dict) else model(inputs)
+    except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:
+        shape = {k: tuple(v.shape) for k, v in inputs.items() if isinstance(v, Tensor)} \
+            if isinstance(inputs, dict) else tuple(inputs.shape)
+        raise DataError(
+            f"the model does not accept inputs of shape {shape}",
+            why=f"It says: {(str(error).strip() or type(error).__name__).splitlines()[0]}",
+            fix="Check channels and size: nothing is converted silently; --size resizes images.",
+        ) from error
 
 
 @contextmanager

@@ -139,7 +139,8 @@ class Plan:
                  for row in rows]
         lines.append(f"{len(self.converted)} of {len(self.sites)} activation sites to convert")
         if self.unread:
-            lines.append("forward not traceable, searched by module only: " + ", ".join(self.unread))
+            lines.append("forward not traceable, searched by module only: "
+                         + ", ".join(self.unread))
         return "\n".join(lines)
 
 
@@ -230,7 +231,7 @@ def float_module(kind: str, node: fx.Node) -> nn.Module | None:
         k: v for k, v in node.kwargs.items() if k in names}
     if any(isinstance(v, fx.Node) for v in values.values()):
         return None
-    return cls(**values)  # type: ignore[arg-type]
+    return cls(**values)
 
 
 def writes_in_place(node: fx.Node, module: nn.Module | None) -> bool:
@@ -305,7 +306,7 @@ class _Reader:
                 continue
             try:
                 self.graphs[path] = {k: t.graph for k, t in both_graphs(module).items()}
-            except Exception as error:  # noqa: BLE001 - a forward may raise anything when traced
+            except Exception as error:
                 self.unread[path] = f"{type(error).__name__}: {error}".splitlines()[0]
         self.outputs = set(self._output_modules(""))
 
@@ -319,7 +320,7 @@ class _Reader:
                     yield from self._output_modules(join(path, str(node.args[0].target)))
 
     def statistics(self, path: str, node: fx.Node) -> tuple[str, ...]:
-        """Return the BatchNorms whose outputs, added, are the value of node; () if others mix in."""
+        """Return the BatchNorms whose outputs, added, are node's value; () if others mix in."""
         module = self.model.get_submodule(path)
         if node.op == "call_module":
             target = join(path, str(node.target))
@@ -357,7 +358,8 @@ class _Reader:
         if node.op == "call_module":
             child = self.model.get_submodule(join(path, str(node.target)))
             return isinstance(child, _FRESH_MODULES)
-        return node.op == "call_function" and getattr(node.target, "__name__", "") in _FRESH_FUNCTIONS
+        return node.op == "call_function" and \
+            getattr(node.target, "__name__", "") in _FRESH_FUNCTIONS
 
 
 def join(path: str, name: str) -> str:
@@ -501,7 +503,7 @@ def check_convertible(model: Any) -> None:
         raise ConversionError(f"expected an nn.Module, got {type(model).__name__}")
     if isinstance(model, torch.jit.ScriptModule) or any(
             isinstance(m, torch.jit.ScriptModule) for m in model.modules()):
-        raise ConversionError("the model is, or holds, a ScriptModule, which has no forward to rewrite",
+        raise ConversionError("the model is, or holds, a ScriptModule, whose forward is compiled",
                               fix="Convert the original Python model, then script it.")
     done = [name for name, m in model.named_modules() if isinstance(m, QuantActivation)]
     if done:

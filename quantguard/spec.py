@@ -55,7 +55,7 @@ class QuantSpec:
     @property
     def thresholds(self) -> int:
         """Return the number of thresholds m: 2^bits - 1, or 2^(bits+1) - 2 in the tanh form."""
-        return 2 ** (self.bits + 1) - 2 if self.form == "tanh" else 2**self.bits - 1
+        return (1 << (self.bits + 1)) - 2 if self.form == "tanh" else (1 << self.bits) - 1
 
     @property
     def is_float(self) -> bool:
@@ -111,9 +111,10 @@ class Threat:
             raise SpecError(f"eps={self.eps!r} must be a finite number, 0 or more, in pixel units")
         if self.norm == "linf" and self.eps > bounds[1] - bounds[0]:
             raise SpecError(
-                f"eps={self.eps:g} is larger than the whole pixel range {bounds[0]:g}..{bounds[1]:g}",
+                f"eps={self.eps:g} is larger than the whole range {bounds[0]:g}..{bounds[1]:g}",
                 why="eps is in pixel units, those of bounds.",
-                fix=f"Did you mean eps={self.eps / 255:.4g} ({self.eps:g}/255), or bounds=(0, 255)?")
+                fix=f"Did you mean eps={self.eps / 255:.4g} ({self.eps:g}/255), or "
+                    "bounds=(0, 255)?")
         mean, std = _numbers("mean", self.mean), _numbers("std", self.std)
         if std is not None and min(std) <= 0:
             raise SpecError(f"std={self.std!r} must be positive")

@@ -50,7 +50,8 @@ def windows(t: Tensor, width: Tensor) -> Windows:
         return Windows(torch.cat([t - half, t + half], -1), width.unsqueeze(-1).expand_as(t))
     middles = (t[..., 1:] + t[..., :-1]) / 2
     gaps = t[..., 1:] - t[..., :-1]
-    edges = torch.cat([t[..., :1] - gaps[..., :1] / 2, middles, t[..., -1:] + gaps[..., -1:] / 2], -1)
+    first, last = t[..., :1] - gaps[..., :1] / 2, t[..., -1:] + gaps[..., -1:] / 2
+    edges = torch.cat([first, middles, last], -1)
     return Windows(edges, edges[..., 1:] - edges[..., :-1])
 
 
@@ -167,7 +168,7 @@ class _Windowed(torch.autograd.Function):
                 _values(count, xs, one_step, zero, ys)
             return out
         edges, widths = windows(t, width)
-        # edge, threshold, edge, ..., threshold, edge: code 2i - 1 is window i left of t_i, 2i right.
+        # edge, threshold, edge, ...: code 2i - 1 is window i left of t_i, 2i right of it.
         bounds = torch.cat([torch.stack([edges[..., :-1], t], -1).flatten(-2), edges[..., -1:]], -1)
         code = torch.empty_like(x, dtype=_code_type(m))
         for xs, ys, cs in _blocks(x, out, code, axis=axis):
@@ -207,7 +208,7 @@ class _Windowed(torch.autograd.Function):
                 through += _histogram(gs, cs, codes, axis)
             if needs_x:
                 outs.copy_(gs * _look_up(table, cs, axis))
-        by_window = through[..., 1:-1].unflatten(-1, (m, 2)).sum(-1)
+        by_window = through[..., 1:-1].reshape(*step.shape, m, 2).sum(-1)
         level = torch.arange(codes, device=step.device) // 2 - ctx.zero
         return (grad_x if needs_x else None,
                 (-by_window * slopes).to(widths.dtype) if needs_t else None,

@@ -22,7 +22,8 @@ from .activation import QuantActivation, staircases
 from .attacks import PGD, FoolboxModel, PixelModel
 from .data import check_images, check_labels, require_reiterable, to_pixels, unpack
 from .errors import DataError, QuantguardError, SpecError
-from .evaluation import batch_size, image_tensor, predict
+from .evaluation import image_tensor, predict
+from .files import replacing
 from .progress import Progress
 from .recipes import Recipe, craft, stability_term
 from .running import device_of, evaluating, frozen, modes_kept
@@ -106,14 +107,15 @@ class _Source:
         return self.loader
 
 
-def split(loader: Iterable[Any], val: Iterable[Any] | None, batch: int | None, seed: int) -> _Source:
+def split(loader: Iterable[Any], val: Iterable[Any] | None, batch: int | None,
+          seed: int) -> _Source:
     """Hold out a seeded 5 % (256 images at least, 20 % at most) of a map-style DataLoader.
 
     Raises:
         DataError: a one-shot iterator, or an empty data set.
     """
     require_reiterable(loader, "the loader")
-    dataset = getattr(loader, "dataset", None)
+    dataset: Any = getattr(loader, "dataset", None)
     if not isinstance(loader, DataLoader) or isinstance(dataset, IterableDataset) \
             or loader.batch_size is None:
         if val is None:
@@ -124,7 +126,7 @@ def split(loader: Iterable[Any], val: Iterable[Any] | None, batch: int | None, s
         except TypeError:
             batches = None
         return _Source(loader, None, val, batches)
-    size = len(dataset)  # type: ignore[arg-type]
+    size = len(dataset)
     if size == 0:
         raise DataError("the loader is empty", fix="Give at least one batch.")
     indices = torch.randperm(size, generator=torch.Generator().manual_seed(seed)).tolist()
@@ -296,11 +298,12 @@ class Trainer:
 
     def settings(self, lr: float | None) -> dict[str, Any]:
         """Return what a run directory must agree on."""
-        return json.loads(json.dumps({
+        settings: dict[str, Any] = json.loads(json.dumps({
             "threat": self.threat.to_dict(), "recipe": self.recipe.to_dict(), "epochs": self.epochs,
             "train": self.train, "seed": self.seed, "batches": self.batches,
             "tensors": sorted(f"{k} {tuple(v.shape)}" for k, v in self.model.state_dict().items()),
         }))
+        return settings
 
     def run(self) -> History:
         """Train, and leave the best epoch's weights in the model."""
@@ -380,7 +383,7 @@ class Trainer:
                                         why=f"The learning rate is {lr:.2g}.",
                                         fix="Use a smaller lr (--set lr=…).")
                     optimizer.zero_grad(set_to_none=True)
-                    loss.backward()
+                    loss.backward()  # type: ignore[no-untyped-call]
                     nn.utils.clip_grad_norm_(
                         [p for g in groups for p in g["params"]], 5.0)
                     optimizer.step()
@@ -439,9 +442,8 @@ class Trainer:
     def _write(self, state: dict[str, Any]) -> None:
         if self.run_dir is None:
             return
-        beside = self.run_dir / "training.tmp"
-        torch.save(state, beside)
-        os.replace(beside, self.run_dir / "training.pt")
+        with replacing(self.run_dir / "training.pt") as beside:
+            torch.save(state, beside)
         self.saved = time.monotonic()
 
     def _read(self) -> dict[str, Any] | None:

@@ -67,7 +67,7 @@ class PixelModel(nn.Module):
         return bool(staircases(self.model))
 
 
-class FoolboxModel(fb.models.PyTorchModel):  # type: ignore[misc]
+class FoolboxModel(fb.models.PyTorchModel):
     """A Foolbox model that our attacks can see through: ``.module`` is the nn.Module itself.
 
     Unlike ``foolbox.PyTorchModel`` it leaves the model on its device. Works with every Foolbox

@@ -33,7 +33,7 @@ def image_noise(x: Tensor, norm: str, seed: int, tag: str) -> Tensor:
     return out.to(x.device)
 
 
-class Noise(fb.attacks.base.FixedEpsilonAttack):  # type: ignore[misc]
+class Noise(fb.attacks.base.FixedEpsilonAttack):
     """Add random noise of full strength, several times: what no gradient guided.
 
     Args:

@@ -48,14 +48,15 @@ def project(x: Tensor, center: Tensor, eps: float, norm: str,
     else:
         length = delta.flatten(1).norm(dim=1).clamp_min(1e-12)
         delta = delta * (eps / length).clamp_max(1).reshape(-1, *[1] * (x.dim() - 1))
-    return (center + delta).clamp(*bounds)
+    inside: Tensor = (center + delta).clamp(*bounds)
+    return inside
 
 
 def ascend(gradient: Tensor, norm: str) -> Tensor:
     """Return the steepest direction of unit length."""
     if norm == "linf":
         return gradient.sign()
-    length = gradient.flatten(1).norm(dim=1).clamp_min(1e-12)
+    length: Tensor = gradient.flatten(1).norm(dim=1).clamp_min(1e-12)
     return gradient / length.reshape(-1, *[1] * (gradient.dim() - 1))
 
 
@@ -68,7 +69,7 @@ def input_gradient(model: nn.Module, x: Tensor, labels: Tensor, loss: str) -> tu
     return gradient, logits.detach()
 
 
-class PGD(fb.attacks.base.FixedEpsilonAttack):  # type: ignore[misc]
+class PGD(fb.attacks.base.FixedEpsilonAttack):
     """PGD with every iterate judged by the model as it is; an image that fell is kept as it fell.
 
     With ``twin=(k_0, k_1)`` the gradient at step s of S comes from the softened twin of sharpness

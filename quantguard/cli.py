@@ -1,0 +1,413 @@
+"""The command line: one thin command a verb."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from fractions import Fraction
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from .errors import QuantguardError, SpecError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from .spec import Threat
+
+_DATA = "digits, fashion-mnist[:ROOT], mnist[:ROOT], cifar10[:ROOT], imagefolder:DIR or npz:FILE"
+
+
+class _Eps(click.ParamType):  # type: ignore[type-arg]
+    """Read 0.1 or 8/255."""
+
+    name = "eps"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> float:
+        try:
+            return float(Fraction(str(value)))
+        except (ValueError, ZeroDivisionError):
+            self.fail(f"{value!r} is no number; write 0.1 or 8/255", param, ctx)
+
+
+class _Numbers(click.ParamType):  # type: ignore[type-arg]
+    """Read 0.5 or 0.485,0.456,0.406."""
+
+    name = "numbers"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> tuple[float, ...]:
+        if isinstance(value, tuple):
+            return value
+        try:
+            return tuple(float(v) for v in str(value).split(","))
+        except ValueError:
+            self.fail(f"{value!r} is no list of numbers; write 0.485,0.456,0.406", param, ctx)
+
+
+class _Shape(click.ParamType):  # type: ignore[type-arg]
+    """Read 3,224,224 or 3x224x224."""
+
+    name = "shape"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> tuple[int, ...]:
+        if isinstance(value, tuple):
+            return value
+        try:
+            shape = tuple(int(v) for v in str(value).replace("x", ",").split(","))
+        except ValueError:
+            shape = ()
+        if not shape or min(shape) < 1:
+            self.fail(f"{value!r} is no shape; write 3,224,224", param, ctx)
+        return shape
+
+
+def _options(*decorators: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda f: functools.reduce(lambda g, d: d(g), reversed(decorators), f)
+
+
+_MODEL = _options(
+    click.option("--arch", help="Builds the float model of a state dict: torchvision:NAME, "
+                                "timm:NAME or package.module:factory."),
+    click.option("--trust", is_flag=True, help="Load a pickle of any class: this runs its code."))
+_CONVERSION = _options(
+    click.option("--keep", multiple=True, help="Name, pattern or kind that stays float; may be "
+                                               "given several times."),
+    click.option("--gates", is_flag=True, help="Convert sigmoids that multiply something, too."),
+    click.option("--per-channel", is_flag=True, help="Thresholds per channel."),
+    click.option("--input-shape", type=_Shape(), help="Of one image, for the audit: 3,224,224."))
+_LOADING = _options(
+    click.option("--batch-size", type=click.IntRange(1), default=128, show_default=True),
+    click.option("--size", type=click.IntRange(1), help="Resize images to this side."),
+    click.option("--mean", type=_Numbers(), help="Per channel; MODEL eats (pixel - mean) / std."),
+    click.option("--std", type=_Numbers(), help="Per channel."))
+_THREAT = _options(
+    click.option("--eps", type=_Eps(), default="8/255", show_default=True,
+                 help="Radius in [0,1] pixel units: 0.1 or 8/255."),
+    click.option("--norm", type=click.Choice(["linf", "l2"]), default="linf", show_default=True))
+_RUNNING = _options(
+    click.option("--seed", type=int, default=0, show_default=True),
+    click.option("--run-dir", type=click.Path(file_okay=False),
+                 help="Keeps the state; the same command again goes on from there."),
+    click.option("--device", help="cpu, cuda, …; where the model is by default."),
+    click.option("--quiet", is_flag=True, help="No progress."))
+_EVALUATION = _options(
+    click.option("--suite", default="standard", show_default=True, help="quick or standard."),
+    click.option("--split", type=click.Choice(["train", "test"]), default="test",
+                 show_default=True),
+    click.option("--images", type=click.IntRange(1), help="How many, the first; all by default."),
+    click.option("--report", type=click.Path(dir_okay=False), help="Write an HTML page."),
+    click.option("--json", "json_file", type=click.Path(dir_okay=False), help="Write JSON."),
+    click.option("--strict", is_flag=True, help="Exit with 1 unless the verdict is resolved."))
+_TRAINING = _options(
+    click.option("--recipe", default="pgd", show_default=True, help="pgd, nfgsm or clean."),
+    click.option("--set", "settings", multiple=True, metavar="KEY=VALUE",
+                 help="A field of the recipe: lr=1e-3; may be given several times."),
+    click.option("--epochs", type=click.IntRange(1), default=3, show_default=True),
+    click.option("--train", type=click.Choice(["all", "thresholds"]), default="all",
+                 show_default=True),
+    click.option("--augment", is_flag=True, help="Random crops (and flips where they keep the "
+                                                 "meaning) of the training images."))
+_DATA_OPTION = click.option("--data", required=True, metavar="DATA", help=f"{_DATA}.")
+
+
+class _Group(click.Group):
+    """Turn our errors into one clear message, and Ctrl-C into 130."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except QuantguardError as error:
+            lines = str(error).splitlines()
+            click.echo("\n  ".join(["Error: " + lines[0], *lines[1:]]), err=True)
+            ctx.exit(130 if isinstance(error, KeyboardInterrupt) else 1)
+        except KeyboardInterrupt:
+            click.echo("\nInterrupted.", err=True)
+            ctx.exit(130)
+        except OSError as error:
+            click.echo(f"Error: {error.filename or ''}: {error.strerror or error}", err=True)
+            ctx.exit(1)
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="torch-quantguard", prog_name="quantguard")
+def main() -> None:
+    """Low-bit activations for a trained classifier, and a robustness figure to trust.
+
+    MODEL is a file (torch.save of a module or, with --arch, of a state dict; our own .qg) or an
+    arch spec: torchvision:NAME, timm:NAME, package.module:factory.
+    """
+
+
+def _open(model: str, arch: str | None, trust: bool) -> nn.Module:
+    from .checkpoint import open_model
+    return open_model(model, arch=arch, trust=trust)
+
+
+def _arch_of(model: str, arch: str | None) -> str | None:
+    from .models import is_arch_spec
+    return arch or (model if is_arch_spec(model) else None)
+
+
+def _output(model: str, output: str | None, suffix: str, force: bool) -> Path:
+    """Return where to write, refusing a file that is there before any work is done."""
+    from .models import is_arch_spec
+    path = Path(output) if output else (
+        Path(model.partition(":")[2].replace(":", "-") + suffix) if is_arch_spec(model)
+        else Path(model).with_suffix(suffix))
+    _writable(path, force)
+    return path
+
+
+def _writable(path: Path | str | None, force: bool = True) -> None:
+    if path is None:
+        return
+    path = Path(path)
+    if path.exists() and not force:
+        raise SpecError(f"{path} exists already", fix="Use --force to overwrite it, or -o FILE.")
+    if not path.absolute().parent.is_dir():
+        raise SpecError(f"the folder of {path} does not exist", fix="Make it first.")
+
+
+def _threat(eps: float, norm: str, mean: Any, std: Any) -> Threat:
+    from .spec import Threat
+    return Threat(norm, eps, (0, 1), mean, std)
+
+
+def _loader(data: str, split: str, batch_size: int, size: int | None, mean: Any, std: Any,
+            augment: bool = False) -> Any:
+    from .data import load_data
+    return load_data(data, split, batch_size=batch_size, size=size,  # type: ignore[arg-type]
+                     mean=mean, std=std, augment=augment)
+
+
+def _example(shape: tuple[int, ...] | None) -> Any:
+    if shape is None:
+        return None
+    import torch
+    return torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))
+
+
+def _recipe(name: str, settings: tuple[str, ...]) -> Any:
+    from .recipes import recipe_of
+    pairs = {}
+    for text in settings:
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise SpecError(f"--set {text!r} is not KEY=VALUE", fix="Write --set lr=1e-3.")
+        pairs[key] = value
+    return recipe_of(name, pairs)
+
+
+@main.command()
+@click.argument("model")
+@_MODEL
+@click.option("--bits", type=int, default=2, show_default=True)
+@click.option("--dynamic/--fixed", default=False, help="Learned or constant thresholds.")
+@_CONVERSION
+@click.option("--json", "json_file", type=click.Path(dir_okay=False), help="Write JSON.")
+def inspect(model: str, arch: str | None, trust: bool, bits: int, dynamic: bool,
+            keep: tuple[str, ...], gates: bool, per_channel: bool,
+            input_shape: tuple[int, ...] | None, json_file: str | None) -> None:
+    """Show every activation of MODEL, converted or kept and why, without converting."""
+    import json
+
+    from .files import write_text
+    from .rewrite import inspect as plan_of
+    _writable(json_file)
+    plan = plan_of(_open(model, arch, trust), bits, dynamic, per_channel=per_channel, keep=keep,
+                   gates=gates)
+    click.echo(str(plan))
+    if json_file:
+        write_text(json_file, json.dumps(plan.to_dict(), indent=1))
+
+
+@main.command()
+@click.argument("model")
+@_MODEL
+@click.option("-o", "--output", type=click.Path(dir_okay=False), help="MODEL.qg by default.")
+@click.option("--force", is_flag=True, help="Overwrite the output.")
+@click.option("--bits", type=int, default=2, show_default=True)
+@click.option("--dynamic/--fixed", default=False, help="Learned or constant thresholds.")
+@_CONVERSION
+@click.option("--data", metavar="DATA", help=f"Calibrate on it; not needed. {_DATA}.")
+@_LOADING
+@click.option("--quiet", is_flag=True, help="No table.")
+def convert(model: str, arch: str | None, trust: bool, output: str | None, force: bool, bits: int,
+            dynamic: bool, keep: tuple[str, ...], gates: bool, per_channel: bool,
+            input_shape: tuple[int, ...] | None, data: str | None, batch_size: int,
+            size: int | None, mean: Any, std: Any, quiet: bool) -> None:
+    """Swap every activation of MODEL for a low-bit staircase; needs no data."""
+    from .checkpoint import save
+    from .rewrite import conversion_of
+    from .rewrite import convert as carry_out
+    target = _output(model, output, ".qg", force)
+    loader = _loader(data, "train", batch_size, size, mean, std) if data else None
+    converted = carry_out(_open(model, arch, trust), bits, dynamic, data=loader,
+                          example=_example(input_shape), per_channel=per_channel, keep=keep,
+                          gates=gates)
+    save(converted, target, arch=_arch_of(model, arch))
+    done = conversion_of(converted)
+    if done is not None:
+        if not quiet:
+            click.echo(str(done.plan).rsplit("\n", 1)[0])
+        for place in done.audit.left if done.audit else ():
+            click.echo(f"still float: {place}", err=True)
+        click.echo(done.summary())
+    click.echo(f"wrote {target}")
+
+
+@main.command()
+@click.argument("model")
+@_MODEL
+@_DATA_OPTION
+@click.option("-o", "--output", type=click.Path(dir_okay=False),
+              help="MODEL.hardened.qg by default.")
+@click.option("--force", is_flag=True, help="Overwrite the output.")
+@click.option("--bits", type=int, help="2 by default, or as converted; 32: a float control.")
+@click.option("--dynamic/--fixed", default=None,
+              help="Learned (default) or constant thresholds.")
+@_THREAT
+@_TRAINING
+@_LOADING
+@_RUNNING
+def harden(model: str, arch: str | None, trust: bool, data: str, output: str | None, force: bool,
+           bits: int | None, dynamic: bool | None, eps: float, norm: str, recipe: str,
+           settings: tuple[str, ...], epochs: int, train: str, augment: bool, batch_size: int,
+           size: int | None, mean: Any, std: Any, seed: int, run_dir: str | None,
+           device: str | None, quiet: bool) -> None:
+    """Quantize MODEL where it is not yet, and fine-tune it adversarially."""
+    from .checkpoint import save
+    from .pipeline import harden as run
+    target = _output(model, output, ".hardened.qg", force)
+    chosen = _recipe(recipe, settings)
+    threat = _threat(eps, norm, mean, std)
+    loader = _loader(data, "train", batch_size, size, mean, std, augment)
+    hardened = run(_open(model, arch, trust), loader, threat, bits=bits, dynamic=dynamic,
+                   recipe=chosen, epochs=epochs, train=train, run_dir=run_dir, seed=seed,
+                   device=device, progress=not quiet)
+    save(hardened, target, arch=_arch_of(model, arch))
+    click.echo(f"wrote {target}")
+
+
+@main.command()
+@click.argument("model")
+@_MODEL
+@_DATA_OPTION
+@_THREAT
+@_EVALUATION
+@click.option("--adversarials", type=click.Path(dir_okay=False),
+              help="Save what broke each image as FILE.npz (x, y, broken).")
+@_LOADING
+@_RUNNING
+def evaluate(model: str, arch: str | None, trust: bool, data: str, eps: float, norm: str,
+             suite: str, split: str, images: int | None, report: str | None,
+             json_file: str | None, strict: bool, adversarials: str | None, batch_size: int,
+             size: int | None, mean: Any, std: Any, seed: int, run_dir: str | None,
+             device: str | None, quiet: bool) -> None:
+    """Measure how many images of DATA survive every attack on MODEL."""
+    from .evaluation import evaluate as run
+    from .pipeline import Comparison
+    for file in (report, json_file, adversarials):
+        _writable(file)
+    threat = _threat(eps, norm, mean, std)
+    loader = _loader(data, split, batch_size, size, mean, std)
+    result = run(_open(model, arch, trust), loader, threat, suite=suite, images=images,
+                 run_dir=run_dir, seed=seed, device=device, progress=not quiet)
+    click.echo(str(result))
+    if json_file:
+        result.save(json_file)
+    if adversarials:
+        result.save_adversarials(adversarials)
+    if report:
+        Comparison({Path(model).name: result}).save(report)
+    if strict and not result.reliable:
+        sys.exit(1)
+
+
+@main.command()
+@click.argument("models", nargs=-1, required=True, metavar="MODEL MODEL...")
+@_MODEL
+@_DATA_OPTION
+@_THREAT
+@_EVALUATION
+@_LOADING
+@_RUNNING
+def compare(models: tuple[str, ...], arch: str | None, trust: bool, data: str, eps: float,
+            norm: str, suite: str, split: str, images: int | None, report: str | None,
+            json_file: str | None, strict: bool, batch_size: int, size: int | None, mean: Any,
+            std: Any, seed: int, run_dir: str | None, device: str | None, quiet: bool) -> None:
+    """Evaluate several models on the same images by the same attacks."""
+    from .pipeline import compare as run
+    _writable(report)
+    _writable(json_file)
+    if len(set(models)) < len(models):
+        raise SpecError("a model is named twice", fix="Name each model once.")
+    threat = _threat(eps, norm, mean, std)
+    loader = _loader(data, split, batch_size, size, mean, std)
+    result = run({name: _open(name, arch, trust) for name in models}, loader, threat, suite=suite,
+                 images=images, run_dir=run_dir, seed=seed, device=device, progress=not quiet)
+    _show(result, report, json_file, strict)
+
+
+@main.command()
+@click.argument("model")
+@_MODEL
+@_DATA_OPTION
+@click.option("-o", "--output", type=click.Path(dir_okay=False),
+              help="Write the hardened model, too.")
+@click.option("--force", is_flag=True, help="Overwrite the output.")
+@click.option("--bits", type=int, default=2, show_default=True)
+@click.option("--dynamic/--fixed", default=True, help="Learned (default) or constant thresholds.")
+@_THREAT
+@_TRAINING
+@_EVALUATION
+@_LOADING
+@_RUNNING
+def ablate(model: str, arch: str | None, trust: bool, data: str, output: str | None, force: bool,
+           bits: int, dynamic: bool, eps: float, norm: str, recipe: str,
+           settings: tuple[str, ...], epochs: int, train: str, augment: bool, suite: str,
+           split: str, images: int | None, report: str | None, json_file: str | None,
+           strict: bool, batch_size: int, size: int | None, mean: Any, std: Any, seed: int,
+           run_dir: str | None, device: str | None, quiet: bool) -> None:
+    """Compare float, float + fine-tune, converted, and converted + the same fine-tune."""
+    from .checkpoint import save
+    from .pipeline import ablate as run
+    target = None if output is None else _output(model, output, ".qg", force)
+    _writable(report)
+    _writable(json_file)
+    chosen = _recipe(recipe, settings)
+    threat = _threat(eps, norm, mean, std)
+    loaders = (_loader(data, "train", batch_size, size, mean, std, augment),
+               _loader(data, split, batch_size, size, mean, std))
+    result = run(_open(model, arch, trust), *loaders, threat, bits=bits, dynamic=dynamic,
+                 recipe=chosen, epochs=epochs, train=train, suite=suite, images=images,
+                 run_dir=run_dir, seed=seed, device=device, progress=not quiet)
+    if target is not None:
+        save(list(result.models.values())[-1], target, arch=_arch_of(model, arch))
+    _show(result, report, json_file, strict)
+
+
+@main.command()
+@click.option("-o", "--output", type=click.Path(file_okay=False), default="quantguard-demo",
+              show_default=True, help="Folder for the model and the report.")
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--quiet", is_flag=True, help="No progress.")
+def demo(output: str, seed: int, quiet: bool) -> None:
+    """Train, convert, harden and compare on real handwritten digits, in minutes."""
+    from .demo import run
+    result = run(output, seed=seed, progress=not quiet)
+    click.echo(str(result))
+    click.echo(f"wrote {output}/model.hardened.qg, {output}/report.json and {output}/report.html")
+
+
+def _show(result: Any, report: str | None, json_file: str | None, strict: bool) -> None:
+    click.echo(str(result))
+    for file in (report, json_file):
+        if file:
+            result.save(file)
+            click.echo(f"wrote {file}")
+    if strict and not all(e.reliable for e in result.rows.values()):
+        sys.exit(1)

@@ -1,0 +1,26 @@
+"""Write files so that what was there is never half gone: beside, then renamed."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Give a path beside to write to; rename it to path if the block ends well."""
+    target = Path(path)
+    beside = target.with_name(f".{target.name}.{os.getpid()}{target.suffix}")
+    try:
+        yield beside
+        os.replace(beside, target)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Write a text file."""
+    with replacing(path) as beside:
+        beside.write_text(text, encoding="utf-8")

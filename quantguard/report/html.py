@@ -1,0 +1,129 @@
+"""Results as HTML: fragments for notebooks, and one page that needs nothing else."""
+
+from __future__ import annotations
+
+import html
+import json
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from .text import (
+    UPPER_BOUND,
+    Cell,
+    attack_rows,
+    columns,
+    flag_lines,
+    headline,
+    minimum_norm_lines,
+    paired_lines,
+    threat_text,
+)
+
+if TYPE_CHECKING:
+    from ..evaluation import Evaluation
+    from ..pipeline import Comparison
+
+_STYLE = """
+.qg { font: 15px/1.5 system-ui, sans-serif; color: #1c2330; max-width: 62rem }
+.qg h1 { font-size: 1.6rem; margin: 0 0 .2rem } .qg h2 { font-size: 1.15rem; margin: 2rem 0 .5rem }
+.qg table { border-collapse: collapse; width: 100%; margin: .6rem 0 }
+.qg th, .qg td { text-align: left; padding: .35rem .6rem; border-bottom: 1px solid #dfe3ea;
+  vertical-align: top; font-variant-numeric: tabular-nums }
+.qg th { font-weight: 600; color: #55607a; font-size: .85rem }
+.qg small { color: #55607a } .qg .bar { position: relative; height: .5rem; background: #eceff4;
+  border-radius: .25rem; margin-top: .25rem; min-width: 5rem }
+.qg .fill { position: absolute; left: 0; top: 0; bottom: 0; border-radius: .25rem;
+  background: #5b7fc7 } .qg .worst .fill { background: #c2543f }
+.qg .whisker { position: absolute; top: -.1rem; bottom: -.1rem; border: solid #1c2330;
+  border-width: 0 1px; background: rgba(28,35,48,.18) }
+.qg .flag { border-left: .25rem solid #c2543f; padding: .3rem .8rem; margin: .4rem 0;
+  background: #fbf1ef } .qg .flag.undecided { border-color: #b58a1b; background: #fbf6e8 }
+.qg .flag.masked { border-color: #7a5bb5; background: #f4f0fa }
+.qg .head { padding: .7rem 1rem; background: #eef3fb; border-radius: .4rem; margin: .8rem 0 }
+.qg pre { overflow: auto; background: #f5f6f9; padding: .8rem; font-size: .8rem }
+"""
+
+
+def _cell(cell: Cell, worst: bool) -> str:
+    low, high = (100 * v for v in cell.interval)
+    share = 100 * cell.share
+    return (f'<td class="{"worst" if worst else ""}">{share:.1f} % '
+            f"<small>{low:.1f}–{high:.1f}</small>"
+            f'<div class="bar"><div class="fill" style="width:{share:.2f}%"></div>'
+            f'<div class="whisker" style="left:{low:.2f}%;width:{high - low:.2f}%"></div>'
+            "</div></td>")
+
+
+def _table(rows: Sequence[Sequence[str]]) -> str:
+    head = "".join(f"<th>{html.escape(c)}</th>" for c in rows[0])
+    body = "".join("<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in row) + "</tr>"
+                   for row in rows[1:])
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+
+
+def _flags(evaluation: Evaluation) -> str:
+    return "".join(f'<div class="flag {flag.kind}"><b>{html.escape(flag.kind)}: '
+                   f"{html.escape(flag.name)}.</b> {html.escape(flag.reason)}<br>"
+                   f"<small>{html.escape(flag.test)}</small></div>"
+                   for flag in evaluation.flags if flag.raised)
+
+
+def _comparison(comparison: Comparison) -> str:
+    first = next(iter(comparison.rows.values()))
+    names = list(columns(first))
+    head = "".join(f"<th>{html.escape(n)}</th>" for n in ["model", *names, "verdict"])
+    body = ""
+    for name, evaluation in comparison.rows.items():
+        cells = columns(evaluation)
+        body += f"<tr><td><b>{html.escape(name)}</b></td>" + "".join(
+            _cell(cells[c], c == "worst case") if c in cells else "<td>-</td>" for c in names)
+        body += f"<td>{evaluation.verdict}</td></tr>"
+    lines = [*paired_lines(comparison), *(f"Note: {n}." for n in comparison.notes)]
+    flags = "".join(f"<h3>{html.escape(name)}</h3>{_flags(e)}"
+                    for name, e in comparison.rows.items() if flag_lines(e))
+    return (f"<p>{first.images} images; {html.escape(threat_text(first))}; suite "
+            f"{html.escape(first.suite)}, seed {first.seed}. Per cent that is still classified "
+            "correctly, with its 95 % interval.</p>"
+            f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+            + "".join(f"<p>{html.escape(line)}</p>" for line in lines) + flags
+            + f"<p><small>{html.escape(UPPER_BOUND)}</small></p>")
+
+
+def _evaluation(evaluation: Evaluation) -> str:
+    notes = "".join(f"<p><small>{html.escape(line)}</small></p>"
+                    for line in minimum_norm_lines(evaluation))
+    return (f'<div class="head">{html.escape(headline(evaluation))}</div>{_flags(evaluation)}'
+            f"{_table(attack_rows(evaluation))}{notes}")
+
+
+def _framed(body: str) -> str:
+    return f'<style>{_STYLE}</style><div class="qg">{body}</div>'
+
+
+def evaluation_html(evaluation: Evaluation) -> str:
+    """Return an evaluation for a notebook."""
+    return _framed(_evaluation(evaluation)
+                   + f"<p><small>{html.escape(UPPER_BOUND)}</small></p>")
+
+
+def comparison_html(comparison: Comparison) -> str:
+    """Return a comparison for a notebook."""
+    return _framed(_comparison(comparison))
+
+
+def page(comparison: Comparison) -> str:
+    """Return a whole page, self-contained: no script, no font, no image from elsewhere."""
+    body = "<h1>Robustness before and after</h1>" + _comparison(comparison)
+    for name, evaluation in comparison.rows.items():
+        body += f"<h2>{html.escape(name)}</h2>" + _evaluation(evaluation)
+    first = next(iter(comparison.rows.values()))
+    made = {"settings": comparison.settings, "threat": first.threat.to_dict(),
+            "environment": first.environment, "images": first.image_hash}
+    body += ("<h2>How to have it again</h2><p>Every hyper-parameter of each attack, and the images "
+             "it broke, are in the JSON beside this page.</p>"
+             f"<pre>{html.escape(json.dumps(made, indent=1))}</pre>")
+    return ('<!doctype html><html lang="en"><head><meta charset="utf-8">'
+            '<meta name="viewport" content="width=device-width,initial-scale=1">'
+            "<title>quantguard: robustness before and after</title>"
+            "<style>body { margin: 2rem auto; padding: 0 1rem; max-width: 64rem }</style></head>"
+            f"<body>{_framed(body)}</body></html>\n")

@@ -1,0 +1,160 @@
+"""Results as plain text; the numbers behind the HTML, too."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ..masking import wilson
+from ..progress import duration
+
+if TYPE_CHECKING:
+    from ..evaluation import Evaluation
+    from ..pipeline import Comparison
+
+UPPER_BOUND = ("Attacked figures are upper bounds of the truth: a stronger attack can only lower "
+               "them.\nIntervals are 95 % Wilson and cover the sampling of images only.")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """Hold one figure: a share with its interval."""
+
+    count: int
+    n: int
+
+    @property
+    def share(self) -> float:
+        """Return the share, 0 to 1."""
+        return self.count / self.n
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """Return the 95 % Wilson interval."""
+        return wilson(self.count, self.n)
+
+    def __str__(self) -> str:
+        low, high = self.interval
+        return f"{100 * self.share:.1f} [{100 * low:.1f}-{100 * high:.1f}]"
+
+
+def columns(evaluation: Evaluation) -> dict[str, Cell]:
+    """Return the columns of a table: clean, each attack with a figure of its own, worst case."""
+    n = evaluation.images
+
+    def cell(mask: np.ndarray) -> Cell:
+        return Cell(int(mask.sum()), n)
+    result = {"clean": cell(evaluation.correct)}
+    for attack in evaluation.attacks:
+        if attack.settings.get("everywhere"):
+            result[attack.label] = cell(evaluation.correct & ~attack.broke)
+    result["worst case"] = cell(evaluation.survived)
+    return result
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """Return rows as aligned text, the first being the header."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip()
+             for row in rows]
+    return "\n".join([lines[0], "  ".join("-" * w for w in widths), *lines[1:]])
+
+
+def threat_text(evaluation: Evaluation) -> str:
+    """Return the attacker in one phrase."""
+    threat = evaluation.threat
+    norm = {"linf": "Linf", "l2": "L2"}[threat.norm]
+    low, high = threat.bounds
+    return f"{norm}, eps {threat.eps:.4g} in pixels of {low:g}..{high:g}"
+
+
+def headline(evaluation: Evaluation) -> str:
+    """Return the one sentence that counts."""
+    cell = Cell(int(evaluation.survived.sum()), evaluation.images)
+    low, high = cell.interval
+    said = {"resolved": "Verdict: resolved, nothing here speaks against it.",
+            "undecided": "UNDECIDED: too few images to rule out that it is not the worst case.",
+            "unresolved": "UNRESOLVED: the worst case has not been found yet."}
+    return (f"Robust accuracy <= {100 * cell.share:.1f} % (95 % interval {100 * low:.1f}-"
+            f"{100 * high:.1f}; {cell.count} of {cell.n} images survive every attack). "
+            + said[evaluation.verdict])
+
+
+def attack_rows(evaluation: Evaluation) -> list[list[str]]:
+    """Return one row an attack, header first."""
+    rows = [["attack", "attacked", "broke", "standing", "gradients/image", "time"]]
+    standing = evaluation.correct.copy()
+    for attack in evaluation.attacks:
+        standing &= ~attack.broke
+        attacked = int(attack.attacked.sum())
+        per_image = f"{attack.gradients / attacked:.0f}" if attacked else "-"
+        rows.append([attack.label, str(attacked), str(int(attack.broke.sum())),
+                     str(int(standing.sum())), per_image, duration(attack.seconds)])
+    return rows
+
+
+def minimum_norm_lines(evaluation: Evaluation) -> list[str]:
+    """Return what minimum-norm attacks did by their own measure, which is not survival."""
+    return [f"{a.label} by its own measure: succeeds on {a.own_success} of "
+            f"{int(a.attacked.sum())} images, median L2 norm "
+            f"{'-' if a.median_norm is None else format(a.median_norm, '.3g')}; its column counts "
+            "what is left after clipping to the threat."
+            for a in evaluation.attacks if a.own_success is not None]
+
+
+def flag_lines(evaluation: Evaluation) -> list[str]:
+    """Return one line for each raised flag."""
+    return [f"[{flag.kind}] {flag.name}: {flag.reason}" for flag in evaluation.flags if flag.raised]
+
+
+def evaluation_text(evaluation: Evaluation) -> str:
+    """Return an evaluation as text."""
+    clean = Cell(int(evaluation.correct.sum()), evaluation.images)
+    broken = int(evaluation.correct.sum()) - int(evaluation.survived.sum())
+    parts = [headline(evaluation),
+             f"Clean accuracy {clean} %; attacks succeed on {broken} of {clean.count} correctly "
+             f"classified images. Threat: {threat_text(evaluation)}; seed {evaluation.seed}.",
+             "", table(attack_rows(evaluation))]
+    parts += ["", *minimum_norm_lines(evaluation)]
+    parts += [*flag_lines(evaluation), UPPER_BOUND]
+    return "\n".join(parts)
+
+
+def comparison_rows(comparison: Comparison) -> list[list[str]]:
+    """Return one row a model, header first."""
+    names = list(columns(next(iter(comparison.rows.values()))))
+    rows = [["model", *names, "verdict"]]
+    for name, evaluation in comparison.rows.items():
+        cells = columns(evaluation)
+        rows.append([name, *(str(cells[c]) if c in cells else "-" for c in names),
+                     evaluation.verdict])
+    return rows
+
+
+def paired_lines(comparison: Comparison) -> list[str]:
+    """Return each later row against the first, image by image."""
+    names = list(comparison.rows)
+    pairs = [(names[0], other) for other in names[1:]]
+    if "float + fine-tune" in names:
+        pairs += [("float + fine-tune", names[-1])] if names[-1] != "float + fine-tune" else []
+    lines = []
+    for first, second in pairs:
+        a, b, p = comparison.paired(first, second)
+        lines.append(f"{second} against {first}: {b} images survive only the former, {a} only the "
+                     f"latter (exact McNemar p = {p:.2g})")
+    return lines
+
+
+def comparison_text(comparison: Comparison) -> str:
+    """Return a comparison as text."""
+    first = next(iter(comparison.rows.values()))
+    parts = [f"Per cent of {first.images} images [95 % interval]. Threat: {threat_text(first)}; "
+             f"suite {first.suite}, seed {first.seed}.", "", table(comparison_rows(comparison)), ""]
+    parts += paired_lines(comparison)
+    for name, evaluation in comparison.rows.items():
+        parts += [f"{name}: {line}" for line in flag_lines(evaluation)]
+    parts += [f"Note: {note}." for note in comparison.notes]
+    return "\n".join([*parts, UPPER_BOUND])
