@@ -14,7 +14,8 @@ from torch.overrides import TorchFunctionMode
 
 from .activation import QuantActivation, bypass, staircases
 from .running import evaluating, run, seeded
-from .sites import KIND_OF_FUNCTION, KIND_OF_METHOD, Plan
+from .sites import Plan
+from .tracing import KIND_OF_FUNCTION, KIND_OF_METHOD
 
 _SIDES = (224, 299, 32, 28, 64, 96, 8)
 

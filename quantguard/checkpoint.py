@@ -25,7 +25,8 @@ from .activation import staircases
 from .audit import Audit
 from .errors import LoadError, QuantguardError
 from .files import replacing
-from .models import build_arch, is_our_file, load_model, read_pickle
+from .models import build_arch, is_our_file, load_model
+from .pickles import read_pickle
 from .rewrite import Conversion, carry_out, conversion_of, restore, unwrap
 from .sites import Plan, find_sites
 from .spec import QuantSpec

@@ -12,7 +12,7 @@ import os
 import platform
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +24,14 @@ from . import masking
 from .attacks import Entry, FoolboxModel, PixelModel, build_suite
 from .attacks.noise import image_noise
 from .attacks.pgd import input_gradient, project
-from .data import check_images, check_labels, require_reiterable, snap, to_pixels, unpack
+from .batches import check_images, check_labels, require_reiterable, snap, to_pixels, unpack
 from .errors import ConversionError, DataError, SpecError
-from .files import replacing, write_text
-from .masking import Flag, wilson
+from .files import replacing
+from .masking import Flag
 from .progress import Progress
+from .results import AttackResult, Evaluation, indices, mask_of
 from .running import device_of, evaluating, frozen, run, seeded, to_device
 from .spec import Threat
-
-FORMAT = 1
 
 
 @dataclass(frozen=True)
@@ -42,193 +41,6 @@ class Images:
     pixels: Tensor
     labels: Tensor
     key: str | None = None
-
-
-@dataclass(frozen=True)
-class AttackResult:
-    """Hold what one attack did.
-
-    Attributes:
-        settings: class and every hyper-parameter.
-        attacked: (N,) images it was run on.
-        broke: (N,) images it broke within the threat, checked by the model itself.
-        own_success, median_norm: a minimum-norm attack's own success before clipping to the
-            threat, and its median L2 norm; None for other attacks.
-        queries, gradients: images passed forward, and with a gradient.
-        seconds: wall time.
-    """
-
-    settings: dict[str, Any]
-    attacked: np.ndarray = field(repr=False)
-    broke: np.ndarray = field(repr=False)
-    own_success: int | None
-    median_norm: float | None
-    queries: int
-    gradients: int
-    seconds: float
-
-    @property
-    def label(self) -> str:
-        """Return the attack's name."""
-        return str(self.settings["label"])
-
-    @property
-    def group(self) -> str:
-        """Return what the attack stands for, see :class:`quantguard.attacks.Entry`."""
-        return str(self.settings["group"])
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """Say how robust a model is, and how far to trust that.
-
-    Attributes:
-        correct: (N,) images that are classified correctly unattacked.
-        survived: (N,) images that survive every attack.
-        attacks: what each attack did, in the order in which they ran.
-        flags: checks of the model and of this evaluation.
-        adversarials: (N, ...) float32 pixels: what broke each image, else the image itself.
-        labels: (N,) true classes.
-        threat, suite, seed, environment: how to have it again.
-        image_hash: of pixels and labels, in order.
-        seconds: wall time.
-    """
-
-    correct: np.ndarray = field(repr=False)
-    survived: np.ndarray = field(repr=False)
-    attacks: tuple[AttackResult, ...]
-    flags: tuple[Flag, ...]
-    adversarials: np.ndarray | None = field(repr=False)
-    labels: np.ndarray = field(repr=False)
-    threat: Threat
-    suite: str
-    seed: int
-    environment: dict[str, str]
-    image_hash: str
-    seconds: float
-
-    @property
-    def images(self) -> int:
-        """Return the number of images N."""
-        return len(self.correct)
-
-    @property
-    def clean_accuracy(self) -> float:
-        """Return the share of images classified correctly."""
-        return float(self.correct.mean())
-
-    @property
-    def robust_accuracy(self) -> float:
-        """Return the share of images that survive every attack: an upper bound of the truth."""
-        return float(self.survived.mean())
-
-    @property
-    def clean_interval(self) -> tuple[float, float]:
-        """Return the 95 % Wilson interval of clean_accuracy."""
-        return wilson(int(self.correct.sum()), self.images)
-
-    @property
-    def interval(self) -> tuple[float, float]:
-        """Return the 95 % Wilson interval of robust_accuracy; it covers the sampling only."""
-        return wilson(int(self.survived.sum()), self.images)
-
-    @property
-    def verdict(self) -> str:
-        """Return ``resolved``, ``undecided`` or ``unresolved``; no survivor left is resolved."""
-        return masking.verdict(self.flags) if self.survived.any() else "resolved"
-
-    @property
-    def reliable(self) -> bool:
-        """Return whether the evaluation found nothing against its own figure."""
-        return self.verdict == "resolved"
-
-    def surviving(self, *groups: str) -> np.ndarray:
-        """Return (N,) the images that are correct and survive every attack of the groups."""
-        mask: np.ndarray = self.correct.copy()
-        for result in self.attacks:
-            if result.group in groups:
-                mask &= ~result.broke
-        return mask
-
-    def __str__(self) -> str:
-        from .report import evaluation_text
-        return evaluation_text(self)
-
-    def _repr_html_(self) -> str:
-        from .report import evaluation_html
-        return evaluation_html(self)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return everything but the adversarials, as plain JSON types."""
-        return {
-            "format": FORMAT, "images": self.images, "clean": int(self.correct.sum()),
-            "survived": int(self.survived.sum()), "robust_accuracy": self.robust_accuracy,
-            "interval": list(self.interval), "verdict": self.verdict,
-            "note": "robust_accuracy is an upper bound; the interval covers the sampling only",
-            "threat": self.threat.to_dict(), "suite": self.suite, "seed": self.seed,
-            "environment": self.environment, "image_hash": self.image_hash,
-            "seconds": self.seconds, "labels": self.labels.tolist(),
-            "correct_images": _indices(self.correct), "survived_images": _indices(self.survived),
-            "attacks": [{**r.settings, "attacked_images": _indices(r.attacked),
-                         "broke_images": _indices(r.broke), "own_success": r.own_success,
-                         "median_norm": r.median_norm, "queries": r.queries,
-                         "gradients": r.gradients, "seconds": r.seconds} for r in self.attacks],
-            "flags": [vars(flag) for flag in self.flags]}
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the JSON that :meth:`from_dict` reads."""
-        write_text(path, json.dumps(self.to_dict(), indent=1))
-
-    def save_adversarials(self, path: str | os.PathLike[str]) -> None:
-        """Write ``x`` (N, ...) pixels, ``y`` (N,) labels and ``broken`` (N,) as one npz file.
-
-        Raises:
-            DataError: the evaluation was read from JSON, which has no images.
-        """
-        if self.adversarials is None:
-            raise DataError("this evaluation was read from JSON, which holds no adversarials")
-        target = Path(path)
-        if target.suffix != ".npz":
-            raise DataError(f"{target} must end in .npz")
-        with replacing(target) as beside:
-            np.savez_compressed(beside, x=self.adversarials, y=self.labels,
-                                broken=self.correct & ~self.survived)
-
-    @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> Evaluation:
-        """Read what :meth:`to_dict` wrote.
-
-        Raises:
-            DataError: not such a dictionary, or of another format version.
-        """
-        try:
-            if data["format"] != FORMAT:
-                raise DataError(f"evaluation JSON of format {data['format']}, expected {FORMAT}")
-            n = data["images"]
-            attacks = []
-            for row in data["attacks"]:
-                row = dict(row)
-                attacked, broke = (_mask(row.pop(k), n) for k in ("attacked_images",
-                                                                  "broke_images"))
-                rest = {k: row.pop(k) for k in ("own_success", "median_norm", "queries",
-                                                "gradients", "seconds")}
-                attacks.append(AttackResult(row, attacked, broke, **rest))
-            return cls(_mask(data["correct_images"], n), _mask(data["survived_images"], n),
-                       tuple(attacks), tuple(Flag(**f) for f in data["flags"]), None,
-                       np.array(data["labels"]), Threat(**data["threat"]), data["suite"],
-                       data["seed"], data["environment"], data["image_hash"], data["seconds"])
-        except (KeyError, TypeError) as error:
-            raise DataError("this is no evaluation JSON of quantguard", why=repr(error)) from None
-
-
-def _indices(mask: np.ndarray) -> list[int]:
-    return [int(i) for i in np.flatnonzero(mask)]
-
-
-def _mask(indices: Sequence[int], n: int) -> np.ndarray:
-    mask = np.zeros(n, dtype=bool)
-    mask[list(indices)] = True
-    return mask
 
 
 def environment(device: torch.device) -> dict[str, str]:
@@ -367,7 +179,7 @@ class _State:
                                 fix="Use another run directory, or delete this one.")
             self.adversarials = file["adversarials"]
         for row in told["results"]:
-            row |= {k: _mask(row[k], n) for k in ("attacked", "broke")}
+            row |= {k: mask_of(row[k], n) for k in ("attacked", "broke")}
             self.results.append(AttackResult(**row))
             self.survived &= ~self.results[-1].broke
 
@@ -376,7 +188,7 @@ class _State:
         self.survived &= ~result.broke
         if self.path is None:
             return
-        rows = [{**vars(r), "attacked": _indices(r.attacked), "broke": _indices(r.broke)}
+        rows = [{**vars(r), "attacked": indices(r.attacked), "broke": indices(r.broke)}
                 for r in self.results]
         with replacing(self.path) as beside:
             np.savez(beside, adversarials=self.adversarials,
@@ -531,7 +343,7 @@ def _flags(model: PixelModel, data: Images, threat: Threat, batch: int, seed: in
             seeing |= broken
     flags: list[Flag] = []
     if "pgd" in by_group:
-        rest = correct & ~by_group["pgd"]
+        rest = correct & ~by_group["pgd"] & ~by_group.get("fgsm", np.zeros(n, dtype=bool))
         flags.append(masking.overstated(int((rest & ~state.survived).sum()), n,
                                         int(state.survived.sum())))
         if "fgsm" in by_group:

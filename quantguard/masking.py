@@ -106,15 +106,16 @@ def overstated(default_only: int, n: int, standing: int) -> Flag:
     """Say by how much default PGD overstates the model against the union of all attacks.
 
     Args:
-        default_only: images that survive default PGD and fall to another attack.
+        default_only: images that survive FGSM and PGD on both losses, and fall to another attack.
         n: all images.
         standing: images that survive everything.
     """
     points = 100 * default_only / n if n else 0.0
     p = mcnemar(default_only, 0)
     raised = points >= 2 and p < 0.01
-    reason = (f"Default PGD overstates this model by {points:.1f} points: "
-              f"{standing + default_only} of {n} images survive it, {standing} survive the union.")
+    reason = (f"Default attacks (FGSM, PGD) overstate this model by {points:.1f} points: "
+              f"{standing + default_only} of {n} images survive them, {standing} survive the "
+              "union.")
     return Flag("default attack overstates", "masked", raised, points, 2.0,
                 "at least 2 points and exact McNemar p < .01", reason)
 

@@ -15,10 +15,11 @@ from torch import nn
 
 from .activation import staircases
 from .errors import SpecError
-from .evaluation import Evaluation, evaluate
+from .evaluation import evaluate
 from .files import write_text
 from .masking import mcnemar
 from .recipes import Recipe, recipe_of
+from .results import Evaluation
 from .rewrite import conversion_of, convert, unwrap
 from .spec import FLOAT_BITS, QuantSpec, Threat
 from .training import History, fit

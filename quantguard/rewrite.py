@@ -18,22 +18,20 @@ from torch import Tensor, fx, nn
 
 from .activation import QuantActivation, staircases
 from .audit import Audit, audit, find_example
+from .batches import require_reiterable, unpack
 from .calibrate import calibrate
-from .data import require_reiterable, unpack
 from .errors import ConversionError, DataError
 from .running import device_of, to_device
 from .sites import (
     Bits,
     Plan,
     Site,
-    Traced,
     assign,
-    both_graphs,
-    calls_in,
     check_convertible,
     find_sites,
     join,
 )
+from .tracing import Traced, both_graphs, calls_in
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _numbers = itertools.count()

@@ -95,26 +95,33 @@ def _spread(values: Tensor, x: Tensor, axis: int | None) -> list[Any]:
     return [v.reshape(shape) for v in values.unbind(-1)]
 
 
-def _count(x: Tensor, bounds: Tensor, axis: int | None, out: Tensor) -> None:
-    """Write into out, for each element of the block x, how many of the ascending bounds are < x."""
-    levels = bounds.shape[-1]
-    if levels <= _COMPARE_UP_TO:
-        above = torch.empty(x.shape, dtype=torch.bool, device=x.device)
-        for j, bound in enumerate(_spread(bounds, x, axis)):
-            torch.gt(x, bound, out=above)
-            out.copy_(above) if j == 0 else out.add_(above)
-    elif axis is None:
-        out.copy_(torch.bucketize(x, bounds))
-    else:
-        rows = x.movedim(axis, 0)
-        counts = torch.searchsorted(bounds, rows.reshape(rows.shape[0], -1).contiguous())
-        out.copy_(counts.reshape(rows.shape).movedim(0, axis))
+def _count(x: Tensor, bounds: Tensor, axis: int | None) -> Tensor:
+    """Return, for each element of the block x, how many of the ascending bounds are < x.
+
+    As float32: comparisons that put out floats and their sums are vectorised on CPU, those that
+    put out booleans are not, and take several times as long.
+    """
+    if bounds.shape[-1] <= _COMPARE_UP_TO:
+        first, *rest = _spread(bounds, x, axis)
+        count = torch.gt(x, first, out=torch.empty_like(x))
+        above = torch.empty_like(x)
+        for bound in rest:
+            count.add_(torch.gt(x, bound, out=above))
+        return count
+    if axis is None:
+        return torch.bucketize(x, bounds).float()
+    rows = x.movedim(axis, 0)
+    counts = torch.searchsorted(bounds, rows.reshape(rows.shape[0], -1).contiguous())
+    return counts.reshape(rows.shape).movedim(0, axis).float()
 
 
 def _values(count: Tensor, x: Tensor, step: Any, zero: Tensor, out: Tensor) -> None:
-    """Write ``step * (count - zero)`` into out; a NaN input stays NaN, as it does in ReLU."""
-    value = count.to(torch.float32).sub_(zero).mul_(step)
-    out.copy_(value.masked_fill_(x != x, float("nan")))
+    """Write ``step * (count - zero)`` into out, using count up; NaN stays NaN, as in ReLU."""
+    value = count.sub_(zero).mul_(step)
+    # On CPU a look for NaN is much cheaper than masking; elsewhere it would wait for the device.
+    if x.device.type != "cpu" or (x.numel() and bool(x.amax().isnan())):
+        value.masked_fill_(x != x, float("nan"))
+    out.copy_(value)
 
 
 def _code_type(m: int) -> torch.dtype:
@@ -163,17 +170,17 @@ class _Windowed(torch.autograd.Function):
         one_step = _spread(step.unsqueeze(-1), x, axis)[0]
         if not any(ctx.needs_input_grad):
             for xs, ys in _blocks(x, out, axis=axis):
-                count = torch.empty_like(xs, dtype=_code_type(m))
-                _count(xs.float(), t, axis, count)
-                _values(count, xs, one_step, zero, ys)
+                xs = xs.float()
+                _values(_count(xs, t, axis), xs, one_step, zero, ys)
             return out
         edges, widths = windows(t, width)
         # edge, threshold, edge, ...: code 2i - 1 is window i left of t_i, 2i right of it.
-        bounds = torch.cat([torch.stack([edges[..., :-1], t], -1).flatten(-2), edges[..., -1:]], -1)
         code = torch.empty_like(x, dtype=_code_type(m))
         for xs, ys, cs in _blocks(x, out, code, axis=axis):
-            _count(xs.float(), bounds, axis, cs)
-            _values(cs >> 1, xs, one_step, zero, ys)
+            xs = xs.float()
+            level = _count(xs, t, axis)
+            cs.copy_(_count(xs, edges, axis).add_(level))
+            _values(level, xs, one_step, zero, ys)
         derivative = None
         if mode == "parent" and gate is not None:
             derivative = (x > gate[0]) & (x < gate[1])
@@ -191,9 +198,12 @@ class _Windowed(torch.autograd.Function):
         slopes = step.unsqueeze(-1) / widths
         if ctx.mode != "ramp":
             slopes = (m * step / (edges[..., -1] - edges[..., 0])).unsqueeze(-1).expand_as(widths)
-        outside = slopes[..., :1] if ctx.mode == "parent" else torch.zeros_like(slopes[..., :1])
-        table = torch.cat([outside, slopes.repeat_interleave(2, -1), slopes[..., -1:] * (
-            ctx.mode == "parent")], -1)
+        everywhere = ctx.mode == "parent"  # its slope does not end at the outer edges
+        table = torch.cat([slopes[..., :1] * everywhere, slopes.repeat_interleave(2, -1),
+                           slopes[..., -1:] * everywhere], -1)
+        one_slope = None  # a table with one slope needs no look-up
+        if axis is None and grad.device.type == "cpu" and bool((slopes == slopes[0]).all()):
+            one_slope = float(slopes[0])
         grad_x = torch.empty_like(grad)
         through, plain = (torch.zeros(*step.shape, codes, dtype=torch.float64, device=step.device)
                           for _ in range(2))
@@ -206,14 +216,31 @@ class _Windowed(torch.autograd.Function):
                 gs = gs * ds[0]
             if needs_t:
                 through += _histogram(gs, cs, codes, axis)
-            if needs_x:
+            if not needs_x:
+                continue
+            if one_slope is None:
                 outs.copy_(gs * _look_up(table, cs, axis))
+            elif everywhere:
+                torch.mul(gs, one_slope, out=outs)
+            else:
+                wide = cs.float()
+                inside = torch.gt(wide, 0, out=torch.empty_like(wide))
+                inside.sub_(wide.gt_(2 * m)).mul_(one_slope)
+                outs.copy_(inside.mul_(gs))
         by_window = through[..., 1:-1].reshape(*step.shape, m, 2).sum(-1)
         level = torch.arange(codes, device=step.device) // 2 - ctx.zero
         return (grad_x if needs_x else None,
                 (-by_window * slopes).to(widths.dtype) if needs_t else None,
                 (plain * level).sum(-1).to(step.dtype) if needs_step else None,
                 None, None, None, None, None)
+
+
+def _add_bell(total: Tensor, s: Tensor, sharp: Any) -> None:
+    """Add ``sharp * s (1 - s)`` to total; a plain number costs two passes, a tensor three."""
+    if isinstance(sharp, float):
+        total.add_(s, alpha=sharp).addcmul_(s, s, value=-sharp)
+    else:
+        total.addcmul_(torch.addcmul(s, s, s, value=-1), sharp)
 
 
 class _Bell(torch.autograd.Function):
@@ -242,13 +269,11 @@ class _Bell(torch.autograd.Function):
                     s = torch.sub(wide, center).mul_(sharp).sigmoid_()
                     value.add_(s)
                     if keep_slope:
-                        bells.add_(torch.addcmul(s, s, s, value=-1).mul_(sharp))
+                        _add_bell(bells, s, sharp)
                 if keep_slope:
                     ss[0].copy_(bells.mul_(one_step))
             if hard:
-                count = torch.empty_like(xs, dtype=_code_type(t.shape[-1]))
-                _count(wide, t, axis, count)
-                _values(count, xs, one_step, zero, ys)
+                _values(_count(wide, t, axis), wide, one_step, zero, ys)
             else:
                 ys.copy_(value.sub_(zero).mul_(one_step))
         ctx.save_for_backward(slope, x.clone() if needs_t else None,

@@ -7,8 +7,7 @@ import json
 import math
 import os
 import time
-import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,11 +15,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import BatchSampler, DataLoader, IterableDataset, Subset
 
 from .activation import QuantActivation, staircases
 from .attacks import PGD, FoolboxModel, PixelModel
-from .data import check_images, check_labels, require_reiterable, to_pixels, unpack
+from .batches import check_images, check_labels, to_pixels, unpack
+from .batching import Source, hold_out
 from .errors import DataError, QuantguardError, SpecError
 from .evaluation import image_tensor, predict
 from .files import replacing
@@ -72,80 +71,6 @@ class History:
         return {"epochs": [vars(e) for e in self.epochs], "chosen": self.chosen, "lr": self.lr}
 
 
-class _SeededBatches(BatchSampler):
-    """Give the batches of one epoch in an order that a seed fixes, from any batch on."""
-
-    def __init__(self, size: int, batch: int, seed: int) -> None:
-        self.size, self.batch, self.seed = size, batch, seed
-        self.epoch = self.first = 0
-
-    def __iter__(self) -> Iterator[list[int]]:
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-        order = torch.randperm(self.size, generator=generator).tolist()
-        for number in range(self.first, len(self)):
-            yield order[number * self.batch : (number + 1) * self.batch]
-
-    def __len__(self) -> int:
-        # A last batch of one image has no variance for BatchNorm.
-        rest = self.size % self.batch
-        return self.size // self.batch + (rest > 1 or self.size < self.batch)
-
-
-@dataclass
-class _Source:
-    """Hold the training batches, and the held-out slice for the probe."""
-
-    loader: Iterable[Any]
-    sampler: _SeededBatches | None
-    val: Iterable[Any] | None
-    batches: int | None
-
-    def epoch(self, number: int, first: int) -> Iterable[Any]:
-        """Return the batches of an epoch from batch ``first`` on."""
-        if self.sampler is not None:
-            self.sampler.epoch, self.sampler.first = number, first
-        return self.loader
-
-
-def split(loader: Iterable[Any], val: Iterable[Any] | None, batch: int | None,
-          seed: int) -> _Source:
-    """Hold out a seeded 5 % (256 images at least, 20 % at most) of a map-style DataLoader.
-
-    Raises:
-        DataError: a one-shot iterator, or an empty data set.
-    """
-    require_reiterable(loader, "the loader")
-    dataset: Any = getattr(loader, "dataset", None)
-    if not isinstance(loader, DataLoader) or isinstance(dataset, IterableDataset) \
-            or loader.batch_size is None:
-        if val is None:
-            warnings.warn("the loader is no map-style DataLoader, so nothing can be held out of "
-                          "it: no probe picks the best epoch. Pass val= to have one.", stacklevel=3)
-        try:
-            batches = len(loader)  # type: ignore[arg-type]
-        except TypeError:
-            batches = None
-        return _Source(loader, None, val, batches)
-    size = len(dataset)
-    if size == 0:
-        raise DataError("the loader is empty", fix="Give at least one batch.")
-    indices = torch.randperm(size, generator=torch.Generator().manual_seed(seed)).tolist()
-    held = 0
-    if val is None:
-        held = min(max(round(0.05 * size), 256), size // 5)
-        if held:
-            plain = copy.copy(dataset)
-            if hasattr(plain, "augment"):
-                plain.augment = False
-            val = DataLoader(Subset(plain, sorted(indices[:held])), batch_size=128,
-                             collate_fn=loader.collate_fn)
-    train = Subset(dataset, sorted(indices[held:]))
-    sampler = _SeededBatches(len(train), min(batch or loader.batch_size, len(train)), seed)
-    return _Source(DataLoader(train, batch_sampler=sampler, collate_fn=loader.collate_fn,
-                              num_workers=loader.num_workers, pin_memory=loader.pin_memory),
-                   sampler, val, len(sampler))
-
-
 def parameter_groups(model: nn.Module, recipe: Recipe, lr: float,
                      train: str) -> list[dict[str, Any]]:
     """Return the optimizer's groups: weights, those without decay, and thresholds with steps."""
@@ -187,7 +112,7 @@ class _Average:
 class Trainer:
     """Fine-tune one model; see :func:`fit`."""
 
-    def __init__(self, model: nn.Module, source: _Source, threat: Threat, recipe: Recipe,
+    def __init__(self, model: nn.Module, source: Source, threat: Threat, recipe: Recipe,
                  epochs: int, train: str, run_dir: Path | None, seed: int, show: bool) -> None:
         self.model, self.source, self.threat, self.recipe = model, source, threat, recipe
         self.epochs, self.train, self.run_dir, self.seed = epochs, train, run_dir, seed
@@ -486,7 +411,7 @@ def fit(model: nn.Module, loader: Iterable[Any], threat: Threat, recipe: Recipe,
         raise SpecError(f"train={train!r} is unknown", fix="Use all or thresholds.")
     if not isinstance(epochs, int) or epochs < 1:
         raise SpecError(f"epochs={epochs!r} must be an integer, 1 or more")
-    source = split(loader, val, recipe.batch_size, seed)
+    source = hold_out(loader, val, recipe.batch_size, seed)
     flags = [(p, p.requires_grad) for p in model.parameters()]
     frozen_here = [] if train == "all" else [
         p for m in model.modules() if not isinstance(m, QuantActivation)

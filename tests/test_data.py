@@ -15,16 +15,16 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from quantguard import data
-from quantguard.data import (
+from quantguard.batches import (
     check_images,
     check_labels,
     from_pixels,
-    load_data,
     require_reiterable,
     snap,
     to_pixels,
     unpack,
 )
+from quantguard.data import load_data
 from quantguard.errors import DataError, SpecError
 from quantguard.spec import Threat
 

@@ -19,9 +19,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from quantguard import models
+from quantguard import pickles
 from quantguard.errors import LoadError
-from quantguard.models import build_arch, is_arch_spec, is_our_file, load_model, read_pickle
+from quantguard.models import build_arch, is_arch_spec, is_our_file, load_model
+from quantguard.pickles import read_pickle
 
 
 class Calls:
@@ -313,7 +314,7 @@ def test_a_graph_module_is_refused(tmp_path: Path) -> None:
     "torchvision.models.quantization.mobilenetv2.QuantStub",  # re-exported from torch.ao
 ])
 def test_names_outside_the_allow_list(tmp_path: Path, name: str) -> None:
-    assert models._allowed(name) is None
+    assert pickles._allowed(name) is None
     # ... and as part of a file: the name is said, though nothing calls it.
     message = error_of(hostile(tmp_path / "m.pt", b"\x80\x02" + name_of(name) + b"."))
     assert name in message
@@ -330,7 +331,7 @@ def test_a_new_module_is_judged_by_room_and_base(monkeypatch: pytest.MonkeyPatch
     made = types.ModuleType(module)
     made.Thing = type("Thing", (base,), {"__module__": module})  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, module, made)
-    assert (models._allowed(f"{module}.Thing") is not None) is taken
+    assert (pickles._allowed(f"{module}.Thing") is not None) is taken
 
 
 @pytest.mark.parametrize(("name", "value"), [
@@ -341,7 +342,7 @@ def test_a_new_module_is_judged_by_room_and_base(monkeypatch: pytest.MonkeyPatch
     ("functools.partial", functools.partial),
 ])
 def test_names_inside_the_allow_list(name: str, value: object) -> None:
-    assert models._allowed(name) is value
+    assert pickles._allowed(name) is value
 
 
 LINEAR = name_of("torch.nn.modules.linear.Linear")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..activation import staircases
-from ..data import from_pixels
+from ..batches import from_pixels
 from ..errors import ConversionError
 from ..running import device_of
 from ..spec import Threat

@@ -25,7 +25,7 @@ class Entry:
         label: its name in tables and JSON.
         attack: any ``foolbox.attacks.Attack``.
         group: what it stands for: ``noise``, ``fgsm``, ``pgd`` (what people run by default),
-            ``ramp``, ``modes``, ``twin``, ``cw``, ``transfer`` or ``other``.
+            ``modes``, ``twin``, ``cw``, ``transfer`` or ``other``.
         everywhere: whether it is run on every correctly classified image, so that its own figure
             can be shown; otherwise only on images that still stand.
     """
@@ -67,8 +67,8 @@ def _entries(threat: Threat, seed: int, quantized: bool, *, steps: int, cw: tupl
         Entry("noise", Noise(norm, seed=seed), "noise", True),
         Entry("FGSM", fgsm, "fgsm", True),
         Entry(f"PGD-{steps}", PGD("ce", steps, norm=norm, seed=seed), "pgd", True),
+        Entry(f"PGD-{steps} margin", PGD("margin", steps, norm=norm, seed=seed), "pgd"),
         Entry("C&W L2", carlini, "cw", True),
-        Entry(f"PGD-{steps} margin", PGD("margin", steps, norm=norm, seed=seed), "ramp"),
     ]
     for mode in modes:
         entries += [Entry(f"PGD-{steps} {loss} {mode}",
@@ -83,7 +83,7 @@ def _entries(threat: Threat, seed: int, quantized: bool, *, steps: int, cw: tupl
         # A float model is its own parent: there the budget goes to another start.
         entries += [Entry(f"transfer-{steps} {loss}",
                           PGD(loss, steps, parent=quantized, norm=norm, seed=seed + 1),
-                          "transfer" if quantized else "ramp") for loss in ("ce", "margin")]
+                          "transfer" if quantized else "modes") for loss in ("ce", "margin")]
     return entries
 
 

@@ -20,8 +20,8 @@ from .text import (
 )
 
 if TYPE_CHECKING:
-    from ..evaluation import Evaluation
     from ..pipeline import Comparison
+    from ..results import Evaluation
 
 _STYLE = """
 .qg { font: 15px/1.5 system-ui, sans-serif; color: #1c2330; max-width: 62rem }

@@ -12,8 +12,8 @@ from ..masking import wilson
 from ..progress import duration
 
 if TYPE_CHECKING:
-    from ..evaluation import Evaluation
     from ..pipeline import Comparison
+    from ..results import Evaluation
 
 UPPER_BOUND = ("Attacked figures are upper bounds of the truth: a stronger attack can only lower "
                "them.\nIntervals are 95 % Wilson and cover the sampling of images only.")

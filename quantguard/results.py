@@ -1,0 +1,209 @@
+"""Results of an evaluation: frozen, printable, and the JSON that they read and write."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from . import masking
+from .errors import DataError
+from .files import replacing, write_text
+from .masking import Flag, wilson
+from .spec import Threat
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class AttackResult:
+    """Hold what one attack did.
+
+    Attributes:
+        settings: class and every hyper-parameter.
+        attacked: (N,) images it was run on.
+        broke: (N,) images it broke within the threat, checked by the model itself.
+        own_success, median_norm: a minimum-norm attack's own success before clipping to the
+            threat, and its median L2 norm; None for other attacks.
+        queries, gradients: images passed forward, and with a gradient.
+        seconds: wall time.
+    """
+
+    settings: dict[str, Any]
+    attacked: np.ndarray = field(repr=False)
+    broke: np.ndarray = field(repr=False)
+    own_success: int | None
+    median_norm: float | None
+    queries: int
+    gradients: int
+    seconds: float
+
+    @property
+    def label(self) -> str:
+        """Return the attack's name."""
+        return str(self.settings["label"])
+
+    @property
+    def group(self) -> str:
+        """Return what the attack stands for, see :class:`quantguard.attacks.Entry`."""
+        return str(self.settings["group"])
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Say how robust a model is, and how far to trust that.
+
+    Attributes:
+        correct: (N,) images that are classified correctly unattacked.
+        survived: (N,) images that survive every attack.
+        attacks: what each attack did, in the order in which they ran.
+        flags: checks of the model and of this evaluation.
+        adversarials: (N, ...) float32 pixels: what broke each image, else the image itself.
+        labels: (N,) true classes.
+        threat, suite, seed, environment: how to have it again.
+        image_hash: of pixels and labels, in order.
+        seconds: wall time.
+    """
+
+    correct: np.ndarray = field(repr=False)
+    survived: np.ndarray = field(repr=False)
+    attacks: tuple[AttackResult, ...]
+    flags: tuple[Flag, ...]
+    adversarials: np.ndarray | None = field(repr=False)
+    labels: np.ndarray = field(repr=False)
+    threat: Threat
+    suite: str
+    seed: int
+    environment: dict[str, str]
+    image_hash: str
+    seconds: float
+
+    @property
+    def images(self) -> int:
+        """Return the number of images N."""
+        return len(self.correct)
+
+    @property
+    def clean_accuracy(self) -> float:
+        """Return the share of images classified correctly."""
+        return float(self.correct.mean())
+
+    @property
+    def robust_accuracy(self) -> float:
+        """Return the share of images that survive every attack: an upper bound of the truth."""
+        return float(self.survived.mean())
+
+    @property
+    def clean_interval(self) -> tuple[float, float]:
+        """Return the 95 % Wilson interval of clean_accuracy."""
+        return wilson(int(self.correct.sum()), self.images)
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """Return the 95 % Wilson interval of robust_accuracy; it covers the sampling only."""
+        return wilson(int(self.survived.sum()), self.images)
+
+    @property
+    def verdict(self) -> str:
+        """Return ``resolved``, ``undecided`` or ``unresolved``; no survivor left is resolved."""
+        return masking.verdict(self.flags) if self.survived.any() else "resolved"
+
+    @property
+    def reliable(self) -> bool:
+        """Return whether the evaluation found nothing against its own figure."""
+        return self.verdict == "resolved"
+
+    def surviving(self, *groups: str) -> np.ndarray:
+        """Return (N,) the images that are correct and survive every attack of the groups."""
+        mask: np.ndarray = self.correct.copy()
+        for result in self.attacks:
+            if result.group in groups:
+                mask &= ~result.broke
+        return mask
+
+    def __str__(self) -> str:
+        from .report import evaluation_text
+        return evaluation_text(self)
+
+    def _repr_html_(self) -> str:
+        from .report import evaluation_html
+        return evaluation_html(self)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything but the adversarials, as plain JSON types."""
+        return {
+            "format": FORMAT, "images": self.images, "clean": int(self.correct.sum()),
+            "survived": int(self.survived.sum()), "robust_accuracy": self.robust_accuracy,
+            "interval": list(self.interval), "verdict": self.verdict,
+            "note": "robust_accuracy is an upper bound; the interval covers the sampling only",
+            "threat": self.threat.to_dict(), "suite": self.suite, "seed": self.seed,
+            "environment": self.environment, "image_hash": self.image_hash,
+            "seconds": self.seconds, "labels": self.labels.tolist(),
+            "correct_images": indices(self.correct), "survived_images": indices(self.survived),
+            "attacks": [{**r.settings, "attacked_images": indices(r.attacked),
+                         "broke_images": indices(r.broke), "own_success": r.own_success,
+                         "median_norm": r.median_norm, "queries": r.queries,
+                         "gradients": r.gradients, "seconds": r.seconds} for r in self.attacks],
+            "flags": [vars(flag) for flag in self.flags]}
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the JSON that :meth:`from_dict` reads."""
+        write_text(path, json.dumps(self.to_dict(), indent=1))
+
+    def save_adversarials(self, path: str | os.PathLike[str]) -> None:
+        """Write ``x`` (N, ...) pixels, ``y`` (N,) labels and ``broken`` (N,) as one npz file.
+
+        Raises:
+            DataError: the evaluation was read from JSON, which has no images.
+        """
+        if self.adversarials is None:
+            raise DataError("this evaluation was read from JSON, which holds no adversarials")
+        target = Path(path)
+        if target.suffix != ".npz":
+            raise DataError(f"{target} must end in .npz")
+        with replacing(target) as beside:
+            np.savez_compressed(beside, x=self.adversarials, y=self.labels,
+                                broken=self.correct & ~self.survived)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Evaluation:
+        """Read what :meth:`to_dict` wrote.
+
+        Raises:
+            DataError: not such a dictionary, or of another format version.
+        """
+        try:
+            if data["format"] != FORMAT:
+                raise DataError(f"evaluation JSON of format {data['format']}, expected {FORMAT}")
+            n = data["images"]
+            attacks = []
+            for row in data["attacks"]:
+                row = dict(row)
+                attacked, broke = (mask_of(row.pop(k), n) for k in ("attacked_images",
+                                                                  "broke_images"))
+                rest = {k: row.pop(k) for k in ("own_success", "median_norm", "queries",
+                                                "gradients", "seconds")}
+                attacks.append(AttackResult(row, attacked, broke, **rest))
+            return cls(mask_of(data["correct_images"], n), mask_of(data["survived_images"], n),
+                       tuple(attacks), tuple(Flag(**f) for f in data["flags"]), None,
+                       np.array(data["labels"]), Threat(**data["threat"]), data["suite"],
+                       data["seed"], data["environment"], data["image_hash"], data["seconds"])
+        except (KeyError, TypeError) as error:
+            raise DataError("this is no evaluation JSON of quantguard", why=repr(error)) from None
+
+
+def indices(mask: np.ndarray) -> list[int]:
+    """Return the positions of a mask."""
+    return [int(i) for i in np.flatnonzero(mask)]
+
+
+def mask_of(positions: Sequence[int], n: int) -> np.ndarray:
+    """Return a mask of length n from positions."""
+    mask = np.zeros(n, dtype=bool)
+    mask[list(positions)] = True
+    return mask
