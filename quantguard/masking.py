@@ -116,7 +116,7 @@ def overstated(default_only: int, n: int, standing: int) -> Flag:
     reason = (f"Default attacks (FGSM, PGD) overstate this model by {points:.1f} points: "
               f"{standing + default_only} of {n} images survive them, {standing} survive the "
               "union.")
-    return Flag("default attack overstates", "masked", raised, points, 2.0,
+    return Flag("default attacks overstate", "masked", raised, points, 2.0,
                 "at least 2 points and exact McNemar p < .01", reason)
 
 

@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from .activation import QuantActivation, staircases
 from .audit import Audit, audit, find_example
@@ -31,7 +31,16 @@ from .sites import (
     find_sites,
     join,
 )
-from .tracing import Traced, both_graphs, calls_in
+from .tracing import (
+    Identity,
+    Traced,
+    Variant,
+    calls_in,
+    optional_arguments,
+    planned_graphs,
+    trace,
+    variant_of,
+)
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _numbers = itertools.count()
@@ -66,12 +75,15 @@ class Conversion:
         return text
 
 
+Names = tuple[tuple[Identity, str], ...]
+"""(call in the user's forward, attribute that is called instead)."""
+
+
 class _Rewritten:
     """Mix into the subclass of a rewritten module: how it is copied, pickled and undone."""
 
     _user_class: type[nn.Module]
-    _names: tuple[tuple[str, str], ...]
-    """(call in the user's forward, attribute that is called instead)."""
+    _names: Names
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         twin = object.__new__(type(self))
@@ -88,29 +100,65 @@ class _Rewritten:
         _rewrite(self, self._user_class, self._names)  # type: ignore[arg-type]
 
 
-def _revive(cls: type[nn.Module], names: tuple[tuple[str, str], ...]) -> nn.Module:
+def _revive(cls: type[nn.Module], names: Names) -> nn.Module:
     body = {"_user_class": cls, "_names": names}
     module: nn.Module = object.__new__(type(cls.__name__, (_Rewritten, cls), body))
     return module
 
 
-def _rewrite(module: nn.Module, cls: type[nn.Module], names: tuple[tuple[str, str], ...]) -> None:
-    """Give module the subclass of cls whose forward calls the named attributes instead."""
-    traced = both_graphs(module, cls)
-    for one in traced.values():
-        _redirect(module, one.graph, dict(names))
-        module.__dict__.update(one.constants)
-    sources = {mode: one.graph.python_code("self").src for mode, one in traced.items()}
-    forward = _compile(traced[False], cls)
-    if sources[True] != sources[False]:
-        modes = {True: _compile(traced[True], cls), False: forward}
+def _rewrite(module: nn.Module, cls: type[nn.Module], names: Names) -> None:
+    """Give module the subclass of cls whose forward calls the named attributes instead.
 
-        def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            return modes[self.training](self, *args, **kwargs)
-
+    Raises:
+        ConversionError: a call that is no longer in the forward of cls.
+    """
+    traced = planned_graphs(module, cls)
+    found = {call.identity for one in traced.values() for call in calls_in(module, one.graph)}
+    gone = [identity for identity, _ in names if identity not in found]
+    if gone:
+        raise ConversionError(
+            f"{cls.__qualname__} no longer calls {gone[0][0]} at {gone[0][1]}",
+            why="Its source has changed since the model was converted.",
+            fix="Convert the float model again, then load the converted one's state_dict.")
+    forwards: dict[Variant, Any] = {}
+    sources: set[str] = set()
+    for variant, one in traced.items():
+        _redirect(module, one, dict(names))
+        sources.add(one.graph.python_code("self").src)
+        forwards[variant] = _compile(one, cls)
+    if optional_arguments(cls):
+        forward = _by_arguments(cls, names, forwards)
+    elif len(sources) == 1:
+        forward = next(iter(forwards.values()))
+    else:
+        forward = _by_mode({variant.training: one for variant, one in forwards.items()})
     body = {"_user_class": cls, "_names": names, "forward": forward,
             "__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
     module.__class__ = type(cls.__name__, (_Rewritten, cls), body)
+
+
+def _by_mode(modes: dict[bool, Any]) -> Any:
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return modes[self.training](self, *args, **kwargs)
+    return forward
+
+
+def _by_arguments(cls: type[nn.Module], names: Names, forwards: dict[Variant, Any]) -> Any:
+    """Return a forward that takes, or traces, the graph for the arguments it is called with."""
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        variant = variant_of(cls, self.training, args, kwargs)
+        if variant not in forwards:
+            try:
+                one = trace(self, cls, variant)
+            except Exception as error:
+                raise ConversionError(
+                    f"the forward of {cls.__qualname__} cannot be traced for these arguments",
+                    why=f"{dict(variant.static)}: {error}",
+                    fix="Name the module with keep= when converting.") from error
+            _redirect(self, one, dict(names))
+            forwards[variant] = _compile(one, cls)
+        return forwards[variant](self, *args, **kwargs)
+    return forward
 
 
 def _compile(traced: Traced, cls: type[nn.Module]) -> Any:
@@ -123,16 +171,19 @@ def _compile(traced: Traced, cls: type[nn.Module]) -> Any:
     return space["forward"]
 
 
-def _redirect(module: nn.Module, graph: fx.Graph, names: dict[str, str]) -> None:
+def _redirect(module: nn.Module, traced: Traced, names: dict[Identity, str]) -> None:
+    """Make a graph call the named attributes, and give module the tensors that it made up."""
+    graph = traced.graph
+    module.__dict__.update(traced.constants)
     for call in calls_in(module, graph):
-        attribute = names.get(call.name)
+        attribute = names.get(call.identity)
         if attribute is None:
             continue
         node = call.node
-        source = node.args[0] if node.args else next(iter(node.kwargs.values()))
         if call.target:
             node.target = attribute
             continue
+        source = node.args[0] if node.args else next(iter(node.kwargs.values()))
         with graph.inserting_before(node):
             new = graph.call_module(attribute, (source,))
         node.replace_all_uses_with(new)
@@ -264,7 +315,7 @@ def carry_out(model: nn.Module, plan: Plan) -> nn.Module:
         by_owner.setdefault(site.owner, []).append(site)
     for path, sites in by_owner.items():
         owner = twin.get_submodule(path)
-        names: dict[str, str] = {}
+        names: dict[Identity, str] = {}
         replacements: dict[str, nn.Module] = {}
         taken = {s.target for s in sites if s.converted and s.name == join(path, s.target)}
         for site in sites:
@@ -280,7 +331,7 @@ def carry_out(model: nn.Module, plan: Plan) -> nn.Module:
             else:
                 continue
             if site.form != "opaque" and attribute != site.target:
-                names[site.call_name] = attribute
+                names[site.identity] = attribute
         for attribute, module in replacements.items():
             _put(owner, attribute, module)
         if names:

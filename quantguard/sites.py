@@ -19,13 +19,22 @@ from torch import fx, nn
 from .activation import QuantActivation
 from .errors import ConversionError, SpecError
 from .spec import FLOAT_BITS, QuantSpec
-from .tracing import GATES, KIND_OF_CLASS, both_graphs, is_gate, merged_calls, writes_in_place
+from .tracing import (
+    GATES,
+    KIND_OF_CLASS,
+    Identity,
+    is_gate,
+    named_calls,
+    planned_graphs,
+    writes_in_place,
+)
 
 # Calls whose result is a tensor of its own: writing into it is seen by nobody else.
 _FRESH_MODULES = (nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase, nn.Linear, nn.LayerNorm,
                   nn.GroupNorm)
 _FRESH_FUNCTIONS = {"add", "sub", "mul", "truediv", "cat", "matmul", "conv1d", "conv2d", "conv3d",
                     "linear", "batch_norm", "layer_norm", "group_norm"}
+_NO_CALL: Identity = ("", "", 0)
 _PASS_THROUGH = (nn.Dropout, nn.Dropout2d, nn.Identity)
 
 
@@ -41,7 +50,7 @@ class Site:
             be traced and the activation module itself is replaced.
         target: the called module's name within owner (forms ``module`` and ``opaque``).
         call: number of this call among those of the same kind or module in owner's forward.
-        call_name: the call's name within owner's forward.
+        identity: what makes it the same call in every graph of owner's forward.
         where: file and line of the call.
         function: the float activation as a module.
         inplace: whether somebody may read the overwritten input later.
@@ -58,7 +67,7 @@ class Site:
     form: str
     target: str
     call: int
-    call_name: str
+    identity: Identity
     where: str
     function: nn.Module = field(repr=False, compare=False)
     inplace: bool = False
@@ -122,13 +131,13 @@ class _Reader:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.graphs: dict[str, dict[bool, fx.Graph]] = {}
+        self.graphs: dict[str, list[fx.Graph]] = {}
         self.unread: dict[str, str] = {}
         for path, module in model.named_modules():
             if type(module) in KIND_OF_CLASS or not _has_own_code(module):
                 continue
             try:
-                self.graphs[path] = {k: t.graph for k, t in both_graphs(module).items()}
+                self.graphs[path] = [t.graph for t in planned_graphs(module).values()]
             except Exception as error:
                 self.unread[path] = f"{type(error).__name__}: {error}".splitlines()[0]
         self.outputs = set(self._output_modules(""))
@@ -136,7 +145,7 @@ class _Reader:
     def _output_modules(self, path: str) -> Iterator[str]:
         """Yield the modules whose result is, unchanged, the model's."""
         yield path
-        for graph in self.graphs.get(path, {}).values():
+        for graph in self.graphs.get(path, ()):
             for node in graph.nodes:
                 if node.op == "output" and isinstance(node.args[0], fx.Node) \
                         and node.args[0].op == "call_module":
@@ -152,8 +161,7 @@ class _Reader:
                 return (target,)
             if isinstance(child, _PASS_THROUGH) and isinstance(node.args[0], fx.Node):
                 return self.statistics(path, node.args[0])
-            graph = self.graphs.get(target, {}).get(False)
-            if graph is not None:
+            for graph in self.graphs.get(target, ())[:1]:  # eval mode
                 result = next(n for n in graph.nodes if n.op == "output").args[0]
                 if isinstance(result, fx.Node):
                     return self.statistics(target, result)
@@ -212,12 +220,12 @@ def find_sites(model: nn.Module) -> Plan:
     sites: list[Site] = []
     seen: set[str] = set()
     for path, graphs in reader.graphs.items():
-        for call in merged_calls(graphs, model.get_submodule(path)):
+        for call, own_name, number in named_calls(model.get_submodule(path), graphs):
             node = call.node
             source = node.args[0] if node.args else next(iter(node.kwargs.values()), None)
             child = model.get_submodule(join(path, call.target)) if call.target else None
             inplace = writes_in_place(node, child) and not reader.is_private(path, source, node)
-            name = join(path, call.name)
+            name = join(path, own_name)
             if name in seen:  # somebody else's forward calls the very same child
                 name += "_by_" + (path.replace(".", "_") or "model")
             seen.add(name)
@@ -232,21 +240,21 @@ def find_sites(model: nn.Module) -> Plan:
             elif call.kind in GATES and returned:
                 reason = "gate, perhaps: its caller gets it"
             sites.append(Site(
-                name, path, call.kind, call.form, call.target, call.number,
-                call.name, node.meta.get("where", ""), call.function, inplace,
+                name, path, call.kind, call.form, call.target, number,
+                call.identity, node.meta.get("where", ""), call.function, inplace,
                 reader.statistics(path, source) if isinstance(source, fx.Node) else (),
                 reader.axis(path, source) if isinstance(source, fx.Node) else 1, None, reason))
     for path, module in model.named_modules():
         kind = KIND_OF_CLASS.get(type(module))
         owner = path.rpartition(".")[0]
         if isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
-            sites.append(Site(path, owner, "rnn", "module", path.rpartition(".")[2], 1, "", "",
-                              nn.Identity(), reason="fused cell"))
+            sites.append(Site(path, owner, "rnn", "module", path.rpartition(".")[2], 1,
+                              _NO_CALL, "", nn.Identity(), reason="fused cell"))
         if kind is None or path in seen:
             continue
         opaque = any(not above or path.startswith(above + ".") for above in reader.unread)
-        sites.append(Site(path, owner, kind, "opaque", path.rpartition(".")[2], 1, "", "",
-                          module,
+        sites.append(Site(path, owner, kind, "opaque", path.rpartition(".")[2], 1, _NO_CALL,
+                          "", module,
                           bool(getattr(module, "inplace", False)),
                           reason="" if opaque else "never called"))
     order = {path: i for i, (path, _) in enumerate(model.named_modules())}

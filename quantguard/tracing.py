@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import sys
 import types
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -59,7 +61,7 @@ class Tracer(fx.Tracer):
         while frame is not None and "/torch/" in frame.f_code.co_filename.replace("\\", "/") \
                 and "/modules/" not in frame.f_code.co_filename.replace("\\", "/"):
             frame = frame.f_back
-        if frame is not None and not frame.f_code.co_filename.endswith("sites.py"):
+        if frame is not None and frame.f_code.co_filename != __file__:
             node.meta["where"] = f"{_short(frame.f_code.co_filename)}:{frame.f_lineno}"
         return node
 
@@ -71,6 +73,19 @@ def _short(path: str) -> str:
     return "/".join(parts[-2:])
 
 
+class Variant(NamedTuple):
+    """Name one choice that a graph must make: the mode, and which optional arguments are what.
+
+    Attributes:
+        training: the mode.
+        static: optional arguments held at plain values (None, numbers, text), sorted by name;
+            all others are inputs of the graph.
+    """
+
+    training: bool
+    static: tuple[tuple[str, Any], ...] = ()
+
+
 class Traced(NamedTuple):
     """Hold a forward's graph, and the tensors that it made up and wants as attributes."""
 
@@ -78,8 +93,37 @@ class Traced(NamedTuple):
     constants: dict[str, torch.Tensor]
 
 
-def trace(module: nn.Module, cls: type[nn.Module], training: bool) -> Traced:
-    """Trace the forward of cls on module in the given mode, without touching module.
+def optional_arguments(cls: type[nn.Module]) -> dict[str, Any]:
+    """Return the optional arguments of forward and their defaults."""
+    return {p.name: p.default for p in inspect.signature(cls.forward).parameters.values()
+            if p.default is not p.empty}
+
+
+def is_plain(value: Any) -> bool:
+    """Return whether an argument is a plain value, which a graph holds as a constant."""
+    return value is None or isinstance(value, (bool, int, float, str))
+
+
+def variant_of(cls: type[nn.Module], training: bool, args: tuple[Any, ...],
+               kwargs: dict[str, Any]) -> Variant:
+    """Return the variant that a call of forward wants."""
+    bound = inspect.signature(cls.forward).bind(None, *args, **kwargs).arguments
+    values = {name: bound.get(name, default) for name, default in optional_arguments(cls).items()}
+    return Variant(training, tuple(sorted((k, v) for k, v in values.items() if is_plain(v))))
+
+
+def planned_variants(cls: type[nn.Module]) -> list[Variant]:
+    """Return the variants of a plan: both modes, optional arguments left out or given."""
+    defaults = optional_arguments(cls)
+    left_out = tuple(sorted((k, v) for k, v in defaults.items() if is_plain(v)))
+    variants = [Variant(False, left_out), Variant(True, left_out)]
+    given = tuple((k, v) for k, v in left_out if v is not None)
+    return variants if given == left_out else [*variants, Variant(False, given),
+                                               Variant(True, given)]
+
+
+def trace(module: nn.Module, cls: type[nn.Module], variant: Variant) -> Traced:
+    """Trace one variant of the forward of cls on module, without touching module.
 
     Raises:
         Exception: whatever torch.fx or the forward raises on symbolic values.
@@ -87,12 +131,12 @@ def trace(module: nn.Module, cls: type[nn.Module], training: bool) -> Traced:
     # A shallow copy: attributes that tracing sets must not appear on the user's module.
     probe = object.__new__(cls)
     probe.__dict__.update(module.__dict__)
-    probe.__dict__["training"] = training
-    optional = {p.name: p.default for p in inspect.signature(cls.forward).parameters.values()
-                if p.default is not p.empty}
-    with torch.random.fork_rng(devices=[]):
-        graph = Tracer().trace(probe, optional or None)
-    # torch.fx renames arguments that it traced at their defaults; callers know the real names.
+    probe.__dict__["training"] = variant.training
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        # torch.fx cannot assert text; variant_of sees to it that each graph gets its own
+        warnings.filterwarnings("ignore", "Was not able to add assertion")
+        graph = Tracer().trace(probe, dict(variant.static) or None)
+    # torch.fx renames arguments that it traced at a value; callers know the real names.
     names = [p for p in inspect.signature(cls.forward).parameters if p != "self"]
     for node, name in zip(graph.find_nodes(op="placeholder"), names, strict=False):
         if not node.target.startswith("*"):
@@ -101,9 +145,25 @@ def trace(module: nn.Module, cls: type[nn.Module], training: bool) -> Traced:
     return Traced(graph, constants)
 
 
-def both_graphs(module: nn.Module, cls: type[nn.Module] | None = None) -> dict[bool, Traced]:
-    """Trace train (True) and eval (False) mode; cls where module's class is not the user's."""
-    return {mode: trace(module, cls or type(module), mode) for mode in (False, True)}
+def planned_graphs(module: nn.Module, cls: type[nn.Module] | None = None) -> dict[Variant, Traced]:
+    """Trace the planned variants; cls where module's class is not the user's.
+
+    Raises:
+        Exception: a variant with optional arguments left out cannot be traced.
+    """
+    cls = cls or type(module)
+    first, second, *given = planned_variants(cls)
+    graphs = {variant: trace(module, cls, variant) for variant in (first, second)}
+    for variant in given:
+        # Given, an optional argument may be anything: what cannot be traced now is tried again
+        # when a caller gives it.
+        with contextlib.suppress(Exception):
+            graphs[variant] = trace(module, cls, variant)
+    return graphs
+
+
+Identity = tuple[str, str, int]
+"""What makes a call the same in every graph of a forward: called, file and line, how many-th."""
 
 
 @dataclass(frozen=True)
@@ -114,9 +174,8 @@ class Call:
     kind: str
     form: str
     target: str
-    number: int
     function: nn.Module
-    name: str
+    identity: Identity
 
 
 def float_module(kind: str, node: fx.Node) -> nn.Module | None:
@@ -142,11 +201,7 @@ def writes_in_place(node: fx.Node, module: nn.Module | None) -> bool:
 
 
 def calls_in(module: nn.Module, graph: fx.Graph) -> list[Call]:
-    """Return the activation calls of a graph in order, each with the name of its staircase.
-
-    A module's first call keeps the module's own name; later calls and functions get a name of
-    their own, which depends on their order only.
-    """
+    """Return the activation calls of a graph in order."""
     found: list[Call] = []
     counts: dict[tuple[str, str], int] = {}
     for node in graph.nodes:
@@ -166,15 +221,9 @@ def calls_in(module: nn.Module, graph: fx.Graph) -> list[Call]:
             continue
         if kind is None or function is None:
             continue
-        key = ("module", target) if target else ("kind", kind)
-        counts[key] = number = counts.get(key, 0) + 1
-        name = target
-        if not target or number > 1:
-            stem = target.replace(".", "_") if target else kind
-            name = f"{stem}_{number}" if number > 1 else stem
-            while hasattr(module, name) and not isinstance(getattr(module, name), QuantActivation):
-                name += "_q"
-        found.append(Call(node, kind, form, target, number, function, name))
+        key = (target or f"{kind}()", node.meta.get("where", ""))
+        counts[key] = counts.get(key, 0) + 1
+        found.append(Call(node, kind, form, target, function, (*key, counts[key])))
     return found
 
 
@@ -190,10 +239,33 @@ def is_gate(node: fx.Node) -> bool:
     return False
 
 
-def merged_calls(graphs: dict[bool, fx.Graph], module: nn.Module) -> list[Call]:
-    """Return the calls of both modes, eval first: the same name is the same site."""
-    merged: dict[str, Call] = {}
-    for mode in (False, True):
-        for call in calls_in(module, graphs[mode]):
-            merged.setdefault(call.name, call)
-    return list(merged.values())
+class Named(NamedTuple):
+    """Hold a call, the name of its staircase in the module, and how many-th of its kind it is."""
+
+    call: Call
+    name: str
+    number: int
+
+
+def named_calls(module: nn.Module, graphs: Iterable[fx.Graph]) -> list[Named]:
+    """Return the calls of all graphs of a forward, each once.
+
+    A module's first call keeps the module's own name; later calls and functions get a name of
+    their own.
+    """
+    named: dict[Identity, Named] = {}
+    counts: dict[str, int] = {}
+    for graph in graphs:
+        for call in calls_in(module, graph):
+            if call.identity in named:
+                continue
+            key = call.identity[0]
+            counts[key] = number = counts.get(key, 0) + 1
+            name = call.target
+            if not call.target or number > 1:
+                stem = call.target.replace(".", "_") if call.target else call.kind
+                name = f"{stem}_{number}" if number > 1 else stem
+                while hasattr(module, name):
+                    name += "_q"
+            named[call.identity] = Named(call, name, number)
+    return list(named.values())

@@ -419,12 +419,10 @@ class Remembers(nn.Module):
             self.seen.append(x)
         elif self.how == "dict":
             self.table["n"] += 1
-        elif self.how == "parameter":
-            self.layer.bias.data.add_(1)
         return F.relu(self.layer(x))
 
 
-WAYS = ["in place", "augmented", "constant", "value", "number", "list", "dict", "parameter"]
+WAYS = ["in place", "augmented", "constant", "value", "number", "list", "dict"]
 
 
 def snapshot(model: nn.Module) -> list[Any]:

@@ -30,7 +30,8 @@ _STYLE = """
 .qg th, .qg td { text-align: left; padding: .35rem .6rem; border-bottom: 1px solid #dfe3ea;
   vertical-align: top; font-variant-numeric: tabular-nums }
 .qg th { font-weight: 600; color: #55607a; font-size: .85rem }
-.qg small { color: #55607a } .qg .bar { position: relative; height: .5rem; background: #eceff4;
+.qg small { color: #55607a } .qg td small { display: block; white-space: nowrap }
+.qg .bar { position: relative; height: .5rem; background: #eceff4;
   border-radius: .25rem; margin-top: .25rem; min-width: 5rem }
 .qg .fill { position: absolute; left: 0; top: 0; bottom: 0; border-radius: .25rem;
   background: #5b7fc7 } .qg .worst .fill { background: #c2543f }
@@ -48,7 +49,7 @@ def _cell(cell: Cell, worst: bool) -> str:
     low, high = (100 * v for v in cell.interval)
     share = 100 * cell.share
     return (f'<td class="{"worst" if worst else ""}">{share:.1f} % '
-            f"<small>{low:.1f}–{high:.1f}</small>"
+            f"<small>[{low:.1f}–{high:.1f}]</small>"
             f'<div class="bar"><div class="fill" style="width:{share:.2f}%"></div>'
             f'<div class="whisker" style="left:{low:.2f}%;width:{high - low:.2f}%"></div>'
             "</div></td>")
@@ -79,13 +80,11 @@ def _comparison(comparison: Comparison) -> str:
             _cell(cells[c], c == "worst case") if c in cells else "<td>-</td>" for c in names)
         body += f"<td>{evaluation.verdict}</td></tr>"
     lines = [*paired_lines(comparison), *(f"Note: {n}." for n in comparison.notes)]
-    flags = "".join(f"<h3>{html.escape(name)}</h3>{_flags(e)}"
-                    for name, e in comparison.rows.items() if flag_lines(e))
     return (f"<p>{first.images} images; {html.escape(threat_text(first))}; suite "
             f"{html.escape(first.suite)}, seed {first.seed}. Per cent that is still classified "
             "correctly, with its 95 % interval.</p>"
             f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
-            + "".join(f"<p>{html.escape(line)}</p>" for line in lines) + flags
+            + "<ul>" + "".join(f"<li>{html.escape(line)}</li>" for line in lines) + "</ul>"
             + f"<p><small>{html.escape(UPPER_BOUND)}</small></p>")
 
 
@@ -108,7 +107,9 @@ def evaluation_html(evaluation: Evaluation) -> str:
 
 def comparison_html(comparison: Comparison) -> str:
     """Return a comparison for a notebook."""
-    return _framed(_comparison(comparison))
+    flags = "".join(f"<h2>{html.escape(name)}</h2>{_flags(e)}"
+                    for name, e in comparison.rows.items() if flag_lines(e))
+    return _framed(_comparison(comparison) + flags)
 
 
 def page(comparison: Comparison) -> str:

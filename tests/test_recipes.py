@@ -1,0 +1,211 @@
+"""Recipes: defaults and validation, the inner attacks, the stability term."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from quantguard.activation import QuantActivation, staircases
+from quantguard.attacks import PixelModel
+from quantguard.errors import SpecError
+from quantguard.recipes import Recipe, craft, recipe_of, stability_term
+from quantguard.rewrite import convert
+from quantguard.spec import QuantSpec, Threat
+
+Untouched = Callable[[nn.Module], AbstractContextManager[None]]
+Digits = tuple[Tensor, Tensor]
+
+
+# --- settings ---
+
+
+@pytest.mark.parametrize(("name", "steps", "noise", "attacks"), [
+    ("clean", 0, 0.0, False), ("pgd", 3, 1.0, True), ("nfgsm", 1, 2.0, True)])
+def test_each_name_has_its_own_defaults(name: str, steps: int, noise: float,
+                                        attacks: bool) -> None:
+    recipe = Recipe(name)
+    assert (recipe.steps, recipe.noise, recipe.attacks) == (steps, noise, attacks)
+    assert all(getattr(recipe, field) is not None for field in (
+        "rel_step", "stability", "range_factor", "ema", "threshold_lr", "weight_decay"))
+    told = recipe.to_dict()
+    assert json.loads(json.dumps(told)) == told and Recipe(**told) == recipe
+
+
+def test_what_is_given_wins_over_the_names_defaults() -> None:
+    recipe = Recipe("pgd", steps=7, noise=0.0, stability=0.0, sharpness=(4, 8))
+    assert (recipe.steps, recipe.noise, recipe.stability) == (7, 0.0, 0.0)
+    assert recipe.sharpness == (4.0, 8.0)
+    assert Recipe("pgd", sharpness=()).sharpness == ()
+    assert Recipe("pgd", sharpness=5).sharpness == (5.0,)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("field", "value"), [
+    ("lr", 0), ("lr", -1e-3), ("lr", math.nan), ("threshold_lr", 0), ("batch_size", 0),
+    ("batch_size", 1.5), ("steps", -1), ("steps", 2.5), ("rel_step", -0.1), ("noise", -1.0),
+    ("noise", math.nan), ("stability", -1.0), ("weight_decay", -1e-9), ("ema", 1.0), ("ema", -0.1),
+    ("sharpness", (0,)), ("sharpness", (3, -1)), ("sharpness", (math.nan,)),
+    ("range_factor", 0), ("range_factor", -1.0)])
+def test_a_value_out_of_its_range_is_refused_by_name(field: str, value: Any) -> None:
+    with pytest.raises(SpecError, match=rf"recipe pgd: {field}="):
+        Recipe("pgd", **{field: value})
+
+
+@pytest.mark.parametrize(("name", "near"), [("pgdd", "'pgd'"), ("nfsgm", "'nfgsm'"),
+                                            ("klean", "'clean'")])
+def test_an_unknown_recipe_names_the_nearest(name: str, near: str) -> None:
+    with pytest.raises(SpecError, match=f"did you mean {near}"):
+        Recipe(name)
+    with pytest.raises(SpecError, match="clean, pgd, nfgsm"):
+        Recipe("")
+
+
+def test_recipe_of_parses_text() -> None:
+    recipe = recipe_of("pgd", {"lr": "1e-3", "steps": "5", "sharpness": "3,8", "ema": "0",
+                               "batch_size": "32"})
+    assert recipe == Recipe("pgd", lr=1e-3, steps=5, sharpness=(3, 8), ema=0.0, batch_size=32)
+    assert recipe_of("pgd", {"sharpness": ""}).sharpness == ()
+    assert recipe_of("nfgsm") == Recipe("nfgsm")
+    assert recipe_of(recipe) is recipe
+
+
+@pytest.mark.parametrize(("settings", "message"), [
+    ({"step": "3"}, "no field 'step'(.|\n)*'steps'"), ({"xyz": "3"}, "Fields: batch_size, ema"),
+    ({"name": "clean"}, "no field 'name'"), ({"lr": "fast"}, "lr='fast' is not a number"),
+    ({"steps": "2.5"}, "steps='2.5' is not a number"),
+    ({"sharpness": "3;8"}, "is not a number"), ({"ema": "2"}, "ema=2.0")])
+def test_recipe_of_says_what_it_cannot_read(settings: dict[str, str], message: str) -> None:
+    with pytest.raises(SpecError, match=message):
+        recipe_of("pgd", settings)
+
+
+# --- crafting ---
+
+
+def size(x: Tensor, center: Tensor, norm: str) -> Tensor:
+    delta = (x - center).flatten(1)
+    return delta.abs().amax(1) if norm == "linf" else delta.norm(dim=1)
+
+
+def loss_of(model: nn.Module, x: Tensor, y: Tensor) -> float:
+    with torch.no_grad():
+        return float(nn.functional.cross_entropy(model(x), y))
+
+
+@pytest.mark.parametrize(("norm", "eps"), [("linf", 0.1), ("l2", 0.7)])
+@pytest.mark.parametrize("options", [{}, {"sharpness": ()}, {"noise": 0.0, "steps": 5}], ids=str)
+def test_pgd_crafts_within_the_ball_and_raises_the_loss(norm: str, eps: float,
+                                                        options: dict[str, Any],
+                                                        quantized: nn.Module,
+                                                        digits: Digits) -> None:
+    x, y = digits[0][:64], digits[1][:64]
+    found = craft(PixelModel(quantized, Threat()), x, y, Threat(norm, eps), Recipe("pgd", **options))
+    assert size(found, x, norm).max() <= eps * (1 + 1e-5)
+    assert found.min() >= 0 and found.max() <= 1 and not found.requires_grad
+    assert loss_of(quantized, found, y) > 2 * loss_of(quantized, x, y)
+
+
+@pytest.mark.parametrize(("norm", "eps"), [("linf", 0.05), ("l2", 0.3)])
+def test_nfgsm_stays_within_bounds_and_may_leave_the_ball_by_its_noise(norm: str, eps: float,
+                                                                       quantized: nn.Module,
+                                                                       digits: Digits) -> None:
+    x, y = 0.3 + 0.4 * digits[0][:64], digits[1][:64]  # no bound is met
+    found = craft(PixelModel(quantized, Threat()), x, y, Threat(norm, eps), Recipe("nfgsm"))
+    assert eps * 1.5 < size(found, x, norm).max() <= 3 * eps * (1 + 1e-5)
+    edge = craft(PixelModel(quantized, Threat()), digits[0][:64], y, Threat(norm, eps),
+                 Recipe("nfgsm"))
+    assert edge.min() >= 0 and edge.max() <= 1
+
+
+def test_clean_crafts_nothing(quantized: nn.Module, digits: Digits) -> None:
+    assert craft(quantized, digits[0], digits[1], Threat(), Recipe("clean")) is digits[0]
+
+
+@pytest.mark.parametrize("name", ["pgd", "nfgsm"])
+def test_crafting_changes_nothing_but_the_random_numbers(name: str, quantized: nn.Module,
+                                                         digits: Digits,
+                                                         untouched: Untouched) -> None:
+    """Above all BatchNorm's statistics, although the model is in train mode."""
+    model = copy.deepcopy(quantized).train()
+    with untouched(model), torch.random.fork_rng():
+        craft(PixelModel(model, Threat()), *(t[:32] for t in digits), Threat(eps=0.1), Recipe(name))
+
+
+def test_crafting_sees_the_model_in_eval_mode(digits: Digits) -> None:
+    class Spy(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            assert not self.training
+            return x.flatten(1)[:, :10] * 1.0
+
+    model = Spy().train()
+    craft(model, digits[0][:4], digits[1][:4], Threat(eps=0.1), Recipe("pgd"))
+    assert model.training
+
+
+# --- the stability term ---
+
+
+def plain_term(x: Tensor, t: list[float], step: float) -> float:
+    """Mean over elements and thresholds of 4 p (1 - p), one number at a time."""
+    values = []
+    for z in x.flatten().tolist():
+        for threshold in t:
+            p = 1 / (1 + math.exp(-8 * (z - threshold) / step))
+            values.append(4 * p * (1 - p))
+    return sum(values) / len(values)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_stability_term_is_the_plain_formula_meaned_over_sites(dynamic: bool) -> None:
+    first = QuantActivation.from_thresholds([0.5, 1.5, 2.5], 1.0, dynamic=dynamic)
+    second = QuantActivation.from_thresholds([0.3], 0.7, dynamic=dynamic)
+    model = nn.Sequential(first, second)
+    x = torch.randn(3, 2, 2, 2, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    with stability_term(model, 0.25) as term:
+        model(x)
+        value = term()
+    assert isinstance(value, Tensor)
+    expected = (plain_term(x, [0.5, 1.5, 2.5], 1.0) + plain_term(first(x), [0.3], 0.7)) / 2
+    assert float(value) == pytest.approx(0.25 * expected, rel=1e-4)
+    (gradient,) = torch.autograd.grad(value, x)
+    assert gradient.abs().sum() > 0
+
+
+def test_stability_term_per_channel_uses_each_channels_thresholds() -> None:
+    t, steps = [[0.5], [1.5]], [1.0, 2.0]
+    model = nn.Sequential(QuantActivation.from_thresholds(t, torch.tensor(steps)))
+    x = torch.randn(3, 2, 4, 4, generator=torch.Generator().manual_seed(0))
+    with stability_term(model, 1.0) as term:
+        model(x)
+        value = term()
+    expected = sum(plain_term(x[:, c], t[c], steps[c]) for c in range(2)) / 2
+    assert float(value) == pytest.approx(expected, rel=1e-4)
+
+
+def test_stability_term_falls_when_preactivations_leave_the_thresholds() -> None:
+    model = nn.Sequential(QuantActivation.from_thresholds([0.5, 1.5, 2.5], 1.0))
+    values = []
+    for point in (1.5, 1.6, 1.8, 2.0):
+        with stability_term(model, 1.0) as term:
+            model(torch.full((2, 2), point))
+            values.append(float(term()))
+    assert values == sorted(values, reverse=True)
+
+
+def test_stability_term_is_0_without_weight_or_staircases_and_leaves_no_listener(
+        cnn: nn.Module, digits: Digits) -> None:
+    model = convert(cnn, QuantSpec(2, True))
+    for candidate, weight in ((model, 0.0), (cnn, 1.0)):
+        with stability_term(candidate, weight) as term:
+            candidate(digits[0][:2])
+            assert term() == 0.0
+    with pytest.raises(ZeroDivisionError), stability_term(model, 1.0):
+        raise ZeroDivisionError
+    assert all(m._listener is None for m in staircases(model).values())
