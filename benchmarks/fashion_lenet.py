@@ -40,12 +40,15 @@ def lenet() -> nn.Sequential:
         nn.Flatten(), nn.Linear(3136, 256), nn.ReLU(), nn.Linear(256, 10))
 
 
-def suite(seed: int) -> list[Entry]:
-    """The same attacks for every row: on a float model modes and twins are further restarts."""
+def suite(seed: int, quantized: bool) -> list[Entry]:
+    """The same attacks for every row; on a float model the twin's runs are further restarts.
+
+    Backward modes are left out there: they would be six more, and the table says what they add.
+    """
     entries = [Entry(f"PGD-{STEPS} {loss} ramp", PGD(loss, STEPS, seed=seed), "pgd", True)
                for loss in ("ce", "margin")]
     entries += [Entry(f"PGD-{STEPS} {loss} {mode}", PGD(loss, STEPS, mode=mode, seed=seed), "modes")
-                for mode in MODES for loss in ("ce", "margin")]
+                for mode in MODES for loss in ("ce", "margin") if quantized]
     entries += [Entry(f"twin-{STEPS} {loss} k {a:g}-{b:g}",
                       PGD(loss, STEPS, twin=(a, b), seed=seed), "twin")
                 for a, b in TWINS for loss in ("ce", "margin")]
@@ -77,7 +80,7 @@ def cell(seed: int, row: str, recipe: qg.Recipe, epochs: int, tag: str) -> None:
                          epochs=epochs, seed=seed, run_dir=run_dir)
     qg.save(hardened, run_dir / "hardened.qg")
     result = qg.evaluate(hardened, load_data("fashion-mnist", "test"), threat, images=IMAGES,
-                         suite=suite(seed), seed=seed, run_dir=run_dir)
+                         suite=suite(seed, row != "float"), seed=seed, run_dir=run_dir)
     record = {"row": row, "seed": seed, "recipe": recipe.to_dict(), "epochs": epochs,
               "evaluation": result.to_dict()}
     write_text(target, json.dumps(record))

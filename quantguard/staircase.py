@@ -8,6 +8,7 @@ Ties go down (``x == t_i`` is not above t_i), +-inf take the outer levels, NaN s
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -17,6 +18,8 @@ from torch import Tensor
 MODES = ("ramp", "ste", "sigmoid", "parent")
 # Up to here a comparison per boundary beats a binary search per element.
 _COMPARE_UP_TO = 31
+# Sigmoids further than this from their threshold, over k, are 0 or 1 to float32.
+_REACH = 17.0
 # Elements per block: a block and its temporaries stay in a core's cache.
 _BLOCK = 1 << 17
 
@@ -235,6 +238,37 @@ class _Windowed(torch.autograd.Function):
                 None, None, None, None, None)
 
 
+def _sigmoids(wide: Tensor, t: Tensor, sharpness: Tensor, k: float, axis: int | None,
+              below: Tensor) -> Iterator[tuple[Any, Tensor, Any]]:
+    """Yield (index i, s_i, sharpness_i) of the thresholds that are near each element.
+
+    Few thresholds: all of them, i a number. Many: only those within reach, i a tensor; the others'
+    s are 0 or 1 to float32, and the ones are written into ``below``.
+    """
+    m, reach = t.shape[-1], math.ceil(_REACH / k)
+    if axis is not None or m <= 4 * reach + 2:
+        for i, (center, sharp) in enumerate(zip(_spread(t, wide, axis),
+                                                _spread(sharpness, wide, axis), strict=True)):
+            yield i, torch.sub(wide, center).mul_(sharp).sigmoid_(), sharp
+        return
+    end = t.new_full((reach,), math.inf)
+    centers = torch.cat([end, t, end])
+    sharps = torch.cat([end.zero_(), sharpness, end])
+    # beyond the last thresholds nothing changes any more, and inf - inf would
+    inside = wide.clamp(float(t[0]) - 100 / float(sharpness[0]),
+                        float(t[-1]) + 100 / float(sharpness[-1]))
+    first = torch.bucketize(inside, t, out_int32=True)
+    below.copy_(first).sub_(reach).clamp_(min=0)
+    first = first.reshape(-1)
+    for offset in range(2 * reach):
+        index = first + offset
+        sharp = sharps.index_select(0, index).reshape(wide.shape)
+        center = centers.index_select(0, index).reshape(wide.shape)
+        s = torch.where(center.isinf(), 0.0, (inside - center) * sharp).sigmoid_()
+        s.masked_fill_(center.isinf(), 0.0)
+        yield index - reach, s, sharp
+
+
 def _add_bell(total: Tensor, s: Tensor, sharp: Any) -> None:
     """Add ``sharp * s (1 - s)`` to total; a plain number costs two passes, a tensor three."""
     if isinstance(sharp, float):
@@ -259,14 +293,13 @@ class _Bell(torch.autograd.Function):
         needs_x, needs_t, *_ = ctx.needs_input_grad
         keep_slope = needs_x and not needs_t
         slope = torch.empty_like(x) if keep_slope else None
-        centers, sharpness = _spread(t, x, axis), _spread(k / widths, x, axis)
+        sharpness = k / widths
         one_step = _spread(step.unsqueeze(-1), x, axis)[0]
         for xs, ys, *ss in _blocks(*([x, out] if slope is None else [x, out, slope]), axis=axis):
             wide = xs.float()
             if keep_slope or not hard:
-                value, bells = torch.zeros_like(wide), torch.zeros_like(wide)
-                for center, sharp in zip(centers, sharpness, strict=True):
-                    s = torch.sub(wide, center).mul_(sharp).sigmoid_()
+                value, below, bells = (torch.zeros_like(wide) for _ in range(3))
+                for _, s, sharp in _sigmoids(wide, t, sharpness, k, axis, below):
                     value.add_(s)
                     if keep_slope:
                         _add_bell(bells, s, sharp)
@@ -275,7 +308,7 @@ class _Bell(torch.autograd.Function):
             if hard:
                 _values(_count(wide, t, axis), wide, one_step, zero, ys)
             else:
-                ys.copy_(value.sub_(zero).mul_(one_step))
+                ys.copy_(value.add_(below).sub_(zero).mul_(one_step))
         ctx.save_for_backward(slope, x.clone() if needs_t else None,
                               out if ctx.needs_input_grad[2] else None, t, step, widths)
         ctx.k, ctx.axis = k, axis
@@ -297,16 +330,19 @@ class _Bell(torch.autograd.Function):
             grad_step = (by_level / step).to(step.dtype)
         if needs_t:
             grad_x = torch.empty_like(grad)
-            centers, sharpness = _spread(t, x, axis), _spread(ctx.k / widths, x, axis)
+            sharpness, m = ctx.k / widths, t.shape[-1]
             one_step = _spread(step.unsqueeze(-1), x, axis)[0]
             shares = torch.zeros_like(t, dtype=torch.float64)
             for gs, xs, outs in _blocks(grad, x, grad_x, axis=axis):
-                wide, total = xs.float(), torch.zeros_like(gs, dtype=torch.float32)
+                wide = xs.float()
+                total, below = torch.zeros_like(wide), torch.empty_like(wide)
                 steep = gs.float() * one_step
-                for i, (center, sharp) in enumerate(zip(centers, sharpness, strict=True)):
-                    s = torch.sub(wide, center).mul_(sharp).sigmoid_()
+                for i, s, sharp in _sigmoids(wide, t, sharpness, ctx.k, axis, below):
                     bell = torch.addcmul(s, s, s, value=-1).mul_(sharp).mul_(steep)
-                    shares[..., i] -= _sum_to(bell, axis)
+                    if isinstance(i, int):
+                        shares[..., i] -= _sum_to(bell, axis)
+                    else:  # bells off either end are zero
+                        shares -= torch.bincount(i.clamp_(0, m - 1), bell.reshape(-1), m)
                     total.add_(bell)
                 outs.copy_(total)
             grad_t = shares.to(t.dtype)

@@ -32,7 +32,7 @@ _PROBE_IMAGES = 512
 _SAVE_EVERY = 60.0
 # One sign step of this size may change the loss by so much to first order: what a LeNet's
 # hand-tuned 2.5e-3 amounts to. Large pretrained nets get less.
-_TRUST = 1.0
+_TRUST = 3.0
 _LR_RANGE = (1e-5, 2.5e-3)
 
 

@@ -1,0 +1,402 @@
+"""The fine-tuning loop: batches, the held-out slice, resuming to the bit, what wrong input says."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import json
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
+
+from quantguard import training
+from quantguard.activation import staircases
+from quantguard.batching import SeededBatches, hold_out
+from quantguard.errors import DataError, SpecError
+from quantguard.progress import Progress
+from quantguard.recipes import Recipe
+from quantguard.spec import Threat
+from quantguard.training import History, Interrupted, Trainer, fit
+
+Untouched = Callable[[nn.Module], AbstractContextManager[None]]
+Digits = tuple[Tensor, Tensor]
+THREAT = Threat(eps=0.1)
+FAST = Recipe("pgd", steps=1, lr=1e-3)
+
+
+# --- batches and the held-out slice ---
+
+
+@pytest.mark.parametrize(("size", "held"), [
+    (10_000, 500), (6000, 300), (5120, 256), (2000, 256), (1280, 256), (1000, 200), (100, 20),
+    (5, 1), (4, 0)])
+def test_five_per_cent_are_held_out_at_least_256_at_most_a_fifth(size: int, held: int) -> None:
+    dataset = TensorDataset(torch.arange(size))
+    source = hold_out(DataLoader(dataset, batch_size=64), None, None, seed=0)
+    kept = [int(i) for batch in source.epoch(0, 0) for i in batch[0]]
+    apart = [int(i) for batch in source.val for i in batch[0]] if source.val else []
+    assert len(apart) == held
+    assert not set(kept) & set(apart)
+    # A last batch of one image is left out: it has no variance for BatchNorm.
+    assert len(kept) == len(set(kept)) and size - held - len(kept) in (0, 1)
+
+
+def test_the_slice_is_seeded_and_independent_of_torchs_random_numbers() -> None:
+    loader = DataLoader(TensorDataset(torch.arange(500)), batch_size=64, shuffle=True)
+
+    def slice_of(seed: int) -> set[int]:
+        torch.rand(1)
+        val = hold_out(loader, None, None, seed).val
+        return {int(i) for batch in val or () for i in batch[0]}
+    assert slice_of(0) == slice_of(0)
+    assert slice_of(0) != slice_of(1)
+
+
+def test_with_val_nothing_is_held_out_and_augmentation_stays_out_of_the_slice() -> None:
+    class Augmented(TensorDataset):
+        augment = True
+
+    dataset = Augmented(torch.arange(100))
+    source = hold_out(DataLoader(dataset, batch_size=10), [1], None, 0)
+    assert source.val == [1] and source.batches == 10
+    own = hold_out(DataLoader(dataset, batch_size=10), None, None, 0)
+    assert isinstance(own.val, DataLoader) and isinstance(own.val.dataset, Subset)
+    assert own.val.dataset.dataset.augment is False  # type: ignore[attr-defined]
+    assert dataset.augment is True
+
+
+def test_seeded_batches_are_an_order_that_can_be_entered_anywhere() -> None:
+    sampler = SeededBatches(23, 5, seed=1)
+    whole = list(sampler)
+    assert len(sampler) == len(whole) == 5
+    assert sorted(itertools.chain(*whole)) == list(range(23))
+    sampler.first = 2
+    assert list(sampler) == whole[2:]
+    sampler.first, sampler.epoch = 0, 1
+    assert list(sampler) != whole
+    assert list(SeededBatches(23, 5, seed=2)) != whole
+    assert [len(b) for b in SeededBatches(21, 5, 0)] == [5, 5, 5, 5]
+    assert [len(b) for b in SeededBatches(1, 5, 0)] == [1]
+
+
+# --- resuming ---
+
+
+def loader_of(data: Dataset[Any], batch: int = 64) -> DataLoader[Any]:
+    return DataLoader(data, batch_size=batch, shuffle=True)
+
+
+@pytest.fixture(scope="module")
+def small(train_digits: TensorDataset) -> TensorDataset:
+    """400 images: 80 are held out, five batches are left."""
+    return TensorDataset(*(t[:400] for t in train_digits.tensors))
+
+
+def trained(model: nn.Module, loader: Any, **options: Any) -> tuple[nn.Module, History]:
+    twin = copy.deepcopy(model)
+    options = {"epochs": 2, "progress": False, **options}
+    return twin, fit(twin, loader, THREAT, options.pop("recipe", FAST), **options)
+
+
+def assert_same_run(one: tuple[nn.Module, History], two: tuple[nn.Module, History]) -> None:
+    states = one[0].state_dict(), two[0].state_dict()
+    different = [k for k in states[0] if not torch.equal(states[0][k], states[1][k])]
+    assert not different
+    rows = [[(e.epoch, repr(e.loss), e.clean, e.probe, e.lr) for e in h.epochs]
+            for h in (one[1], two[1])]
+    assert rows[0] == rows[1] and one[1].chosen == two[1].chosen
+
+
+def once_at(calls: int, original: Callable[..., Any], after: bool = False) -> Callable[..., Any]:
+    """Return a function that is like the original, but for Ctrl-C at one call."""
+    count = itertools.count(1)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        now = next(count) == calls
+        if now and not after:
+            raise KeyboardInterrupt
+        result = original(*args, **kwargs)
+        if now:
+            raise KeyboardInterrupt
+        return result
+    return call
+
+
+class Noisy(TensorDataset):
+    """Augments with torch's random numbers."""
+
+    def __getitems__(self, indices: list[int]) -> list[tuple[Tensor, ...]]:
+        items = [self[i] for i in indices]
+        return [((x + 0.02 * torch.rand(())).clamp(0, 1), y) for x, y in items]
+
+
+@pytest.fixture(scope="module")
+def noisy(small: TensorDataset) -> DataLoader[Any]:
+    return loader_of(Noisy(*small.tensors))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(quantized: nn.Module, noisy: DataLoader[Any]) -> tuple[nn.Module, History]:
+    return trained(quantized, noisy)
+
+
+@pytest.mark.parametrize(("owner", "name", "calls", "after"), [
+    (Noisy, "__getitems__", 4, True),  # a batch of the slice comes first
+    (Progress, "advance", 2, False), (Progress, "advance", 8, True),  # between two batches
+    (training, "craft", 3, False), (training, "craft", 8, True),  # in a batch
+    (Trainer, "probe", 2, False), (Trainer, "probe", 3, True),  # after the last batch of an epoch
+], ids=lambda v: getattr(v, "__name__", str(v)))
+def test_an_interrupted_run_goes_on_to_the_same_bits(
+        owner: Any, name: str, calls: int, after: bool, quantized: nn.Module,
+        noisy: DataLoader[Any], undisturbed: tuple[nn.Module, History], tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, once_at(calls, getattr(owner, name), after))
+        with pytest.raises(Interrupted, match="saved in(.|\n)*same command again"):
+            trained(quantized, noisy, run_dir=tmp_path)
+    torch.rand(3)  # another process has other random numbers
+    assert_same_run(trained(quantized, noisy, run_dir=tmp_path), undisturbed)
+
+
+@pytest.mark.parametrize("calls", [2, 7])
+def test_a_run_over_a_list_of_batches_goes_on_to_the_same_bits(
+        calls: int, quantized: nn.Module, small: TensorDataset, tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    batches = list(DataLoader(small, batch_size=64))
+    val = batches[:1]
+    whole = trained(quantized, batches, val=val)
+    with monkeypatch.context() as patch:
+        patch.setattr(Progress, "advance", once_at(calls, Progress.advance))
+        with pytest.raises(Interrupted):
+            trained(quantized, batches, val=val, run_dir=tmp_path)
+    assert_same_run(trained(quantized, batches, val=val, run_dir=tmp_path), whole)
+
+
+def test_a_finished_run_is_read_and_not_run_again(quantized: nn.Module, small: TensorDataset,
+                                                  tmp_path: Path,
+                                                  monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = trained(quantized, loader_of(small), run_dir=tmp_path)
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [row["epoch"] for row in rows] == [0, 1, 2]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["metrics.jsonl", "training.pt"]
+    monkeypatch.setattr(Trainer, "loss", None)
+    assert_same_run(trained(quantized, loader_of(small), run_dir=tmp_path), whole)
+
+
+def test_without_a_run_dir_ctrl_c_says_what_would_have_kept_it(quantized: nn.Module,
+                                                               small: TensorDataset,
+                                                               monkeypatch: pytest.MonkeyPatch,
+                                                               ) -> None:
+    monkeypatch.setattr(Progress, "advance", once_at(2, Progress.advance))
+    with pytest.raises(Interrupted, match="nothing was kept(.|\n)*--run-dir") as caught:
+        trained(quantized, loader_of(small))
+    assert isinstance(caught.value, KeyboardInterrupt)
+
+
+@pytest.mark.parametrize("change", ["eps", "recipe", "epochs", "seed", "train", "batches", "model",
+                                    "weights"])
+def test_a_run_dir_of_other_settings_is_refused(change: str, cnn: nn.Module, quantized: nn.Module,
+                                                small: TensorDataset, tmp_path: Path) -> None:
+    model, threat, recipe, data = copy.deepcopy(quantized), THREAT, FAST, small
+    options: dict[str, Any] = {"epochs": 1, "seed": 0, "train": "all", "progress": False}
+    fit(model, loader_of(data), threat, recipe, run_dir=tmp_path, **options)
+    model = copy.deepcopy(cnn if change == "model" else quantized)
+    if change == "weights":
+        with torch.no_grad():
+            model[0].weight.add_(0.1)
+    threat = Threat(eps=0.2) if change == "eps" else threat
+    recipe = Recipe("pgd", steps=2, lr=1e-3) if change == "recipe" else recipe
+    options |= {"epochs": {"epochs": 3}, "seed": {"seed": 1}, "train": {"train": "thresholds"}}.get(
+        change, {})
+    data = TensorDataset(*(t[:200] for t in small.tensors)) if change == "batches" else data
+    with pytest.raises(SpecError, match="other settings(.|\n)*another run directory"):
+        fit(model, loader_of(data), threat, recipe, run_dir=tmp_path, **options)
+
+
+# --- what is trained ---
+
+
+def test_thresholds_only_changes_staircases_and_nothing_else(
+        quantized: nn.Module, small: TensorDataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Trainer, "probe", lambda self: (None, None))  # the last epoch is kept
+    model, _ = trained(quantized, loader_of(small), train="thresholds")
+    own = {f"{name}.{p}" for name, m in staircases(model).items() for p, _ in m.named_parameters()}
+    before, after = quantized.state_dict(), model.state_dict()
+    assert {k for k in before if not torch.equal(before[k], after[k])} == own
+
+
+def test_thresholds_only_needs_learned_thresholds(cnn: nn.Module, quantized: nn.Module,
+                                                  small: TensorDataset) -> None:
+    for model in (cnn, nn.Sequential(*(m for m in quantized if not staircases(m)))):
+        with pytest.raises(SpecError, match="no learnable thresholds(.|\n)*dynamic=True"):
+            trained(model, loader_of(small), train="thresholds")
+
+
+def test_nothing_to_train_is_an_error(cnn: nn.Module, small: TensorDataset) -> None:
+    model = copy.deepcopy(cnn).requires_grad_(False)
+    with pytest.raises(SpecError, match="every parameter is frozen"):
+        trained(model, loader_of(small))
+
+
+@pytest.mark.parametrize("recipe", [FAST, Recipe("pgd"), Recipe("nfgsm"), Recipe("clean")],
+                         ids=lambda r: f"{r.name} lr={r.lr}")
+def test_every_recipe_trains_logs_and_leaves_modes_and_random_numbers(
+        recipe: Recipe, quantized: nn.Module, small: TensorDataset) -> None:
+    model = copy.deepcopy(quantized)
+    model[1].train()
+    model[0].weight.requires_grad_(False)
+    modes = [m.training for m in model.modules()]
+    flags = [p.requires_grad for p in model.parameters()]
+    rng = torch.get_rng_state()
+    history = fit(model, loader_of(small), THREAT, recipe, epochs=1, progress=False)
+    assert torch.equal(torch.get_rng_state(), rng)
+    assert [m.training for m in model.modules()] == modes
+    assert [p.requires_grad for p in model.parameters()] == flags
+    assert all(p.grad is None for p in model.parameters())
+    assert torch.equal(model[0].weight, quantized[0].weight)
+    assert [e.epoch for e in history.epochs] == [0, 1] and history.chosen in (0, 1)
+    told = history.to_dict()
+    assert json.loads(json.dumps(told)).keys() == told.keys()
+
+
+def test_the_best_epoch_on_the_slice_is_what_is_returned(quantized: nn.Module,
+                                                         small: TensorDataset,
+                                                         monkeypatch: pytest.MonkeyPatch) -> None:
+    scores = iter([0.3, 0.5, 0.4, 0.5, 0.1])
+    states = []
+
+    def probe(self: Trainer) -> tuple[float, float]:
+        states.append(copy.deepcopy(self.model.state_dict()))
+        return 0.9, next(scores)
+
+    monkeypatch.setattr(Trainer, "probe", probe)
+    model, history = trained(quantized, loader_of(small), epochs=4)
+    assert history.chosen == 3  # of equals the later one
+    assert all(torch.equal(v, states[3][k]) for k, v in model.state_dict().items())
+
+
+def test_a_learning_rate_that_wrecks_the_model_is_lowered_and_said(
+        cnn: nn.Module, small: TensorDataset, monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(Trainer, "auto_lr", lambda self: 0.5)
+    _, history = trained(cnn, loader_of(small), epochs=1, recipe=Recipe("clean"), progress=True)
+    assert history.lr in (0.1, 0.02) and "starting again with lr" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("epochs", [1, 2, 3])
+@pytest.mark.parametrize("batches", [1, 2, 3, 4, 5])
+def test_any_number_of_steps_is_trained(batches: int, epochs: int) -> None:
+    model = nn.Linear(3, 2).eval()
+    before = model.weight.detach().clone()
+    loader = [(torch.rand(4, 3), torch.tensor([0, 1, 0, 1]))] * batches
+    history = fit(model, loader, THREAT, FAST, epochs=epochs, val=loader[:1], progress=False)
+    assert len(history.epochs) == epochs + 1
+    assert not torch.equal(model.weight, before) or history.chosen == 0
+    assert model.weight.isfinite().all()
+
+
+# --- loaders ---
+
+
+def test_a_list_of_batches_warns_once_and_trains(quantized: nn.Module,
+                                                 small: TensorDataset) -> None:
+    batches = list(DataLoader(small, batch_size=64))
+    with pytest.warns(UserWarning, match="nothing can be held out(.|\n)*val=") as record:
+        model, history = trained(quantized, batches)
+    assert len(record) == 1
+    assert history.chosen == 2 and history.epochs[-1].clean is None
+    assert not torch.equal(model[0].weight, quantized[0].weight)
+
+
+def test_dicts_and_streams_train_as_well(quantized: nn.Module, small: TensorDataset) -> None:
+    dicts = [{"input": x, "labels": y} for x, y in small]
+    one = trained(quantized, loader_of(dicts), epochs=1)  # type: ignore[arg-type]
+    assert_same_run(one, trained(quantized, loader_of(small), epochs=1))
+
+    class Stream(IterableDataset[Any]):
+        def __iter__(self) -> Iterator[Any]:
+            return iter(small)
+
+    loader = DataLoader(Stream(), batch_size=64)
+    val = list(DataLoader(small, batch_size=64))[:1]
+    _, history = trained(quantized, loader, epochs=2, val=val)
+    assert [e.epoch for e in history.epochs] == [0, 1, 2]
+
+
+def broken(kind: str, x: Tensor, y: Tensor) -> Any:
+    return {"nan": (torch.where(x > 0.9, torch.nan, x), y), "range": (x * 255, y),
+            "labels": (x, y + 5), "negative": (x, y - 5), "float labels": (x, y.float()),
+            "channels": (x.repeat(1, 3, 1, 1), y), "size": (x[..., :5, :5], y),
+            "lengths": (x, y[:-1]), "unlabelled": x, "one-hot": (x, torch.eye(10)[y])}[kind]
+
+
+@pytest.mark.parametrize("place", [0, 2, 6])
+@pytest.mark.parametrize("kind", ["nan", "range", "labels", "negative", "float labels", "channels",
+                                  "size", "lengths", "unlabelled", "one-hot"])
+@pytest.mark.parametrize("lr", [None, 1e-3])
+def test_a_bad_batch_is_named(kind: str, place: int, lr: float | None, cnn: nn.Module,
+                              small: TensorDataset) -> None:
+    batches: list[Any] = list(DataLoader(small, batch_size=40))
+    val = batches[:1]
+    batches[place] = broken(kind, *batches[place])
+    with pytest.raises(DataError, match=f"batch {place}"):
+        trained(cnn, batches, epochs=1, val=val, recipe=Recipe("pgd", steps=1, lr=lr))
+
+
+@pytest.mark.parametrize("kind", ["nan", "labels", "channels", "unlabelled"])
+def test_a_bad_batch_of_val_is_named_as_such(kind: str, cnn: nn.Module,
+                                             small: TensorDataset) -> None:
+    batches = list(DataLoader(small, batch_size=64))
+    with pytest.raises(DataError, match="batch 1 of val"):
+        trained(cnn, batches, epochs=1, val=[batches[0], broken(kind, *batches[1])])
+
+
+@pytest.mark.parametrize(("loader", "message"), [
+    ([], "the loader is empty"), (iter([]), "one-shot iterator"),
+    (DataLoader(TensorDataset(torch.zeros(0, 1, 8, 8))), "empty")])
+def test_loaders_that_give_nothing(loader: Any, message: str, cnn: nn.Module,
+                                   small: TensorDataset) -> None:
+    with pytest.raises(DataError, match=message):
+        trained(cnn, loader, val=list(DataLoader(small, batch_size=64)))
+
+
+@pytest.mark.parametrize("val", [[], iter([])], ids=["empty", "one-shot"])
+def test_a_val_that_gives_nothing(val: Any, cnn: nn.Module, small: TensorDataset) -> None:
+    with pytest.raises(DataError, match="val"):
+        trained(cnn, loader_of(small), val=val)
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    ({"epochs": 0}, "epochs=0"), ({"epochs": 1.5}, "epochs=1.5"),
+    ({"train": "steps"}, "Use all or thresholds")])
+def test_impossible_settings(options: dict[str, Any], message: str, cnn: nn.Module,
+                             small: TensorDataset) -> None:
+    with pytest.raises(SpecError, match=message):
+        trained(cnn, loader_of(small), **options)
+
+
+@pytest.mark.parametrize(("lr", "message"), [
+    (None, "NaN or infinite on the first batches"), (1e-3, "the loss is nan at epoch 1, batch 2")])
+def test_a_loss_that_is_not_finite_is_an_error_and_not_a_result(
+        lr: float | None, message: str, cnn: nn.Module, small: TensorDataset,
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    original, count = Trainer.loss, itertools.count()
+
+    def loss(self: Trainer, pixels: Tensor, labels: Tensor) -> Tensor:
+        return original(self, pixels, labels) * (torch.nan if next(count) == 2 else 1.0)
+
+    monkeypatch.setattr(Trainer, "loss", loss)
+    with pytest.raises(DataError, match=message):
+        trained(cnn, loader_of(small), recipe=Recipe("clean", lr=lr))
+
+
+def test_a_model_in_train_mode_trains_without_a_warning(quantized: nn.Module, small: TensorDataset,
+                                                        recwarn: pytest.WarningsRecorder) -> None:
+    model, _ = trained(copy.deepcopy(quantized).train(), loader_of(small), epochs=1)
+    assert model.training and not [str(w.message) for w in recwarn]
