@@ -3,7 +3,6 @@
 Takes a folder with `fixed2.safetensors` and `fixed1.safetensors`: LeNets (5x5 convolutions 1-32-64
 with padding 2, max-pooling by 2, linear 3136-256-10) with staircases `a{j}.thresholds`, `a{j}.step`
 in place of ReLU, trained on Fashion-MNIST through the ramp. First 500 test images, Linf eps 0.1.
-ReLU, trained on Fashion-MNIST through the ramp. First 500 test images, Linf eps 0.1.
 
     python benchmarks/controls.py FOLDER [--images 500] [--threads N]
 """

@@ -43,6 +43,22 @@ class Source:
     val: Iterable[Any] | None
     batches: int | None
 
+    @property
+    def resumable(self) -> bool:
+        """Return whether an epoch can be taken up in its middle."""
+        return self.sampler is not None
+
+    def count(self) -> int:
+        """Return the number of batches of an epoch.
+
+        Raises:
+            DataError: none.
+        """
+        count = self.batches if self.batches is not None else sum(1 for _ in self.loader)
+        if not count:
+            raise DataError("the loader is empty", fix="Give at least one batch.")
+        return count
+
     def epoch(self, number: int, first: int) -> Iterable[Any]:
         """Return the batches of an epoch from batch ``first`` on."""
         if self.sampler is not None:
@@ -85,5 +101,8 @@ def hold_out(loader: Iterable[Any], val: Iterable[Any] | None, batch: int | None
     train = Subset(dataset, sorted(indices[held:]))
     sampler = SeededBatches(len(train), min(batch or loader.batch_size, len(train)), seed)
     return Source(DataLoader(train, batch_sampler=sampler, collate_fn=loader.collate_fn,
-                              num_workers=loader.num_workers, pin_memory=loader.pin_memory),
+                              num_workers=loader.num_workers, pin_memory=loader.pin_memory,
+                              # its own generator: a loader draws from it whenever it starts, and
+                              # a resumed epoch starts once more than an undisturbed one
+                              generator=torch.Generator().manual_seed(seed)),
                    sampler, val, len(sampler))

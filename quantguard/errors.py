@@ -32,5 +32,9 @@ class LoadError(QuantguardError):
     """A model file or arch spec that cannot be read, or may not be read safely."""
 
 
+class Interrupted(QuantguardError, KeyboardInterrupt):
+    """Ctrl-C during long work; what is kept and how to go on is in the message."""
+
+
 class DataError(QuantguardError, ValueError):
     """Images or labels that do not fit the model, the threat or each other."""

@@ -25,7 +25,7 @@ from .attacks import Entry, FoolboxModel, PixelModel, build_suite
 from .attacks.noise import image_noise
 from .attacks.pgd import input_gradient, project
 from .batches import check_images, check_labels, require_reiterable, snap, to_pixels, unpack
-from .errors import ConversionError, DataError, SpecError
+from .errors import ConversionError, DataError, Interrupted, SpecError
 from .files import replacing
 from .masking import Flag
 from .progress import Progress
@@ -88,7 +88,7 @@ def gather(model: nn.Module, loader: Iterable[Any], threat: Threat, images: int 
         check_images_shape(x, where)
         p = to_pixels(x.float(), threat)
         check_images(p, threat.bounds, where)
-        pixels.append(snap(p, threat.bounds))
+        pixels.append(snap(p, threat.bounds).clamp(*threat.bounds))
         labels.append(target)
         taken += len(x)
         if images is not None and taken >= images:
@@ -269,20 +269,35 @@ def _evaluate(model: nn.Module, loader: Iterable[Any], threat: Threat, suite: st
         path.parent.mkdir(parents=True, exist_ok=True)
     state = _State(path, settings, data, correct)
     bar = Progress("evaluate", sum(e.cost for e in entries) * int(correct.sum()), show)
-    for number, entry in enumerate(entries):
-        if number < len(state.results):
-            bar.skip(entry.cost * int(correct.sum()))
-            continue
-        result = _attack(FoolboxModel(pixel_model, threat), entry, data, threat, batch,
-                         correct if entry.everywhere else state.survived, state, bar)
-        bar.skip(entry.cost * (int(correct.sum()) - int(result.attacked.sum())))
-        state.add(result)
+    try:
+        _run_entries(entries, pixel_model, data, threat, batch, correct, state, bar)
+    except KeyboardInterrupt:
+        bar.close()
+        done = f"interrupted after {len(state.results)} of {len(entries)} attacks"
+        if path is None:
+            raise Interrupted(f"{done}; nothing was kept", fix="With run_dir= (--run-dir DIR) the "
+                              "next run goes on from where it stopped.") from None
+        raise Interrupted(f"{done}; saved in {path.parent}",
+                          fix="Run the same command again to go on.") from None
     flags = _flags(pixel_model, data, threat, batch, seed, correct, state)
     bar.close()
     name = suite if isinstance(suite, str) else "list"
     return Evaluation(correct, state.survived, tuple(state.results), flags, state.adversarials,
                       data.labels.cpu().numpy(), threat, name, seed,
                       environment(data.pixels.device), digest, time.monotonic() - start)
+
+
+def _run_entries(entries: list[Entry], model: PixelModel, data: Images, threat: Threat, batch: int,
+                 correct: np.ndarray, state: _State, bar: Progress) -> None:
+    """Run what is not done yet; cheap attacks come first, the fallen are not attacked again."""
+    for number, entry in enumerate(entries):
+        if number < len(state.results):
+            bar.skip(entry.cost * int(correct.sum()))
+            continue
+        result = _attack(FoolboxModel(model, threat), entry, data, threat, batch,
+                         correct if entry.everywhere else state.survived, state, bar)
+        bar.skip(entry.cost * (int(correct.sum()) - int(result.attacked.sum())))
+        state.add(result)
 
 
 def _attack(fmodel: FoolboxModel, entry: Entry, data: Images, threat: Threat, batch: int,

@@ -21,7 +21,7 @@ from .audit import Audit, audit, find_example
 from .batches import require_reiterable, unpack
 from .calibrate import calibrate
 from .errors import ConversionError, DataError
-from .running import device_of, to_device
+from .running import device_of, seeded, to_device
 from .sites import (
     Bits,
     Plan,
@@ -230,7 +230,8 @@ def convert(model: nn.Module, bits: Bits = 2, dynamic: bool = False, *,
     if data is not None:
         require_reiterable(data, "data")
         device = device_of(original)
-        batches = [to_device(unpack(batch)[0], device) for batch in itertools.islice(data, 16)]
+        with seeded(0):  # a shuffling loader draws from the caller's random numbers
+            batches = [to_device(unpack(batch)[0], device) for batch in itertools.islice(data, 16)]
         if not batches:
             raise DataError("data is empty", fix="Pass at least one batch of model inputs.")
     if example is None:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import math
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,28 +16,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .activation import QuantActivation, staircases
-from .attacks import PGD, FoolboxModel, PixelModel
-from .batches import check_images, check_labels, to_pixels, unpack
+from .attacks import PixelModel
 from .batching import Source, hold_out
-from .errors import DataError, QuantguardError, SpecError
-from .evaluation import image_tensor, predict
+from .errors import DataError, Interrupted, SpecError
 from .files import replacing
+from .probing import LR_RANGE, PixelBatches, auto_lr, copied, probe
 from .progress import Progress
 from .recipes import Recipe, craft, stability_term
-from .running import device_of, evaluating, frozen, modes_kept
+from .running import modes_kept, uninterrupted
 from .spec import Threat
 
-_PROBE_IMAGES = 512
 _SAVE_EVERY = 60.0
-# One sign step of this size may change the loss by so much to first order: what a LeNet's
-# hand-tuned 2.5e-3 amounts to. Large pretrained nets get less.
-_TRUST = 3.0
-_LR_RANGE = (1e-5, 2.5e-3)
-
-
-class Interrupted(QuantguardError, KeyboardInterrupt):
-    """Ctrl-C during training; what to do to go on is in the message."""
-
 
 @dataclass(frozen=True)
 class Epoch:
@@ -110,265 +98,172 @@ class _Average:
 
 
 class Trainer:
-    """Fine-tune one model; see :func:`fit`."""
+    """Hold a fine-tune under way: everything that a run directory keeps."""
 
     def __init__(self, model: nn.Module, source: Source, threat: Threat, recipe: Recipe,
                  epochs: int, train: str, run_dir: Path | None, seed: int, show: bool) -> None:
         self.model, self.source, self.threat, self.recipe = model, source, threat, recipe
         self.epochs, self.train, self.run_dir, self.seed = epochs, train, run_dir, seed
         self.pixel_model = PixelModel(model, threat)
-        self.device = device_of(model)
-        self.show = show
-        self.batches = source.batches or self._count()
-        self.bar: Progress | None = None
+        self.batches = PixelBatches(self.pixel_model, threat)
+        self.per_epoch = source.count()
+        self.bar = Progress(f"harden ({recipe.name})", epochs * self.per_epoch, show)
+        self.history: list[Epoch] = []
+        self.epoch = self.number = self.chosen = self.retries = 0
+        self.best_score, self.total_loss = -1.0, 0.0
+        self.best = copied(model)
         self.saved = time.monotonic()
-        self.retries = 0
-
-    def _count(self) -> int:
-        count = sum(1 for _ in self.source.loader)
-        if not count:
-            raise DataError("the loader is empty", fix="Give at least one batch.")
-        return count
-
-    def batch(self, batch: Any, number: int) -> tuple[Tensor, Tensor]:
-        """Return a batch as pixels and labels, checked."""
-        where = f"batch {number} of the loader"
-        inputs, labels = unpack(batch)
-        if labels is None:
-            raise DataError(f"{where} has no labels", fix="Yield (images, labels).")
-        self.pixel_model.key, x = image_tensor(inputs, where)
-        check_labels(labels, None, where)
-        if len(x) != len(labels):
-            raise DataError(f"{where} has {len(x)} images and {len(labels)} labels")
-        pixels = to_pixels(x.to(self.device).float(), self.threat)
-        check_images(pixels, self.threat.bounds, where)
-        return pixels, labels.to(self.device).long()
-
-    def train_mode(self) -> None:
-        """Put the model in train mode; what is frozen keeps its statistics, too."""
-        self.model.train(self.train == "all")
 
     def loss(self, pixels: Tensor, labels: Tensor) -> Tensor:
         """Return the training loss of one batch: attacked images, hard forward."""
         x = craft(self.pixel_model, pixels, labels, self.threat, self.recipe)
+        # what is frozen keeps its BatchNorm statistics, too
+        self.model.train(self.train == "all")
         with stability_term(self.model, self.recipe.stability or 0.0) as term:
             value = F.cross_entropy(self.pixel_model(x), labels)
             return value + term()
 
-    def auto_lr(self) -> float:
-        """Return a peak learning rate from the model's own scale.
-
-        A step of AdamW moves every weight by about lr, so to first order the loss by lr times the
-        gradient's L1 norm: that product is held at a constant.
-        """
-        norm, count = 0.0, 0
-        state = copy.deepcopy(self.model.state_dict())
-        self.train_mode()
-        for number, batch in enumerate(self.source.epoch(0, 0)):
-            pixels, labels = self.batch(batch, number)
-            self._check_classes(pixels, labels)
-            weights = [p for p in self.model.parameters() if p.requires_grad]
-            grads = torch.autograd.grad(self.loss(pixels, labels), weights, allow_unused=True)
-            norm += sum(float(g.abs().sum()) for g in grads if g is not None)
-            count += 1
-            if count == 4:
-                break
-        self.model.load_state_dict(state)
-        if not math.isfinite(norm):
-            raise DataError("the loss or its gradient is NaN or infinite on the first batches",
-                            fix="Check the model on clean images first.")
-        low, high = _LR_RANGE
-        return min(max(_TRUST * count / max(norm, 1e-12), low), high)
-
-    def _check_classes(self, pixels: Tensor, labels: Tensor) -> None:
-        with evaluating(self.model):
-            logits = predict(self.pixel_model, pixels[:2], 2)
-        check_labels(labels, logits.shape[1], "the loader")
-        self.classes = logits.shape[1]
-
-    def probe(self) -> tuple[float | None, float | None]:
-        """Return clean and attacked accuracy on the held-out slice.
-
-        Attacked under ``sigmoid(8)`` and through the twin: the surrogate that trains would flatter
-        a model that masks it.
-        """
-        if self.source.val is None:
-            return None, None
-        clean = robust = total = 0
-        attacks = [PGD("margin", 10, mode="sigmoid(8)", norm=self.threat.norm, seed=self.seed)]
-        if staircases(self.model):
-            attacks.append(PGD("margin", 10, twin=(2, 16), norm=self.threat.norm, seed=self.seed))
-        with evaluating(self.model), frozen(self.model):
-            fmodel = FoolboxModel(self.pixel_model, self.threat)
-            for number, batch in enumerate(self.source.val):
-                x, y = self.batch(batch, number)
-                with torch.no_grad():
-                    alive = self.pixel_model(x).argmax(1) == y
-                total += len(x)
-                clean += int(alive.sum())
-                if self.recipe.attacks:
-                    for attack in attacks:
-                        if alive.any():
-                            import foolbox as fb
-                            found = attack.run(fmodel, x[alive],
-                                               fb.criteria.Misclassification(y[alive]),
-                                               epsilon=self.threat.eps)
-                            with torch.no_grad():
-                                held = self.pixel_model(found).argmax(1) == y[alive]
-                            alive[alive.clone()] = held
-                robust += int(alive.sum())
-                if total >= _PROBE_IMAGES:
-                    break
-        return clean / total, robust / total
-
-    def settings(self, lr: float | None) -> dict[str, Any]:
-        """Return what a run directory must agree on."""
-        settings: dict[str, Any] = json.loads(json.dumps({
-            "threat": self.threat.to_dict(), "recipe": self.recipe.to_dict(), "epochs": self.epochs,
-            "train": self.train, "seed": self.seed, "batches": self.batches,
-            "tensors": sorted(f"{k} {tuple(v.shape)}" for k, v in self.model.state_dict().items()),
-        }))
-        return settings
-
     def run(self) -> History:
         """Train, and leave the best epoch's weights in the model."""
-        told = self._read()
-        start = {k: v.detach().clone() for k, v in self.model.state_dict().items()}
+        start, told = copied(self.model), self._read()
         torch.manual_seed(self.seed)
         lr = told["lr"] if told else self.recipe.lr or (
-            self.auto_lr() if self.train == "all" else _LR_RANGE[1])
-        while True:
-            try:
-                return self._train(lr, start, told)
-            except _Wrecked as wrecked:
-                lr, told = lr / 5, None
-                self.retries += 1
-                if self.bar is not None:
-                    self.bar.say(f"clean accuracy fell to {wrecked.clean:.1%} in the first epoch: "
-                                 f"starting again with lr {lr:.2g}")
-                self.model.load_state_dict(start)
+            auto_lr(self.model, self.source, self.batches, self.loss) if self.train == "all"
+            else LR_RANGE[1])
+        self._prepare(lr)
+        if told:
+            self._resume(told)
+        else:
+            self._score(0, math.nan, 0.0)
+        try:
+            with uninterrupted() as interrupt:
+                while self.epoch < self.epochs:
+                    self._train_epoch(interrupt)
+                    if self._wrecked():
+                        self.model.load_state_dict(start)
+                        self._prepare(self.lr / 5)
+                        self.retries += 1
+                        self.bar.say(f"clean accuracy fell to {self.history.pop().clean:.1%} in "
+                                     f"the first epoch: starting again with lr {self.lr:.2g}")
+                        self.epoch = self.chosen = 0
+                        self.best = start
+                    self._write()
+        except KeyboardInterrupt:
+            raise self._interrupted() from None
+        self.model.load_state_dict(self.best)
+        self.bar.note = self._said().lstrip(", ") + f", kept epoch {self.chosen}"
+        self.bar.close()
+        return History(tuple(self.history), self.chosen, self.lr)
 
-    def _train(self, lr: float, start: dict[str, Tensor], told: dict[str, Any] | None) -> History:
+    def _prepare(self, lr: float) -> None:
+        """Make optimizer, schedule and average for a peak learning rate."""
         groups = parameter_groups(self.model, self.recipe, lr, self.train)
         if not groups:
             raise SpecError("nothing to train: every parameter is frozen",
                             fix="Set requires_grad on the parameters that may change.")
-        rates = [group["lr"] for group in groups]
-        optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99))
-        # one_cycle wants two steps at least
-        schedule = torch.optim.lr_scheduler.OneCycleLR(
-            optimizer, rates, total_steps=max(self.epochs * self.batches, 2) + 1, pct_start=0.2)
-        average = _Average(self.model, self.recipe.ema)
-        self.bar = Progress(f"harden ({self.recipe.name})", self.epochs * self.batches, self.show)
-        history: list[Epoch] = []
-        best: dict[str, Tensor] = start
-        chosen, best_score, first, begin_epoch, losses = 0, -1.0, 0, 0, [0.0, 0.0]
-        if told is not None:
-            self.model.load_state_dict(told["model"])
-            optimizer.load_state_dict(told["optimizer"])
-            schedule.load_state_dict(told["schedule"])
-            average.values, average.count = told["average"], told["average_count"]
-            history = [Epoch(**row) for row in told["history"]]
-            best, chosen, best_score = told["best"], told["chosen"], told["best_score"]
-            begin_epoch, first, losses = told["epoch"], told["batch"], told["losses"]
-            torch.set_rng_state(told["rng"])
-            self.retries = told["retries"]
-            self.bar.skip(begin_epoch * self.batches + first)
-            self.bar.say(f"resumed from {self.run_dir} at epoch {begin_epoch + 1}, batch {first}")
-        else:
-            clean, probe = self.probe()
-            history.append(Epoch(0, math.nan, clean, probe, lr, 0.0))
-            best_score = -1.0 if probe is None else probe
-            self._log(history[-1])
+        self.lr = lr
+        self.parameters = [p for group in groups for p in group["params"]]
+        self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99))
+        self.schedule = torch.optim.lr_scheduler.OneCycleLR(
+            self.optimizer, [group["lr"] for group in groups], pct_start=0.2,
+            total_steps=max(self.epochs * self.per_epoch, 2) + 1)  # its last step is never taken
+        self.average = _Average(self.model, self.recipe.ema)
 
-        def snapshot(epoch: int, batch: int) -> None:
-            self._write({"settings": self.settings(lr), "lr": lr, "model": self.model.state_dict(),
-                         "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict(),
-                         "average": average.values, "average_count": average.count,
-                         "history": [vars(e) for e in history], "best": best, "chosen": chosen,
-                         "best_score": best_score, "epoch": epoch, "batch": batch,
-                         "losses": losses, "rng": torch.get_rng_state(), "retries": self.retries})
+    def _train_epoch(self, interrupt: Callable[[], None]) -> None:
+        begin = time.monotonic()
+        for batch in self.source.epoch(self.epoch, self.number):
+            self._step(*self.batches(batch, self.number))
+            self.rng = torch.get_rng_state()
+            interrupt()
+            if self.source.resumable and time.monotonic() - self.saved > _SAVE_EVERY:
+                self._write()
+        last = copied(self.model)
+        self.model.load_state_dict(self.average.values)
+        self._score(self.epoch + 1, self.total_loss / max(self.number, 1),
+                    time.monotonic() - begin)
+        self.model.load_state_dict(last)
+        self.epoch, self.number, self.total_loss = self.epoch + 1, 0, 0.0
 
-        epoch = begin_epoch
-        number = first
-        try:
-            for epoch in range(begin_epoch, self.epochs):
-                begin = time.monotonic()
-                number = first
-                for batch in self.source.epoch(epoch, first):
-                    pixels, labels = self.batch(batch, number)
-                    if number == 0 and epoch == 0:
-                        self._check_classes(pixels, labels)
-                    check_labels(labels, getattr(self, "classes", None), f"batch {number}")
-                    self.train_mode()
-                    loss = self.loss(pixels, labels)
-                    value = float(loss.detach())
-                    if not math.isfinite(value):
-                        raise DataError(f"the loss is {value} at epoch {epoch + 1}, batch {number}",
-                                        why=f"The learning rate is {lr:.2g}.",
-                                        fix="Use a smaller lr (--set lr=…).")
-                    optimizer.zero_grad(set_to_none=True)
-                    loss.backward()  # type: ignore[no-untyped-call]
-                    nn.utils.clip_grad_norm_(
-                        [p for g in groups for p in g["params"]], 5.0)
-                    optimizer.step()
-                    schedule.step()
-                    average.update(self.model)
-                    losses[0] += value
-                    losses[1] += 1
-                    number += 1
-                    self.bar.advance(1, f"epoch {epoch + 1}/{self.epochs}, "
-                                        f"loss {losses[0] / losses[1]:.3f}{self._said(history)}")
-                    if self.run_dir and time.monotonic() - self.saved > _SAVE_EVERY:
-                        snapshot(epoch, number)
-                last = {k: v.detach().clone() for k, v in self.model.state_dict().items()}
-                self.model.load_state_dict(average.values)
-                clean, probe = self.probe()
-                if epoch == 0 and self.retries < 2 and self.recipe.lr is None \
-                        and clean is not None and (history[0].clean or 0.0) * 0.6 > clean:
-                    raise _Wrecked(clean)
-                history.append(Epoch(epoch + 1, losses[0] / max(losses[1], 1), clean, probe, lr,
-                                     time.monotonic() - begin))
-                self._log(history[-1])
-                if probe is None or probe >= best_score:
-                    best = {k: v.detach().clone() for k, v in average.values.items()}
-                    chosen, best_score = epoch + 1, -1.0 if probe is None else probe
-                self.model.load_state_dict(last)
-                first, losses = 0, [0.0, 0.0]
-                snapshot(epoch + 1, 0)
-        except KeyboardInterrupt:
-            self.bar.close()
-            if self.run_dir is None:
-                raise Interrupted("interrupted; nothing was kept",
-                                  fix="With run_dir= (--run-dir DIR) the next run goes on from "
-                                      "where it stopped.") from None
-            # Batches are whole: the optimizer steps between two of them, or not at all.
-            snapshot(epoch, number)
-            raise Interrupted(f"interrupted at epoch {epoch + 1}, batch {number}; saved in "
-                              f"{self.run_dir}",
-                              fix="Run the same command again to go on.") from None
-        self.model.load_state_dict(best)
-        self.bar.note = self._said(history).lstrip(", ") + f", kept epoch {chosen}"
-        self.bar.close()
-        return History(tuple(history), chosen, lr)
+    def _step(self, pixels: Tensor, labels: Tensor) -> None:
+        loss = self.loss(pixels, labels)
+        value = float(loss.detach())
+        if not math.isfinite(value):
+            raise DataError(f"the loss is {value} at epoch {self.epoch + 1}, batch {self.number}",
+                            why=f"The peak learning rate is {self.lr:.2g}.",
+                            fix="Use a smaller lr (--set lr=…).")
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        nn.utils.clip_grad_norm_(self.parameters, 5.0)
+        self.optimizer.step()
+        self.schedule.step()
+        self.average.update(self.model)
+        self.total_loss += value
+        self.number += 1
+        self.bar.advance(1, f"epoch {self.epoch + 1}/{self.epochs}, "
+                            f"loss {self.total_loss / self.number:.3f}{self._said()}")
 
-    @staticmethod
-    def _said(history: list[Epoch]) -> str:
-        last = history[-1] if history else None
-        if last is None or last.clean is None or last.probe is None:
-            return ""
-        return f", held-out clean {last.clean:.1%}, attacked {last.probe:.1%}"
-
-    def _log(self, epoch: Epoch) -> None:
+    def _score(self, epoch: int, loss: float, seconds: float) -> None:
+        """Probe the model, note the epoch, and keep its weights if none were better."""
+        clean, robust = probe(self.pixel_model, self.source.val, self.batches, self.threat,
+                              self.recipe.attacks, self.seed)
+        self.history.append(Epoch(epoch, loss, clean, robust, self.lr, seconds))
         if self.run_dir is not None:
             with open(self.run_dir / "metrics.jsonl", "a", encoding="utf-8") as file:
-                file.write(json.dumps(vars(epoch)) + "\n")
+                file.write(json.dumps(vars(self.history[-1])) + "\n")
+        score = -1.0 if robust is None else robust
+        if score >= self.best_score:
+            self.best, self.chosen, self.best_score = copied(self.model), epoch, score
 
-    def _write(self, state: dict[str, Any]) -> None:
+    def _wrecked(self) -> bool:
+        """Return whether the first epoch cost the model most of its clean accuracy."""
+        before, now = self.history[0].clean, self.history[-1].clean
+        return (self.epoch == 1 and self.retries < 2 and self.recipe.lr is None
+                and before is not None and now is not None and now < 0.6 * before)
+
+    def _said(self) -> str:
+        last = self.history[-1]
+        if last.clean is None or last.probe is None:
+            return ""
+        attacked = f", attacked {last.probe:.1%}" if self.recipe.attacks else ""
+        return f", held-out clean {last.clean:.1%}{attacked}"
+
+    def _interrupted(self) -> Interrupted:
+        self.bar.close()
+        if self.run_dir is None:
+            return Interrupted("interrupted; nothing was kept",
+                               fix="With run_dir= (--run-dir DIR) the next run goes on from where "
+                                   "it stopped.")
+        where = f"epoch {self.epoch + 1}, batch {self.number}"
+        if self.source.resumable:
+            self._write()
+            return Interrupted(f"interrupted at {where}; saved in {self.run_dir}",
+                               fix="Run the same command again to go on.")
+        return Interrupted(f"interrupted at {where}; {self.run_dir} has the "
+                           "end of the epoch before",
+                           why="This loader's order is not ours to repeat.",
+                           fix="Run the same command again to go on from there.")
+
+    def _settings(self) -> dict[str, Any]:
+        """Return what a run directory must agree on."""
+        settings: dict[str, Any] = json.loads(json.dumps({
+            "threat": self.threat.to_dict(), "recipe": self.recipe.to_dict(),
+            "epochs": self.epochs, "train": self.train, "seed": self.seed,
+            "batches": self.per_epoch, "tensors": sorted(
+                f"{k} {tuple(v.shape)}" for k, v in self.model.state_dict().items())}))
+        return settings
+
+    def _write(self) -> None:
         if self.run_dir is None:
             return
         with replacing(self.run_dir / "training.pt") as beside:
-            torch.save(state, beside)
+            torch.save({
+                "settings": self._settings(), "lr": self.lr, "model": self.model.state_dict(),
+                "optimizer": self.optimizer.state_dict(), "schedule": self.schedule.state_dict(),
+                "average": self.average.values, "average_count": self.average.count,
+                "history": [vars(e) for e in self.history], "best": self.best,
+                "chosen": self.chosen, "best_score": self.best_score, "epoch": self.epoch,
+                "number": self.number, "total_loss": self.total_loss, "rng": self.rng,
+                "retries": self.retries}, beside)
         self.saved = time.monotonic()
 
     def _read(self) -> dict[str, Any] | None:
@@ -378,23 +273,28 @@ class Trainer:
         path = self.run_dir / "training.pt"
         if not path.exists():
             return None
-        state: dict[str, Any] = torch.load(path, weights_only=True, map_location=self.device)
-        state["rng"] = state["rng"].cpu()
-        mine = self.settings(None)
-        different = sorted(k for k in mine if mine[k] != state["settings"].get(k))
+        told: dict[str, Any] = torch.load(path, weights_only=True,
+                                          map_location=self.batches.device)
+        mine = self._settings()
+        different = sorted(k for k in mine if mine[k] != told["settings"].get(k))
         if different:
             raise SpecError(f"{self.run_dir} holds a run of other settings",
                             why=f"Different: {', '.join(different)}.",
                             fix="Use another run directory, or delete this one.")
-        return state
+        return told
 
-
-class _Wrecked(Exception):
-    """The first epoch cost the model most of its clean accuracy."""
-
-    def __init__(self, clean: float) -> None:
-        super().__init__(clean)
-        self.clean = clean
+    def _resume(self, told: dict[str, Any]) -> None:
+        self.model.load_state_dict(told["model"])
+        self.optimizer.load_state_dict(told["optimizer"])
+        self.schedule.load_state_dict(told["schedule"])
+        self.average.values, self.average.count = told["average"], told["average_count"]
+        self.history = [Epoch(**row) for row in told["history"]]
+        for name in ("best", "chosen", "best_score", "epoch", "number", "total_loss", "retries"):
+            setattr(self, name, told[name])
+        self.rng = told["rng"].cpu()
+        torch.set_rng_state(self.rng)
+        self.bar.skip(self.epoch * self.per_epoch + self.number)
+        self.bar.say(f"resumed from {self.run_dir} at epoch {self.epoch + 1}, batch {self.number}")
 
 
 def fit(model: nn.Module, loader: Iterable[Any], threat: Threat, recipe: Recipe, *, epochs: int,

@@ -160,6 +160,7 @@ class Sums(nn.Module):
         super().__init__()
         self.one, self.other = with_norm(seed=1)[:2], with_norm(seed=2)[:2]
         self.head, self.swap = nn.Conv2d(8, 2, 1), swap
+        nn.init.constant_(self.one[1].bias, 3.0)  # so that leaving one out shows
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.one(x)
@@ -260,12 +261,32 @@ def test_the_probe_places_thresholds_for_unit_normal_inputs() -> None:
     assert error(values, float(module.step), 7, 0) <= 1.03 * best(values, 7, [0])
 
 
+def test_the_probe_normalises_by_its_own_statistics() -> None:
+    found = []
+    for mean, variance in ((0.0, 1.0), (50.0, 1e-4)):
+        model = with_norm(nn.Conv2d(8, 8, 1), act=nn.GELU())
+        model[1].running_mean.fill_(mean)
+        model[1].running_var.fill_(variance)
+        found.append(convert(model, 3)[3].thresholds)
+    assert torch.equal(*found)
+
+
 def test_the_probe_is_reproducible_whatever_the_random_numbers_and_modes() -> None:
     found = []
     for seed in (0, 1):
         model = nn.Sequential(nn.Dropout(0.5), *mlp()).train(seed == 0)
         torch.manual_seed(seed)
         found.append(convert(model, 3)[2].thresholds)
+    assert torch.equal(*found)
+
+
+def test_the_probe_is_reproducible_through_dropout() -> None:
+    found = []
+    for seed in (0, 1):
+        torch.manual_seed(5)
+        model = Auxiliary(0.5)
+        torch.manual_seed(seed)
+        found.append(convert(model, 3).gelu.thresholds)
     assert torch.equal(*found)
 
 
@@ -290,13 +311,13 @@ def test_calibration_leaves_buffers_modes_and_random_numbers_alone(data: Any,
 class Auxiliary(nn.Module):
     """Run one more activation in training."""
 
-    def __init__(self) -> None:
+    def __init__(self, rate: float = 0.0) -> None:
         super().__init__()
-        self.stem, self.head = nn.Linear(6, 8), nn.Linear(8, 3)
+        self.stem, self.head, self.drop = nn.Linear(6, 8), nn.Linear(8, 3), nn.Dropout(rate)
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.relu(self.stem(x))
-        return self.head(x + F.gelu(5 * x)) if self.training else self.head(x)
+        return self.head(x + F.gelu(5 * self.drop(x))) if self.training else self.head(x)
 
 
 @pytest.mark.parametrize("data", [None, [normal(64, 6)]])

@@ -123,16 +123,19 @@ def resnet() -> nn.Module:
     return moved(convert(model, 2, True, example=IMAGES))
 
 
-@pytest.mark.parametrize("arch", [None, "torchvision:resnet18"])
+@pytest.mark.parametrize(("arch", "training"), [
+    (None, True), ("torchvision:resnet18", True), ("torchvision:resnet18", False)])
 def test_a_resnet_comes_back_from_its_skeleton_or_its_architecture(
-        resnet: nn.Module, arch: str | None, tmp_path: Path) -> None:
+        resnet: nn.Module, arch: str | None, training: bool, tmp_path: Path) -> None:
+    resnet.train(training)
     save(resnet, tmp_path / "m.qg", arch=arch)
     with zipfile.ZipFile(tmp_path / "m.qg") as file:
         assert ("skeleton.pt" in file.namelist()) is (arch is None)
         if arch is None:
             assert file.getinfo("skeleton.pt").file_size < 400_000  # no weights
-    assert_same(load(tmp_path / "m.qg"), resnet, IMAGES)
-    assert len(staircases(load(tmp_path / "m.qg"))) == 17
+    loaded = load(tmp_path / "m.qg")
+    assert_same(loaded, resnet, IMAGES)
+    assert len(staircases(loaded)) == 17
 
 
 @pytest.mark.parametrize("training", [True, False])

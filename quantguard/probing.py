@@ -1,0 +1,112 @@
+"""Look at a model in training: its batches as pixels, its probe, the scale of its gradients."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .activation import staircases
+from .attacks import PGD, FoolboxModel, PixelModel
+from .batches import check_images, check_labels, to_pixels, unpack
+from .batching import Source
+from .errors import DataError
+from .evaluation import image_tensor, predict
+from .running import device_of, evaluating, frozen
+from .spec import Threat
+
+_PROBE_IMAGES = 512
+# One sign step of this size may change the loss by so much to first order: what a LeNet's
+# hand-tuned 2.5e-3 amounts to. Large pretrained nets get less.
+_TRUST = 3.0
+LR_RANGE = (1e-5, 2.5e-3)
+
+
+def copied(model: nn.Module) -> dict[str, Tensor]:
+    """Return a copy of every tensor of a model's state."""
+    return {k: v.detach().clone() for k, v in model.state_dict().items()}
+
+
+class PixelBatches:
+    """Turn what a loader yields into pixels and labels for one model, checked."""
+
+    def __init__(self, model: PixelModel, threat: Threat) -> None:
+        self.model, self.threat = model, threat
+        self.device = device_of(model)
+        self.classes: int | None = None
+
+    def __call__(self, batch: Any, number: int) -> tuple[Tensor, Tensor]:
+        where = f"batch {number} of the loader"
+        inputs, labels = unpack(batch)
+        if labels is None:
+            raise DataError(f"{where} has no labels", fix="Yield (images, labels).")
+        self.model.key, x = image_tensor(inputs, where)
+        check_labels(labels, self.classes, where)
+        if len(x) != len(labels):
+            raise DataError(f"{where} has {len(x)} images and {len(labels)} labels")
+        pixels = to_pixels(x.to(self.device).float(), self.threat)
+        check_images(pixels, self.threat.bounds, where)
+        pixels = pixels.clamp(*self.threat.bounds)  # undoing a normalisation rounds
+        if self.classes is None:
+            with evaluating(self.model):
+                self.classes = predict(self.model, pixels[:2], 2).shape[1]
+            check_labels(labels, self.classes, where)
+        return pixels, labels.to(self.device).long()
+
+
+def probe(model: PixelModel, val: Iterable[Any] | None, batches: PixelBatches, threat: Threat,
+          attacked: bool, seed: int) -> tuple[float | None, float | None]:
+    """Return clean and attacked accuracy on the held-out slice; None where there is no slice.
+
+    Attacked under ``sigmoid(8)`` and through the twin: the surrogate that trains would flatter a
+    model that masks it.
+    """
+    if val is None:
+        return None, None
+    attacks = [PGD("margin", 10, mode="sigmoid(8)", norm=threat.norm, seed=seed)]
+    if staircases(model):
+        attacks.append(PGD("margin", 10, twin=(2, 16), norm=threat.norm, seed=seed))
+    fmodel = FoolboxModel(model, threat)
+    clean = robust = total = 0
+    with evaluating(model), frozen(model):
+        for number, batch in enumerate(val):
+            x, y = batches(batch, number)
+            with torch.no_grad():
+                standing = (model(x).argmax(1) == y).nonzero().flatten()
+            total += len(x)
+            clean += len(standing)
+            for attack in attacks if attacked else ():
+                if len(standing):
+                    _, _, fooled = attack(fmodel, x[standing], y[standing],
+                                              epsilons=threat.eps)
+                    standing = standing[~fooled]
+            robust += len(standing)
+            if total >= _PROBE_IMAGES:
+                break
+    return clean / total, robust / total
+
+
+def auto_lr(model: nn.Module, source: Source, batches: PixelBatches,
+            loss: Callable[[Tensor, Tensor], Tensor]) -> float:
+    """Return a peak learning rate from the model's own scale; model is left as it was.
+
+    A step of AdamW moves every weight by about lr, so to first order the loss by lr times the
+    gradient's L1 norm: that product is held at a constant.
+    """
+    norm, count, before = 0.0, 0, copied(model)
+    weights = [p for p in model.parameters() if p.requires_grad]
+    for number, batch in enumerate(source.epoch(0, 0)):
+        grads = torch.autograd.grad(loss(*batches(batch, number)), weights, allow_unused=True)
+        norm += sum(float(g.abs().sum()) for g in grads if g is not None)
+        count += 1
+        if count == 4:
+            break
+    model.load_state_dict(before)
+    if not math.isfinite(norm):
+        raise DataError("the loss or its gradient is NaN or infinite on the first batches",
+                        fix="Check the model on clean images first.")
+    low, high = LR_RANGE
+    return min(max(_TRUST * count / max(norm, 1e-12), low), high)
