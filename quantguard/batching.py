@@ -74,6 +74,8 @@ def hold_out(loader: Iterable[Any], val: Iterable[Any] | None, batch: int | None
         DataError: a one-shot iterator, or an empty data set.
     """
     require_reiterable(loader, "the loader")
+    if val is not None:
+        require_reiterable(val, "val")
     dataset: Any = getattr(loader, "dataset", None)
     if not isinstance(loader, DataLoader) or isinstance(dataset, IterableDataset) \
             or loader.batch_size is None:

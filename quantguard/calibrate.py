@@ -130,8 +130,8 @@ def from_batches(model: nn.Module, batches: Iterable[Any], names: Iterable[str],
         return collect
 
     with observing(model, {name: collector(name) for name in names}), torch.no_grad():
-        for batch in batches:
-            run(model, batch)
+        for number, batch in enumerate(batches):
+            run(model, batch, f"batch {number} of data")
     for name, parts in seen.items():
         samples = torch.cat(parts, 1)
         if not torch.isfinite(samples).all():

@@ -30,7 +30,7 @@ from .files import replacing
 from .masking import Flag
 from .progress import Progress
 from .results import AttackResult, Evaluation, indices, mask_of
-from .running import device_of, evaluating, frozen, run, seeded, to_device
+from .running import device_of, evaluating, frozen, run, seeded, to_device, usable_device
 from .spec import Threat
 
 
@@ -126,7 +126,7 @@ def check_images_shape(x: Tensor, where: str) -> None:
         raise DataError(f"{where} has shape {tuple(x.shape)}", fix="Give images as (N, C, H, W).")
 
 
-def predict(model: PixelModel, x: Tensor, batch: int) -> Tensor:
+def predict(model: PixelModel, x: Tensor, batch: int, where: str = "") -> Tensor:
     """Return the logits of all images.
 
     Raises:
@@ -137,7 +137,7 @@ def predict(model: PixelModel, x: Tensor, batch: int) -> Tensor:
     for start in range(0, len(x), batch):
         part, size = _padded(x[start : start + batch], batch)
         with torch.no_grad():
-            logits = run(model, part)[:size]
+            logits = run(model, part, where)[:size]
         if torch.isnan(logits).any():
             first = start + int(logits.isnan().any(1).nonzero()[0])
             raise ConversionError("the model puts out NaN logits", why=f"First at image {first}.")
@@ -225,7 +225,7 @@ def evaluate(model: nn.Module, loader: Iterable[Any], threat: Threat = Threat(),
     """
     before = device_of(model)
     if device is not None:
-        model.to(device)
+        model.to(usable_device(device))
     try:
         with evaluating(model), frozen(model), seeded(seed), _true_float32():
             return _evaluate(model, loader, threat, suite, images, run_dir, seed, progress)

@@ -14,13 +14,14 @@ import torch
 from torch import nn
 
 from .activation import staircases
-from .errors import SpecError
+from .errors import DataError, SpecError
 from .evaluation import evaluate
 from .files import write_text
 from .masking import mcnemar
 from .recipes import Recipe, recipe_of
 from .results import Evaluation
 from .rewrite import conversion_of, convert, unwrap
+from .running import usable_device
 from .spec import FLOAT_BITS, QuantSpec, Threat
 from .training import History, fit
 
@@ -73,10 +74,12 @@ def harden_with_history(model: nn.Module, loader: Iterable[Any], threat: Threat,
                         progress: bool) -> tuple[nn.Module, History]:
     """Do what :func:`harden` does, and return how it went, too."""
     model, chosen = unwrap(model), recipe_of(recipe)
+    if device is not None:
+        usable_device(device)  # before any work
     before = next((p.device for p in model.parameters()), torch.device("cpu"))
     result = prepare(model, loader, bits, dynamic, chosen)
     if device is not None:
-        result.to(device)
+        result.to(usable_device(device))
     history = fit(result, loader, threat, chosen, epochs=epochs, train=train, val=val,
                   run_dir=run_dir, seed=seed, progress=progress)
     return result.to(before), history
@@ -143,9 +146,16 @@ class Comparison:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Comparison:
-        """Read what :meth:`to_dict` wrote."""
-        return cls({k: Evaluation.from_dict(v) for k, v in data["rows"].items()},
-                   tuple(data["notes"]), data["settings"])
+        """Read what :meth:`to_dict` wrote.
+
+        Raises:
+            DataError: not such a dictionary.
+        """
+        try:
+            return cls({k: Evaluation.from_dict(v) for k, v in data["rows"].items()},
+                       tuple(data["notes"]), data["settings"])
+        except (KeyError, TypeError, AttributeError) as error:
+            raise DataError("this is no comparison JSON of quantguard", why=repr(error)) from None
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a JSON file, or a self-contained page where path ends in ``.html``."""
@@ -217,6 +227,9 @@ def ablate(model: nn.Module, train_loader: Iterable[Any], test_loader: Iterable[
     if conversion_of(model) is not None:
         raise SpecError("ablate starts from a float model, and this one is converted",
                         fix="quantguard.restore(model) gives the float one.")
+    if bits == FLOAT_BITS:
+        raise SpecError("ablate compares float with quantized, and bits=32 is float",
+                        fix="Use bits=1 to 8.")
     chosen = recipe_of(recipe)
     where = None if run_dir is None else Path(run_dir)
     rows: dict[str, nn.Module] = {"float": model}

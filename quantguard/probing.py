@@ -37,9 +37,11 @@ class PixelBatches:
         self.model, self.threat = model, threat
         self.device = device_of(model)
         self.classes: int | None = None
+        self.shapes: set[torch.Size] = set()  # of images that the model is known to accept
 
-    def __call__(self, batch: Any, number: int) -> tuple[Tensor, Tensor]:
-        where = f"batch {number} of the loader"
+    def __call__(self, batch: Any, number: int,
+                 name: str = "the loader") -> tuple[Tensor, Tensor]:
+        where = f"batch {number} of {name}"
         inputs, labels = unpack(batch)
         if labels is None:
             raise DataError(f"{where} has no labels", fix="Yield (images, labels).")
@@ -50,9 +52,10 @@ class PixelBatches:
         pixels = to_pixels(x.to(self.device).float(), self.threat)
         check_images(pixels, self.threat.bounds, where)
         pixels = pixels.clamp(*self.threat.bounds)  # undoing a normalisation rounds
-        if self.classes is None:
+        if pixels.shape[1:] not in self.shapes:
             with evaluating(self.model):
-                self.classes = predict(self.model, pixels[:2], 2).shape[1]
+                self.classes = predict(self.model, pixels[:2], 2, where).shape[1]
+            self.shapes.add(pixels.shape[1:])
             check_labels(labels, self.classes, where)
         return pixels, labels.to(self.device).long()
 
@@ -69,11 +72,11 @@ def probe(model: PixelModel, val: Iterable[Any] | None, batches: PixelBatches, t
     attacks = [PGD("margin", 10, mode="sigmoid(8)", norm=threat.norm, seed=seed)]
     if staircases(model):
         attacks.append(PGD("margin", 10, twin=(2, 16), norm=threat.norm, seed=seed))
-    fmodel = FoolboxModel(model, threat)
     clean = robust = total = 0
     with evaluating(model), frozen(model):
+        fmodel = FoolboxModel(model, threat)
         for number, batch in enumerate(val):
-            x, y = batches(batch, number)
+            x, y = batches(batch, number, "val")
             with torch.no_grad():
                 standing = (model(x).argmax(1) == y).nonzero().flatten()
             total += len(x)
@@ -86,6 +89,8 @@ def probe(model: PixelModel, val: Iterable[Any] | None, batches: PixelBatches, t
             robust += len(standing)
             if total >= _PROBE_IMAGES:
                 break
+    if not total:
+        raise DataError("val is empty", fix="Give at least one batch, or leave val= out.")
     return clean / total, robust / total
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields
@@ -85,8 +86,16 @@ class Recipe:
         if self.sharpness is not None:
             values = self.sharpness if isinstance(self.sharpness, (tuple, list)) else \
                 (self.sharpness,)
-            object.__setattr__(self, "sharpness", tuple(float(k) for k in values))
-        for name in ("lr", "threshold_lr", "batch_size"):
+            try:
+                object.__setattr__(self, "sharpness", tuple(float(k) for k in values))
+            except (TypeError, ValueError):
+                raise SpecError(f"recipe {self.name}: sharpness={self.sharpness!r} must be "
+                                "numbers") from None
+        for name in ("steps", "batch_size"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, int):
+                raise SpecError(f"recipe {self.name}: {name}={value!r} must be an integer")
+        for name in ("lr", "threshold_lr", "batch_size", "range_factor"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise SpecError(f"recipe {self.name}: {name}={value!r} must be positive")
@@ -96,7 +105,7 @@ class Recipe:
                                 "negative")
         if not 0 <= self.ema < 1:
             raise SpecError(f"recipe {self.name}: ema={self.ema!r} must be in [0, 1)")
-        if any(k <= 0 for k in self.sharpness or ()):
+        if not all(0 < k < math.inf for k in self.sharpness or ()):
             raise SpecError(f"recipe {self.name}: sharpness={self.sharpness!r} must be positive")
 
     @property
@@ -173,9 +182,9 @@ def craft(model: nn.Module, pixels: Tensor, labels: Tensor, threat: Threat,
 def stability_term(model: nn.Module, weight: float) -> Iterator[Callable[[], Tensor | float]]:
     """Collect how near the thresholds pre-activations are, during a forward inside the context.
 
-    ``mean 4 p (1 - p)``, p = sigma(8 (z - t_i) / step), over elements, thresholds and sites, t_i
-    the nearest one (others count 0): a pre-activation off every threshold does not change its level
-    when the image moves a little.
+    ``mean 4 p (1 - p)``, p = sigma(8 (z - t_i) / step), over elements, thresholds and sites (above
+    4 bits of the nearest threshold alone): a pre-activation off every threshold does not change its
+    level when the image moves a little.
     """
     terms: list[Tensor] = []
     modules = staircases(model)
@@ -185,17 +194,18 @@ def stability_term(model: nn.Module, weight: float) -> Iterator[Callable[[], Ten
 
         def listen(z: Tensor) -> None:
             t, step = module.thresholds.detach(), module.step.detach()
-            # From one threshold to the next, p (1 - p) falls to a thousandth: only the nearest
-            # counts.
-            middles = (t[..., 1:] + t[..., :-1]) / 2
-            if module.axis is None:
-                nearest = t[torch.bucketize(z.detach(), middles)]
-            else:
-                z = z.movedim(module.axis, 0).flatten(1)
-                nearest = t.gather(1, torch.searchsorted(middles, z.detach().contiguous()))
-                step = step.unsqueeze(1)
-            p = torch.sigmoid((z - nearest) * (8 / step))
-            terms.append(4 / t.shape[-1] * (p * (1 - p)).mean())
+            m = t.shape[-1]
+            if module.axis is not None:
+                z, step = z.movedim(module.axis, -1).flatten(0, -2), step.unsqueeze(0)
+            if m <= 15 or module.axis is not None:
+                centers: list[Tensor] = list(t.unbind(-1))
+            else:  # from one threshold to the next p (1 - p) falls to a thousandth
+                centers = [t[torch.bucketize(z.detach(), (t[1:] + t[:-1]) / 2)]]
+            total = torch.zeros((), device=z.device)
+            for center in centers:
+                p = torch.sigmoid((z - center) * (8 / step))
+                total = total + (p * (1 - p)).mean()
+            terms.append(4 / m * total)
         return listen
 
     if not weight or not modules:

@@ -232,6 +232,10 @@ def convert(model: nn.Module, bits: Bits = 2, dynamic: bool = False, *,
         device = device_of(original)
         with seeded(0):  # a shuffling loader draws from the caller's random numbers
             batches = [to_device(unpack(batch)[0], device) for batch in itertools.islice(data, 16)]
+        for number, batch in enumerate(batches):
+            for x in batch.values() if isinstance(batch, dict) else (batch,):
+                if isinstance(x, Tensor) and x.is_floating_point() and not x.isfinite().all():
+                    raise DataError(f"batch {number} of data holds NaN or infinite values")
         if not batches:
             raise DataError("data is empty", fix="Pass at least one batch of model inputs.")
     if example is None:

@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .errors import DataError
+from .errors import DataError, SpecError
 
 
-def run(model: nn.Module, inputs: Any) -> Any:
+def run(model: nn.Module, inputs: Any, where: str = "") -> Any:
     """Call model with a tensor, or with a dict of its keyword arguments.
 
     Raises:
-        DataError: the model does not accept inputs of this shape.
+        DataError: the model does not accept inputs of this shape; ``where`` says which they are.
     """
     try:
         return model(**inputs) if isinstance(inputs, dict) else model(inputs)
@@ -26,7 +26,7 @@ def run(model: nn.Module, inputs: Any) -> Any:
         shape = {k: tuple(v.shape) for k, v in inputs.items() if isinstance(v, Tensor)} \
             if isinstance(inputs, dict) else tuple(inputs.shape)
         raise DataError(
-            f"the model does not accept inputs of shape {shape}",
+            f"{where}: " * bool(where) + f"the model does not accept inputs of shape {shape}",
             why=f"It says: {(str(error).strip() or type(error).__name__).splitlines()[0]}",
             fix="Check channels and size: nothing is converted silently; --size resizes images.",
         ) from error
@@ -106,6 +106,21 @@ def device_of(model: nn.Module) -> torch.device:
     tensors: Iterator[Tensor] = iter((*model.parameters(), *model.buffers()))
     first = next(tensors, None)
     return first.device if first is not None else torch.device("cpu")
+
+
+def usable_device(device: str | torch.device) -> torch.device:
+    """Return device, if it is there.
+
+    Raises:
+        SpecError: an unknown device, or one that this machine or this torch does not have.
+    """
+    try:
+        found = torch.device(device)
+        torch.empty(1, device=found)
+    except (RuntimeError, AssertionError) as error:
+        raise SpecError(f"device {str(device)!r} cannot be used",
+                        why=str(error).strip().splitlines()[0]) from None
+    return found
 
 
 def to_device(inputs: Any, device: torch.device) -> Any:

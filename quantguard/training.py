@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -27,6 +28,7 @@ from .running import modes_kept, uninterrupted
 from .spec import Threat
 
 _SAVE_EVERY = 60.0
+
 
 @dataclass(frozen=True)
 class Epoch:
@@ -125,7 +127,11 @@ class Trainer:
 
     def run(self) -> History:
         """Train, and leave the best epoch's weights in the model."""
-        start, told = copied(self.model), self._read()
+        start = copied(self.model)
+        self.start = hashlib.blake2b(b"".join(
+            v.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+            for v in start.values()), digest_size=16).hexdigest()
+        told = self._read()
         torch.manual_seed(self.seed)
         lr = told["lr"] if told else self.recipe.lr or (
             auto_lr(self.model, self.source, self.batches, self.loss) if self.train == "all"
@@ -164,16 +170,16 @@ class Trainer:
         self.lr = lr
         self.parameters = [p for group in groups for p in group["params"]]
         self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99))
+        steps = max(self.epochs * self.per_epoch, 2) + 1  # the last one is never taken
         self.schedule = torch.optim.lr_scheduler.OneCycleLR(
-            self.optimizer, [group["lr"] for group in groups], pct_start=0.2,
-            total_steps=max(self.epochs * self.per_epoch, 2) + 1)  # its last step is never taken
+            self.optimizer, [group["lr"] for group in groups], total_steps=steps,
+            pct_start=max(0.2, 2 / steps))  # one step of warm-up at least
         self.average = _Average(self.model, self.recipe.ema)
 
     def _train_epoch(self, interrupt: Callable[[], None]) -> None:
         begin = time.monotonic()
         for batch in self.source.epoch(self.epoch, self.number):
             self._step(*self.batches(batch, self.number))
-            self.rng = torch.get_rng_state()
             interrupt()
             if self.source.resumable and time.monotonic() - self.saved > _SAVE_EVERY:
                 self._write()
@@ -199,6 +205,7 @@ class Trainer:
         self.average.update(self.model)
         self.total_loss += value
         self.number += 1
+        self.rng = torch.get_rng_state()
         self.bar.advance(1, f"epoch {self.epoch + 1}/{self.epochs}, "
                             f"loss {self.total_loss / self.number:.3f}{self._said()}")
 
@@ -247,7 +254,7 @@ class Trainer:
         """Return what a run directory must agree on."""
         settings: dict[str, Any] = json.loads(json.dumps({
             "threat": self.threat.to_dict(), "recipe": self.recipe.to_dict(),
-            "epochs": self.epochs, "train": self.train, "seed": self.seed,
+            "epochs": self.epochs, "train": self.train, "seed": self.seed, "start": self.start,
             "batches": self.per_epoch, "tensors": sorted(
                 f"{k} {tuple(v.shape)}" for k, v in self.model.state_dict().items())}))
         return settings

@@ -262,9 +262,8 @@ def test_the_probe_places_thresholds_for_unit_normal_inputs() -> None:
 
 
 def test_the_probe_normalises_by_its_own_statistics() -> None:
-    found = []
+    found, model = [], with_norm(nn.Conv2d(8, 8, 1), act=nn.GELU())
     for mean, variance in ((0.0, 1.0), (50.0, 1e-4)):
-        model = with_norm(nn.Conv2d(8, 8, 1), act=nn.GELU())
         model[1].running_mean.fill_(mean)
         model[1].running_var.fill_(variance)
         found.append(convert(model, 3)[3].thresholds)

@@ -358,7 +358,8 @@ def test_an_interrupted_evaluation_goes_on_to_the_same_result(quantized: nn.Modu
              PGD("ce", 3)]
     whole = measured(quantized, loader, suite=suite)
     monkeypatch.setattr(Interrupted, "left", 3)  # in the third attack's second batch
-    with pytest.raises(KeyboardInterrupt), untouched(quantized):
+    with pytest.raises(qg.errors.Interrupted, match="after 2 of 4 attacks; saved in"), \
+            untouched(quantized):
         measured(quantized, loader, suite=suite, run_dir=tmp_path / "run")
     monkeypatch.setattr(Interrupted, "left", 2)  # the first two attacks are not run again
     resumed = measured(quantized, loader, suite=suite, run_dir=tmp_path / "run")

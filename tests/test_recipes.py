@@ -28,7 +28,7 @@ Digits = tuple[Tensor, Tensor]
 
 
 @pytest.mark.parametrize(("name", "steps", "noise", "attacks"), [
-    ("clean", 0, 0.0, False), ("pgd", 3, 1.0, True), ("nfgsm", 1, 2.0, True)])
+    ("clean", 0, 0.0, False), ("pgd", 3, 1.0, True), ("nfgsm", 1, 1.0, True)])
 def test_each_name_has_its_own_defaults(name: str, steps: int, noise: float,
                                         attacks: bool) -> None:
     recipe = Recipe(name)
@@ -118,8 +118,10 @@ def test_nfgsm_stays_within_bounds_and_may_leave_the_ball_by_its_noise(norm: str
                                                                        quantized: nn.Module,
                                                                        digits: Digits) -> None:
     x, y = 0.3 + 0.4 * digits[0][:64], digits[1][:64]  # no bound is met
-    found = craft(PixelModel(quantized, Threat()), x, y, Threat(norm, eps), Recipe("nfgsm"))
-    assert eps * 1.5 < size(found, x, norm).max() <= 3 * eps * (1 + 1e-5)
+    for noise in (1.0, 2.0):
+        found = craft(PixelModel(quantized, Threat()), x, y, Threat(norm, eps),
+                      Recipe("nfgsm", noise=noise))
+        assert eps * 1.05 < size(found, x, norm).max() <= (1 + noise) * eps * (1 + 1e-5)
     edge = craft(PixelModel(quantized, Threat()), digits[0][:64], y, Threat(norm, eps),
                  Recipe("nfgsm"))
     assert edge.min() >= 0 and edge.max() <= 1
@@ -154,13 +156,13 @@ def test_crafting_sees_the_model_in_eval_mode(digits: Digits) -> None:
 
 
 def plain_term(x: Tensor, t: list[float], step: float) -> float:
-    """Mean over elements and thresholds of 4 p (1 - p), one number at a time."""
-    values = []
+    """Mean over elements and thresholds of 4 p (1 - p)."""
+    total = 0.0
     for z in x.flatten().tolist():
         for threshold in t:
             p = 1 / (1 + math.exp(-8 * (z - threshold) / step))
-            values.append(4 * p * (1 - p))
-    return sum(values) / len(values)
+            total += 4 * p * (1 - p)
+    return total / (x.numel() * len(t))
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
@@ -180,7 +182,7 @@ def test_stability_term_is_the_plain_formula_meaned_over_sites(dynamic: bool) ->
 
 
 def test_stability_term_per_channel_uses_each_channels_thresholds() -> None:
-    t, steps = [[0.5], [1.5]], [1.0, 2.0]
+    t, steps = [[0.5, 1.0, 2.0], [1.5, 3.0, 3.5]], [1.0, 2.0]
     model = nn.Sequential(QuantActivation.from_thresholds(t, torch.tensor(steps)))
     x = torch.randn(3, 2, 4, 4, generator=torch.Generator().manual_seed(0))
     with stability_term(model, 1.0) as term:

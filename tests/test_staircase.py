@@ -398,6 +398,24 @@ def test_softened_twin_and_its_gradients_are_autograd_of_the_formula(
         torch.testing.assert_close(one.double(), other, rtol=1e-3, atol=2e-3)
 
 
+@pytest.mark.parametrize("k", [2.0, 8.0])
+@pytest.mark.parametrize("bits", [3, 5, 6, 8])
+def test_every_threshold_counts_where_gaps_are_very_unequal(bits: int, k: float) -> None:
+    """A wide window's sigmoid reaches over many narrow neighbours."""
+    s = stairs(bits)
+    gaps = torch.randn(2**bits - 1, generator=torch.Generator().manual_seed(4)).exp()
+    s = s._replace(t=gaps.cumsum(0) / 10)
+    x, wide = inputs((500,), s, None), Stairs(*(v.double() for v in s))
+    expected = gradients(lambda x, t, step: plain_soft(x, t, step, s, k), x.double(), wide,
+                         torch.ones(500, dtype=torch.float64))
+    ours = gradients(lambda x, t, step: soft_staircase(x, t, step, s.width, s.zero, k), x, s,
+                     torch.ones(500))
+    value = plain_soft(x.double(), wide.t, wide.step, s, k)
+    torch.testing.assert_close(soft_staircase(x, *s, k).double(), value, rtol=1e-4, atol=1e-4)
+    for one, other in zip(ours, expected, strict=True):
+        torch.testing.assert_close(one.double(), other, rtol=2e-3, atol=5e-3)
+
+
 def test_softened_twin_holds_its_widths() -> None:
     """The broken twin: without detaching, the widths would add to the thresholds' gradient."""
     s = stairs(2)

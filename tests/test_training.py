@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import json
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -17,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, Tenso
 
 from quantguard import training
 from quantguard.activation import staircases
+from quantguard.attacks import PixelModel
 from quantguard.batching import SeededBatches, hold_out
 from quantguard.errors import DataError, SpecError
 from quantguard.progress import Progress
@@ -113,17 +115,29 @@ def assert_same_run(one: tuple[nn.Module, History], two: tuple[nn.Module, Histor
     assert rows[0] == rows[1] and one[1].chosen == two[1].chosen
 
 
-def once_at(calls: int, original: Callable[..., Any], after: bool = False) -> Callable[..., Any]:
-    """Return a function that is like the original, but for Ctrl-C at one call."""
+def press() -> None:
+    """Press Ctrl-C."""
+    signal.raise_signal(signal.SIGINT)
+
+
+def press_twice() -> None:
+    press()
+    press()
+
+
+def fail() -> None:
+    raise MemoryError
+
+
+def at_call(calls: int, action: Callable[[], None],
+            original: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function that is like the original, but for what happens in one call."""
     count = itertools.count(1)
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        now = next(count) == calls
-        if now and not after:
-            raise KeyboardInterrupt
         result = original(*args, **kwargs)
-        if now:
-            raise KeyboardInterrupt
+        if next(count) == calls:
+            action()
         return result
     return call
 
@@ -146,21 +160,33 @@ def undisturbed(quantized: nn.Module, noisy: DataLoader[Any]) -> tuple[nn.Module
     return trained(quantized, noisy)
 
 
-@pytest.mark.parametrize(("owner", "name", "calls", "after"), [
-    (Noisy, "__getitems__", 4, True),  # a batch of the slice comes first
-    (Progress, "advance", 2, False), (Progress, "advance", 8, True),  # between two batches
-    (training, "craft", 3, False), (training, "craft", 8, True),  # in a batch
-    (Trainer, "probe", 2, False), (Trainer, "probe", 3, True),  # after the last batch of an epoch
-], ids=lambda v: getattr(v, "__name__", str(v)))
+@pytest.mark.parametrize(("owner", "name", "calls", "action"), [
+    (Noisy, "__getitems__", 4, press),  # the first call is for the slice
+    (training, "craft", 8, press), (Progress, "advance", 5, press),
+    (training, "probe", 2, press), (training, "probe", 3, press),
+    (Noisy, "__getitems__", 2, press_twice), (training, "craft", 3, press_twice),
+    (Progress, "advance", 2, press_twice), (training, "probe", 2, press_twice)],
+    ids=lambda v: getattr(v, "__name__", str(v)))
 def test_an_interrupted_run_goes_on_to_the_same_bits(
-        owner: Any, name: str, calls: int, after: bool, quantized: nn.Module,
+        owner: Any, name: str, calls: int, action: Callable[[], None], quantized: nn.Module,
         noisy: DataLoader[Any], undisturbed: tuple[nn.Module, History], tmp_path: Path,
         monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(owner, name, once_at(calls, getattr(owner, name), after))
+        patch.setattr(owner, name, at_call(calls, action, getattr(owner, name)))
         with pytest.raises(Interrupted, match="saved in(.|\n)*same command again"):
             trained(quantized, noisy, run_dir=tmp_path)
     torch.rand(3)  # another process has other random numbers
+    assert_same_run(trained(quantized, noisy, run_dir=tmp_path), undisturbed)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_run_that_died_goes_on_from_its_last_epoch_to_the_same_bits(
+        quantized: nn.Module, noisy: DataLoader[Any], undisturbed: tuple[nn.Module, History],
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "craft", at_call(7, fail, training.craft))
+        with pytest.raises(MemoryError):
+            trained(quantized, noisy, run_dir=tmp_path)
     assert_same_run(trained(quantized, noisy, run_dir=tmp_path), undisturbed)
 
 
@@ -172,8 +198,8 @@ def test_a_run_over_a_list_of_batches_goes_on_to_the_same_bits(
     val = batches[:1]
     whole = trained(quantized, batches, val=val)
     with monkeypatch.context() as patch:
-        patch.setattr(Progress, "advance", once_at(calls, Progress.advance))
-        with pytest.raises(Interrupted):
+        patch.setattr(Progress, "advance", at_call(calls, press, Progress.advance))
+        with pytest.raises(Interrupted, match="same command again"):
             trained(quantized, batches, val=val, run_dir=tmp_path)
     assert_same_run(trained(quantized, batches, val=val, run_dir=tmp_path), whole)
 
@@ -193,7 +219,7 @@ def test_without_a_run_dir_ctrl_c_says_what_would_have_kept_it(quantized: nn.Mod
                                                                small: TensorDataset,
                                                                monkeypatch: pytest.MonkeyPatch,
                                                                ) -> None:
-    monkeypatch.setattr(Progress, "advance", once_at(2, Progress.advance))
+    monkeypatch.setattr(Progress, "advance", at_call(2, press, Progress.advance))
     with pytest.raises(Interrupted, match="nothing was kept(.|\n)*--run-dir") as caught:
         trained(quantized, loader_of(small))
     assert isinstance(caught.value, KeyboardInterrupt)
@@ -224,7 +250,7 @@ def test_a_run_dir_of_other_settings_is_refused(change: str, cnn: nn.Module, qua
 
 def test_thresholds_only_changes_staircases_and_nothing_else(
         quantized: nn.Module, small: TensorDataset, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Trainer, "probe", lambda self: (None, None))  # the last epoch is kept
+    monkeypatch.setattr(training, "probe", lambda *_: (None, None))  # the last epoch is kept
     model, _ = trained(quantized, loader_of(small), train="thresholds")
     own = {f"{name}.{p}" for name, m in staircases(model).items() for p, _ in m.named_parameters()}
     before, after = quantized.state_dict(), model.state_dict()
@@ -271,11 +297,11 @@ def test_the_best_epoch_on_the_slice_is_what_is_returned(quantized: nn.Module,
     scores = iter([0.3, 0.5, 0.4, 0.5, 0.1])
     states = []
 
-    def probe(self: Trainer) -> tuple[float, float]:
-        states.append(copy.deepcopy(self.model.state_dict()))
+    def probe(model: PixelModel, *_: Any) -> tuple[float, float]:
+        states.append(copy.deepcopy(model.model.state_dict()))
         return 0.9, next(scores)
 
-    monkeypatch.setattr(Trainer, "probe", probe)
+    monkeypatch.setattr(training, "probe", probe)
     model, history = trained(quantized, loader_of(small), epochs=4)
     assert history.chosen == 3  # of equals the later one
     assert all(torch.equal(v, states[3][k]) for k, v in model.state_dict().items())
@@ -284,7 +310,7 @@ def test_the_best_epoch_on_the_slice_is_what_is_returned(quantized: nn.Module,
 def test_a_learning_rate_that_wrecks_the_model_is_lowered_and_said(
         cnn: nn.Module, small: TensorDataset, monkeypatch: pytest.MonkeyPatch,
         capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(Trainer, "auto_lr", lambda self: 0.5)
+    monkeypatch.setattr(training, "auto_lr", lambda *_: 0.5)
     _, history = trained(cnn, loader_of(small), epochs=1, recipe=Recipe("clean"), progress=True)
     assert history.lr in (0.1, 0.02) and "starting again with lr" in capsys.readouterr().err
 
