@@ -21,6 +21,11 @@ from .staircase import MODES, Surrogate, soft_staircase, staircase
 GAP_FLOOR = 0.1
 
 
+HOOKS = ("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called",
+         "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs", "_backward_hooks",
+         "_backward_pre_hooks")
+
+
 class _State(NamedTuple):
     """What a staircase does just now: "quantize", "soften", "bypass" or "observe"."""
 
@@ -77,6 +82,8 @@ class QuantActivation(nn.Module):
         self.axis = axis if spec.per_channel else None
         # Not a submodule: it has no state, and a ReLU among .modules() would read as one left over.
         self.__dict__["function"] = copy.deepcopy(function) if function else nn.Identity()
+        for hooks in HOOKS:  # they belong to the module that stands in a model
+            getattr(self.function, hooks).clear()
         # What it computes counts, not where: only ``inplace`` writes to x.
         self.float_inplace = bool(getattr(self.function, "inplace", False))
         if hasattr(self.function, "inplace"):
@@ -194,11 +201,11 @@ class QuantActivation(nn.Module):
             return x.tracer.create_proxy("call_module", path, (x,), {})
         action = self._state.action
         if action in ("bypass", "observe"):
-            y = self.function(x)
+            y = self.function(self._kept(x))
             if action == "observe" and self._listener is not None:
                 self._listener(y)
         else:
-            z = x if self.absorbs else self.function(x)
+            z = x if self.absorbs else self.function(self._kept(x))
             if self._listener is not None:
                 self._listener(z)
             t, step, axis = self.thresholds, self.step, self.axis
@@ -209,6 +216,10 @@ class QuantActivation(nn.Module):
                 y = staircase(z, t, step, window, self.zero_level, self._state.surrogate,
                               self.gate, axis)
         return x.copy_(y) if self.inplace else y
+
+    def _kept(self, x: Tensor) -> Tensor:
+        """Return what f may save for backward: not x itself where x is overwritten afterwards."""
+        return x.clone() if self.inplace else x
 
     def extra_repr(self) -> str:
         kind = "dynamic" if self.spec.dynamic else "fixed"
@@ -275,8 +286,9 @@ def backward(model: nn.Module, mode: str) -> Iterator[nn.Module]:
     Raises:
         SpecError: an unknown mode.
     """
-    match = re.fullmatch(r"(\w+)(?:\(([\d.]+)\))?", mode)
-    if not match or match[1] not in MODES or (match[2] and match[1] != "sigmoid"):
+    match = re.fullmatch(r"(\w+)(?:\((\d+(?:\.\d+)?)\))?", mode)
+    if not match or match[1] not in MODES or (match[2] and match[1] != "sigmoid") \
+            or (match[2] and float(match[2]) <= 0):
         raise SpecError(f"backward mode {mode!r} is unknown",
                         fix=f"Use one of {', '.join(MODES)}, or sigmoid(k).")
     surrogate = Surrogate(match[1], float(match[2] or 8.0))

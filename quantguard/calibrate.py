@@ -6,7 +6,6 @@ mean squared error between f(x) and q(f(x)).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -35,28 +34,34 @@ def mse_step(samples: Tensor, m: int) -> tuple[Tensor, float]:
         samples: (rows, n) values of f(x); rows share the zero level.
         m: number of thresholds.
     """
-    lowest, highest = samples.min(), samples.max()
     peak = samples.abs().amax(1)
     peak = torch.where(peak > 0, peak, torch.ones_like(peak))
-    zeros = [0.0]
-    if lowest < -1e-6 * max(float(highest), 1e-12):
-        share = float(-lowest / (highest - lowest)) if highest > lowest else 0.5
-        zeros += sorted({float(z) for z in range(1, min(m, 3) + 1)}
-                        | {float(round(m * share * c)) for c in (0.5, 0.75, 1.0)} | {m / 2})
-    best, chosen, chosen_zero = math.inf, peak / m, 0.0
-    for zero in zeros:
+    shares = torch.logspace(-1.4, 0.2, 33).tolist()
+
+    def errors(values: Tensor, zero: float) -> Tensor:
+        """Return (shares, rows): the error of each step tried."""
         top = max(m - zero, zero, 0.5)
-        shares = torch.logspace(-1.4, 0.2, 33).tolist()
-        errors = torch.stack([_error(samples, peak * c / top, m, zero) for c in shares])
-        around = errors.argmin(0)
-        centers = torch.tensor(shares)[around]
-        fine = [centers * c for c in torch.linspace(0.9, 1.1, 11).tolist()]
-        finer = torch.stack([_error(samples, peak * c / top, m, zero) for c in fine])
-        error, pick = finer.min(0)
-        if float(error.sum()) < best * (1 - 1e-6):
-            best, chosen_zero = float(error.sum()), zero
-            chosen = peak * torch.stack(fine).gather(0, pick.unsqueeze(0)).squeeze(0) / top
-    return chosen, chosen_zero
+        return torch.stack([_error(values, peak * c / top, m, zero) for c in shares])
+
+    zero = 0.0
+    if samples.min() < -1e-6 * max(float(samples.max()), 1e-12):
+        few = samples[:, :: max(1, samples.shape[1] // 1024)]
+        zero = min(_zeros(m, samples), key=lambda z: float(errors(few, z).amin(0).sum()))
+    top = max(m - zero, zero, 0.5)
+    near = torch.tensor(shares)[errors(samples, zero).argmin(0)]
+    fine = torch.linspace(0.9, 1.1, 11).unsqueeze(1) * near
+    best = torch.stack([_error(samples, peak * c / top, m, zero) for c in fine]).argmin(0)
+    return peak * fine.gather(0, best.unsqueeze(0)).squeeze(0) / top, zero
+
+
+def _zeros(m: int, samples: Tensor) -> list[float]:
+    """Return zero levels worth trying: multiples of 1/2, or those near the range's share."""
+    if m <= 15:
+        return [z / 2 for z in range(2 * m + 1)]
+    share = float(-samples.min() / (samples.max() - samples.min()).clamp_min(1e-12))
+    middle = round(m * min(share, 1.0))
+    near = {min(max(middle * c // 8, 0), m) for c in range(1, 10)}
+    return sorted({0.0, m / 2, float(m)} | {float(z) for z in near})
 
 
 def _error(samples: Tensor, step: Tensor, m: int, zero: float) -> Tensor:
@@ -189,7 +194,7 @@ def calibrate(model: nn.Module, sites: Iterable[Site], data: Iterable[Any] | Non
     modules = staircases(model)
     left = {site.name: site for site in sites}
     if data is not None:
-        with evaluating(model):
+        with evaluating(model), _buffers_kept(model):
             for name in from_batches(model, data, left):
                 del left[name]
     for name, site in list(left.items()):

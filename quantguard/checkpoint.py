@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from .activation import staircases
 from .audit import Audit
-from .errors import LoadError, QuantguardError
+from .errors import LoadError
 from .files import replacing
 from .models import build_arch, is_our_file, load_model
 from .pickles import read_pickle
@@ -98,9 +98,13 @@ def load(path: str | os.PathLike[str], *, model: nn.Module | None = None) -> nn.
         state = _read_safetensors(weights)
         state |= {alias: state[name] for alias, name in manifest["aliases"].items()}
         plan = _plan(manifest, float_model, where)
-    except (KeyError, TypeError, ValueError, zipfile.BadZipFile, OSError) as error:
-        if isinstance(error, QuantguardError):
-            raise
+        told = manifest["audit"]
+        audit = None if told is None else Audit(tuple(told["ran"]), tuple(told["left"]),
+                                                bool(told["identical"]))
+        training = bool(manifest["training"])
+    except LoadError:
+        raise
+    except Exception as error:  # a damaged manifest may hold anything, and raise anything
         raise LoadError(f"{where} is damaged", why=f"{type(error).__name__}: {error}") from error
     result = _materialised(float_model) if plan is None else _materialised(
         carry_out(float_model, plan))
@@ -111,11 +115,8 @@ def load(path: str | os.PathLike[str], *, model: nn.Module | None = None) -> nn.
                         why=str(error).splitlines()[-1].strip(),
                         fix="Pass model= with the float model that was converted.") from error
     if model is not None or skeleton is None:
-        result.train(manifest["training"])
+        result.train(training)
     if plan is not None:
-        told = manifest["audit"]
-        audit = None if told is None else Audit(tuple(told["ran"]), tuple(told["left"]),
-                                                told["identical"])
         result.__dict__["quantguard"] = Conversion(plan, audit)
     return result
 

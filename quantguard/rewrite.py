@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .activation import QuantActivation, staircases
+from .activation import HOOKS, QuantActivation, staircases
 from .audit import Audit, audit, find_example
 from .batches import require_reiterable, unpack
 from .calibrate import calibrate
@@ -36,13 +36,14 @@ from .tracing import (
     Traced,
     Variant,
     calls_in,
+    inputs_of,
     optional_arguments,
     planned_graphs,
+    separate_aliases,
     trace,
     variant_of,
 )
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _numbers = itertools.count()
 
 
@@ -112,7 +113,8 @@ def _rewrite(module: nn.Module, cls: type[nn.Module], names: Names) -> None:
     Raises:
         ConversionError: a call that is no longer in the forward of cls.
     """
-    traced = planned_graphs(module, cls)
+    added = [attribute for _, attribute in names]
+    traced = planned_graphs(module, cls, added)
     found = {call.identity for one in traced.values() for call in calls_in(module, one.graph)}
     gone = [identity for identity, _ in names if identity not in found]
     if gone:
@@ -149,7 +151,7 @@ def _by_arguments(cls: type[nn.Module], names: Names, forwards: dict[Variant, An
         variant = variant_of(cls, self.training, args, kwargs)
         if variant not in forwards:
             try:
-                one = trace(self, cls, variant)
+                one = trace(self, cls, variant, [attribute for _, attribute in names])
             except Exception as error:
                 raise ConversionError(
                     f"the forward of {cls.__qualname__} cannot be traced for these arguments",
@@ -157,7 +159,8 @@ def _by_arguments(cls: type[nn.Module], names: Names, forwards: dict[Variant, An
                     fix="Name the module with keep= when converting.") from error
             _redirect(self, one, dict(names))
             forwards[variant] = _compile(one, cls)
-        return forwards[variant](self, *args, **kwargs)
+        positional, named = inputs_of(cls, variant, args, kwargs)
+        return forwards[variant](self, *positional, **named)
     return forward
 
 
@@ -238,12 +241,14 @@ def convert(model: nn.Module, bits: Bits = 2, dynamic: bool = False, *,
                     raise DataError(f"batch {number} of data holds NaN or infinite values")
         if not batches:
             raise DataError("data is empty", fix="Pass at least one batch of model inputs.")
-    if example is None:
-        example = batches[0] if batches else find_example(original)
     converted = carry_out(original, plan)
+    # A forward may count or remember: what is run to look at it is never the model itself.
+    if example is None:
+        example = batches[0] if batches else find_example(copy.deepcopy(original))
     calibrate(converted, plan.converted, batches,
               example if isinstance(example, Tensor) else None)
-    found = audit(original, converted, plan, example) if example is not None else None
+    found = None if example is None else audit(copy.deepcopy(original), copy.deepcopy(converted),
+                                               plan, example)
     if found is not None and not found.identical:
         raise ConversionError(
             "the converted model does not reproduce the float one under bypass",
@@ -292,7 +297,7 @@ def inspect(model: nn.Module, bits: Bits = 2, dynamic: bool = False, *,
 
 def conversion_of(model: nn.Module) -> Conversion | None:
     """Return how model was converted, or None for a float one."""
-    done = unwrap(model).__dict__.get("quantguard")
+    done = getattr(unwrap(model), "__dict__", {}).get("quantguard")
     return done if isinstance(done, Conversion) else None
 
 
@@ -320,8 +325,10 @@ def carry_out(model: nn.Module, plan: Plan) -> nn.Module:
         by_owner.setdefault(site.owner, []).append(site)
     for path, sites in by_owner.items():
         owner = twin.get_submodule(path)
+        separate_aliases(owner._modules)
         names: dict[Identity, str] = {}
         replacements: dict[str, nn.Module] = {}
+        targets: dict[str, str] = {}
         taken = {s.target for s in sites if s.converted and s.name == join(path, s.target)}
         for site in sites:
             attribute = site.name[len(path) + 1 :] if path else site.name
@@ -335,25 +342,32 @@ def carry_out(model: nn.Module, plan: Plan) -> nn.Module:
                 replacements[attribute] = copy.deepcopy(site.function)
             else:
                 continue
+            if site.target:
+                targets[attribute] = site.target
             if site.form != "opaque" and attribute != site.target:
                 names[site.identity] = attribute
+        called = {attribute: owner.get_submodule(target) for attribute, target in targets.items()}
         for attribute, module in replacements.items():
-            _put(owner, attribute, module)
+            _put(owner, attribute, module, called.get(attribute))
         if names:
             _rewrite(owner, type(owner), tuple(names.items()))
     return twin
 
 
-def _put(owner: nn.Module, attribute: str, module: nn.Module) -> None:
-    """Set a child, in the mode and with the hooks of the one that it replaces."""
+def _put(owner: nn.Module, attribute: str, module: nn.Module, old: nn.Module | None) -> None:
+    """Set a child, in the mode and with the hooks of the one whose calls it takes over."""
     parent_path, _, name = attribute.rpartition(".")
-    parent = owner.get_submodule(parent_path)
-    old = parent._modules.get(name)
     module.training = owner.training if old is None else old.training
     if old is not None:
-        for hooks in _HOOKS:
+        for hooks in HOOKS:
             getattr(module, hooks).update(getattr(old, hooks))
-    parent._modules[name] = module
+        module._is_full_backward_hook = old._is_full_backward_hook
+    children = owner.get_submodule(parent_path)._modules
+    replaced = children.get(name)
+    children[name] = module
+    for other, child in children.items():
+        if replaced is not None and child is replaced:
+            children[other] = module  # an alias stays one
 
 
 def restore(model: nn.Module) -> nn.Module:
@@ -381,7 +395,7 @@ def restore(model: nn.Module) -> nn.Module:
         function = copy.deepcopy(module.function)
         if hasattr(function, "inplace"):
             setattr(function, "inplace", module.float_inplace)  # noqa: B010 - typed as a Module
-        _put(parent, name, function)
+        _put(parent, name, function, module)
     for path in added - set(staircases(model)):  # float copies of calls that were kept
         parent_path, _, name = path.rpartition(".")
         del twin.get_submodule(parent_path)._modules[name]

@@ -141,6 +141,27 @@ class _Reader:
             except Exception as error:
                 self.unread[path] = f"{type(error).__name__}: {error}".splitlines()[0]
         self.outputs = set(self._output_modules(""))
+        self.called = self._called()
+
+    def _called(self) -> set[str]:
+        """Return the modules that are called as a whole.
+
+        One that its parent only iterates over (a Sequential may be) runs no forward of its own.
+        """
+        found: set[str] = set()
+        waiting = [""]
+        while waiting:
+            path = waiting.pop()
+            if path in found:
+                continue
+            found.add(path)
+            for graph in self.graphs.get(path, ()):
+                waiting += [join(path, str(node.target)) for node in graph.nodes
+                            if node.op == "call_module"]
+            if path in self.unread:  # it may call anything
+                waiting += [name for name, _ in self.model.named_modules()
+                            if name.startswith(path + ".") or not path]
+        return found
 
     def _output_modules(self, path: str) -> Iterator[str]:
         """Yield the modules whose result is, unchanged, the model's."""
@@ -220,6 +241,8 @@ def find_sites(model: nn.Module) -> Plan:
     sites: list[Site] = []
     seen: set[str] = set()
     for path, graphs in reader.graphs.items():
+        if path not in reader.called:
+            continue
         for call, own_name, number in named_calls(model.get_submodule(path), graphs):
             node = call.node
             source = node.args[0] if node.args else next(iter(node.kwargs.values()), None)

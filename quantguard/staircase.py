@@ -18,7 +18,7 @@ from torch import Tensor
 MODES = ("ramp", "ste", "sigmoid", "parent")
 # Up to here a comparison per boundary beats a binary search per element.
 _COMPARE_UP_TO = 31
-# Sigmoids further than this from their threshold, over k, are 0 or 1 to float32.
+# A sigmoid this far from its threshold, times sharpness, is 0 or 1 to float32.
 _REACH = 17.0
 # Elements per block: a block and its temporaries stay in a core's cache.
 _BLOCK = 1 << 17
@@ -238,15 +238,24 @@ class _Windowed(torch.autograd.Function):
                 None, None, None, None, None)
 
 
-def _sigmoids(wide: Tensor, t: Tensor, sharpness: Tensor, k: float, axis: int | None,
+def _reach(t: Tensor, sharpness: Tensor) -> int:
+    """Return how many thresholds lie, at most, where another one's sigmoid is not yet 0 or 1."""
+    far, index = _REACH / sharpness, torch.arange(t.shape[-1], device=t.device)
+    right = torch.searchsorted(t, t + far, right=True) - index
+    left = index - torch.searchsorted(t, t - far)
+    return int(torch.maximum(left, right).max()) + 1
+
+
+def _sigmoids(wide: Tensor, t: Tensor, sharpness: Tensor, axis: int | None,
               below: Tensor) -> Iterator[tuple[Any, Tensor, Any]]:
     """Yield (index i, s_i, sharpness_i) of the thresholds that are near each element.
 
     Few thresholds: all of them, i a number. Many: only those within reach, i a tensor; the others'
     s are 0 or 1 to float32, and the ones are written into ``below``.
     """
-    m, reach = t.shape[-1], math.ceil(_REACH / k)
-    if axis is not None or m <= 4 * reach + 2:
+    m = t.shape[-1]
+    reach = m if axis is not None or m <= 8 else _reach(t, sharpness)
+    if m <= 4 * reach + 2:
         for i, (center, sharp) in enumerate(zip(_spread(t, wide, axis),
                                                 _spread(sharpness, wide, axis), strict=True)):
             yield i, torch.sub(wide, center).mul_(sharp).sigmoid_(), sharp
@@ -299,7 +308,7 @@ class _Bell(torch.autograd.Function):
             wide = xs.float()
             if keep_slope or not hard:
                 value, below, bells = (torch.zeros_like(wide) for _ in range(3))
-                for _, s, sharp in _sigmoids(wide, t, sharpness, k, axis, below):
+                for _, s, sharp in _sigmoids(wide, t, sharpness, axis, below):
                     value.add_(s)
                     if keep_slope:
                         _add_bell(bells, s, sharp)
@@ -310,7 +319,8 @@ class _Bell(torch.autograd.Function):
             else:
                 ys.copy_(value.add_(below).sub_(zero).mul_(one_step))
         ctx.save_for_backward(slope, x.clone() if needs_t else None,
-                              out if ctx.needs_input_grad[2] else None, t, step, widths)
+                              # a copy: callers may overwrite what they got
+                              out.clone() if ctx.needs_input_grad[2] else None, t, step, widths)
         ctx.k, ctx.axis = k, axis
         return out
 
@@ -337,7 +347,7 @@ class _Bell(torch.autograd.Function):
                 wide = xs.float()
                 total, below = torch.zeros_like(wide), torch.empty_like(wide)
                 steep = gs.float() * one_step
-                for i, s, sharp in _sigmoids(wide, t, sharpness, ctx.k, axis, below):
+                for i, s, sharp in _sigmoids(wide, t, sharpness, axis, below):
                     bell = torch.addcmul(s, s, s, value=-1).mul_(sharp).mul_(steep)
                     if isinstance(i, int):
                         shares[..., i] -= _sum_to(bell, axis)
@@ -380,6 +390,7 @@ def soft_staircase(x: Tensor, t: Tensor, step: Tensor, width: Tensor, zero: Tens
     return _apply(_Bell, x, t, step, width, zero, k, False, axis)
 
 
-def _apply(function: Any, *args: Any) -> Tensor:
-    result: Tensor = function.apply(*args)
+def _apply(function: Any, x: Tensor, *args: Any) -> Tensor:
+    *rest, axis = args
+    result: Tensor = function.apply(x, *rest, None if axis is None else axis % x.dim())
     return result

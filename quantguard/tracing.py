@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import inspect
+import random
 import sys
 import types
-import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -101,7 +102,8 @@ def optional_arguments(cls: type[nn.Module]) -> dict[str, Any]:
 
 def is_plain(value: Any) -> bool:
     """Return whether an argument is a plain value, which a graph holds as a constant."""
-    return value is None or isinstance(value, (bool, int, float, str))
+    return value is None or isinstance(value, (bool, int, float, str)) or (
+        isinstance(value, tuple) and all(map(is_plain, value)))
 
 
 def variant_of(cls: type[nn.Module], training: bool, args: tuple[Any, ...],
@@ -110,6 +112,56 @@ def variant_of(cls: type[nn.Module], training: bool, args: tuple[Any, ...],
     bound = inspect.signature(cls.forward).bind(None, *args, **kwargs).arguments
     values = {name: bound.get(name, default) for name, default in optional_arguments(cls).items()}
     return Variant(training, tuple(sorted((k, v) for k, v in values.items() if is_plain(v))))
+
+
+def inputs_of(cls: type[nn.Module], variant: Variant, args: tuple[Any, ...],
+              kwargs: dict[str, Any]) -> tuple[list[Any], dict[str, Any]]:
+    """Return what a variant's graph is called with: the arguments that are not held."""
+    signature = inspect.signature(cls.forward)
+    bound = signature.bind(None, *args, **kwargs)
+    bound.apply_defaults()
+    held = dict(variant.static)
+    positional: list[Any] = []
+    named: dict[str, Any] = {}
+    for parameter in list(signature.parameters.values())[1:]:
+        value = bound.arguments[parameter.name]
+        if parameter.kind is parameter.VAR_POSITIONAL:
+            positional += value
+        elif parameter.kind is parameter.VAR_KEYWORD:
+            named |= value
+        elif parameter.name in held:
+            continue
+        elif parameter.kind is parameter.KEYWORD_ONLY:
+            named[parameter.name] = value
+        else:
+            positional.append(value)
+    return positional, named
+
+
+def _held_at(cls: type[nn.Module], variant: Variant) -> type[nn.Module]:
+    """Return cls, or a subclass whose forward lacks the arguments that the variant holds.
+
+    torch.fx's own concrete_args renames arguments, asserts on them, and takes no tuples.
+    """
+    held = dict(variant.static)
+    if not held:
+        return cls
+    taken, passed, star = ["self"], ["self"], False
+    for parameter in list(inspect.signature(cls.forward).parameters.values())[1:]:
+        name = parameter.name
+        mark = "*" * (parameter.kind is parameter.VAR_POSITIONAL) \
+            + "**" * (parameter.kind is parameter.VAR_KEYWORD)
+        value = f"_held[{name!r}]" if name in held else mark + name
+        keyword = parameter.kind is parameter.KEYWORD_ONLY
+        passed.append(f"{name}={value}" if keyword else value)
+        if name not in held:
+            if keyword and not star:
+                taken.append("*")
+            taken.append(mark + name)
+        star = star or keyword or mark == "*"
+    space: dict[str, Any] = {"_held": held, "_forward": cls.forward}
+    exec(f"def forward({', '.join(taken)}): return _forward({', '.join(passed)})", space)
+    return type(cls.__name__, (cls,), {"forward": space["forward"], "__module__": cls.__module__})
 
 
 def planned_variants(cls: type[nn.Module]) -> list[Variant]:
@@ -122,43 +174,81 @@ def planned_variants(cls: type[nn.Module]) -> list[Variant]:
                                                Variant(True, given)]
 
 
-def trace(module: nn.Module, cls: type[nn.Module], variant: Variant) -> Traced:
+def trace(module: nn.Module, cls: type[nn.Module], variant: Variant,
+          hidden: Iterable[str] = ()) -> Traced:
     """Trace one variant of the forward of cls on module, without touching module.
 
     Raises:
         Exception: whatever torch.fx or the forward raises on symbolic values.
     """
-    # A shallow copy: attributes that tracing sets must not appear on the user's module.
-    probe = object.__new__(cls)
-    probe.__dict__.update(module.__dict__)
+    probe = object.__new__(_held_at(cls, variant))
+    probe.__dict__.update({k: _copied(v) for k, v in module.__dict__.items()})
     probe.__dict__["training"] = variant.training
-    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-        # torch.fx cannot assert text; variant_of sees to it that each graph gets its own
-        warnings.filterwarnings("ignore", "Was not able to add assertion")
-        graph = Tracer().trace(probe, dict(variant.static) or None)
-    # torch.fx renames arguments that it traced at a value; callers know the real names.
-    names = [p for p in inspect.signature(cls.forward).parameters if p != "self"]
-    for node, name in zip(graph.find_nodes(op="placeholder"), names, strict=False):
-        if not node.target.startswith("*"):
-            node.target = name
-    constants = {k: v for k, v in probe.__dict__.items() if k not in module.__dict__}
+    children = probe.__dict__["_modules"]
+    for name in hidden:
+        children.pop(name, None)
+    separate_aliases(children)
+    before = {k: _copied(v) for k, v in probe.__dict__.items()}
+    with torch.random.fork_rng(devices=[]):
+        dice = torch.get_rng_state(), random.getstate()
+        graph = Tracer().trace(probe)
+        rolled = not torch.equal(dice[0], torch.get_rng_state()) or dice[1] != random.getstate()
+        random.setstate(dice[1])
+    if rolled:
+        raise fx.proxy.TraceError("random numbers, which a graph would hold as constants")
+    changed = [k for k, v in before.items() if not _same(v, probe.__dict__.get(k))]
+    constants = {k: v for k, v in probe.__dict__.items() if k not in before}
+    changed += [k for k, v in constants.items() if not isinstance(v, torch.Tensor)]
+    if changed:
+        raise fx.proxy.TraceError(f"forward sets self.{changed[0]}, which a graph cannot hold")
     return Traced(graph, constants)
 
 
-def planned_graphs(module: nn.Module, cls: type[nn.Module] | None = None) -> dict[Variant, Traced]:
+def _copied(value: Any) -> Any:
+    """Return a shallow copy of what a forward might fill: it must not be the user's."""
+    return value.copy() if isinstance(value, (dict, list, set)) else value
+
+
+def _same(one: Any, two: Any) -> bool:
+    """Return whether a forward left an attribute as it was."""
+    if isinstance(one, dict):
+        return isinstance(two, dict) and one.keys() == two.keys() and all(
+            two[k] is v for k, v in one.items())
+    if isinstance(one, list):
+        return isinstance(two, list) and len(one) == len(two) and all(
+            a is b for a, b in zip(one, two, strict=True))
+    return one == two if isinstance(one, set) else one is two
+
+
+def separate_aliases(children: dict[str, Any]) -> None:
+    """Give an activation that stands under several names of one parent an object for each.
+
+    They have no state, and torch.fx knows a child by its object.
+    """
+    seen: set[int] = set()
+    for name, child in children.items():
+        if type(child) in KIND_OF_CLASS and id(child) in seen:
+            children[name] = copy.copy(child)
+        seen.add(id(child))
+
+
+def planned_graphs(module: nn.Module, cls: type[nn.Module] | None = None,
+                   hidden: Iterable[str] = ()) -> dict[Variant, Traced]:
     """Trace the planned variants; cls where module's class is not the user's.
+
+    Children named in hidden are ours: a forward that goes through its children must not see them.
 
     Raises:
         Exception: a variant with optional arguments left out cannot be traced.
     """
     cls = cls or type(module)
     first, second, *given = planned_variants(cls)
-    graphs = {variant: trace(module, cls, variant) for variant in (first, second)}
+    graphs = {variant: trace(module, cls, variant, hidden) for variant in (first, second)}
     for variant in given:
         # Given, an optional argument may be anything: what cannot be traced now is tried again
         # when a caller gives it.
         with contextlib.suppress(Exception):
-            graphs[variant] = trace(module, cls, variant)
+            graphs[variant] = trace(module, cls, variant, hidden)
     return graphs
 
 

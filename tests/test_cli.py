@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 import quantguard as qg
-from quantguard import progress
+from quantguard import demo, progress
 from quantguard.activation import staircases
 from quantguard.attacks import suites
 from quantguard.cli import main
@@ -178,6 +178,18 @@ def test_ablate_shows_four_rows_and_writes_the_hardened_model(model: str, data: 
                                   "2-bit dynamic + fine-tune"]
     assert "2-bit dynamic + fine-tune" in text
     assert len(staircases(qg.load("out.qg"))) == 4
+
+
+def test_demo_trains_compares_and_leaves_model_and_reports(here: Path,
+                                                           monkeypatch: pytest.MonkeyPatch) -> None:
+    train = demo.train_clean
+    monkeypatch.setattr(demo, "EPOCHS", 1)
+    monkeypatch.setattr(demo, "train_clean", lambda model, loader, epochs, progress: train(
+        model, loader, 1, progress))
+    text = succeeds("demo", "-o", "out/demo", "--quiet")
+    assert "2-bit dynamic + fine-tune" in text and "wrote out/demo/model.hardened.qg" in text
+    assert sorted(os.listdir("out/demo")) == ["model.hardened.qg", "report.html", "report.json"]
+    assert len(staircases(qg.load("out/demo/model.hardened.qg"))) == 4
 
 
 @pytest.mark.parametrize("name", ["report", "report.htm"])

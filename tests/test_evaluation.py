@@ -311,6 +311,12 @@ def test_json_round_trip(result: Evaluation, tmp_path: Path) -> None:
         read.save_adversarials(tmp_path / "a.npz")
 
 
+def test_results_can_be_compared(result: Evaluation) -> None:
+    read = Evaluation.from_dict(result.to_dict())
+    assert (read == result) in (True, False)
+    assert result == result and read.attacks[0] != 3
+
+
 @pytest.mark.parametrize("change", [{"format": 99}, {"images": None}, {"flags": [{"a": 1}]}])
 def test_other_json_is_refused(change: dict[str, Any], result: Evaluation) -> None:
     with pytest.raises(DataError, match="evaluation JSON"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -262,6 +262,17 @@ def test_comparison_json_round_trip_and_save(comparison: Comparison, tmp_path: P
             Comparison.from_dict(damaged)
 
 
+@pytest.mark.parametrize("generator", [None, torch.Generator()], ids=["global", "own"])
+def test_a_loader_that_shuffles_does_not_make_rows_of_different_images(
+        generator: torch.Generator | None, cnn: nn.Module, digits: Digits) -> None:
+    loader = DataLoader(TensorDataset(*digits), batch_size=10, shuffle=True, generator=generator)
+    hashes: set[str] = set()
+    with suppress(DataError):  # to refuse such a loader is right, too
+        rows = compared({"a": cnn, "b": cnn}, loader, images=10, suite=[PGD("ce", 1)]).rows
+        hashes = {row.image_hash for row in rows.values()}
+    assert len(hashes) <= 1
+
+
 def test_compare_resumes_each_row_in_a_place_of_its_own(
         cnn: nn.Module, quantized: nn.Module, comparison: Comparison,
         test_loader: DataLoader[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -290,6 +301,14 @@ def test_ablate_has_four_rows_and_pairs_the_last_with_the_second(ablation: Compa
     assert settings["recipe"]["name"] == "pgd" and settings["epochs"] == 1
     assert set(settings["training"]) == {"float + fine-tune", "2-bit dynamic + fine-tune"}
     assert Comparison.from_dict(json.loads(json.dumps(ablation.to_dict()))).settings == settings
+
+
+def test_the_json_of_ablate_is_json_for_every_reader(ablation: Comparison, tmp_path: Path) -> None:
+    def refuse(token: str) -> None:
+        raise AssertionError(f"{token} is no JSON")
+
+    ablation.save(tmp_path / "a.json")
+    json.loads((tmp_path / "a.json").read_text(), parse_constant=refuse)
 
 
 def test_ablates_fine_tuned_rows_are_what_harden_gives(ablation: Comparison, cnn: nn.Module,

@@ -264,10 +264,12 @@ def test_thresholds_only_needs_learned_thresholds(cnn: nn.Module, quantized: nn.
             trained(model, loader_of(small), train="thresholds")
 
 
-def test_nothing_to_train_is_an_error(cnn: nn.Module, small: TensorDataset) -> None:
+@pytest.mark.parametrize("recipe", [FAST, Recipe("pgd")], ids=["lr", "no lr"])
+def test_nothing_to_train_is_an_error(recipe: Recipe, cnn: nn.Module,
+                                      small: TensorDataset) -> None:
     model = copy.deepcopy(cnn).requires_grad_(False)
     with pytest.raises(SpecError, match="every parameter is frozen"):
-        trained(model, loader_of(small))
+        trained(model, loader_of(small), recipe=recipe)
 
 
 @pytest.mark.parametrize("recipe", [FAST, Recipe("pgd"), Recipe("nfgsm"), Recipe("clean")],
@@ -288,7 +290,7 @@ def test_every_recipe_trains_logs_and_leaves_modes_and_random_numbers(
     assert torch.equal(model[0].weight, quantized[0].weight)
     assert [e.epoch for e in history.epochs] == [0, 1] and history.chosen in (0, 1)
     told = history.to_dict()
-    assert json.loads(json.dumps(told)).keys() == told.keys()
+    assert json.loads(json.dumps(told)).keys() == told.keys() == {"epochs", "chosen", "lr"}
 
 
 def test_the_best_epoch_on_the_slice_is_what_is_returned(quantized: nn.Module,
