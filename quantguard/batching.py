@@ -99,7 +99,8 @@ def hold_out(loader: Iterable[Any], val: Iterable[Any] | None, batch: int | None
             if hasattr(plain, "augment"):
                 plain.augment = False
             val = DataLoader(Subset(plain, sorted(indices[:held])), batch_size=128,
-                             collate_fn=loader.collate_fn)
+                             collate_fn=loader.collate_fn,
+                             generator=torch.Generator().manual_seed(seed))
     train = Subset(dataset, sorted(indices[held:]))
     sampler = SeededBatches(len(train), min(batch or loader.batch_size, len(train)), seed)
     return Source(DataLoader(train, batch_sampler=sampler, collate_fn=loader.collate_fn,

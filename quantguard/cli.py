@@ -312,6 +312,8 @@ def evaluate(model: str, arch: str | None, trust: bool, data: str, eps: float, n
     from .pipeline import Comparison
     for file in (report, json_file, adversarials):
         _writable(file)
+    if adversarials and not adversarials.endswith(".npz"):
+        raise SpecError(f"--adversarials {adversarials} must end in .npz")
     threat = _threat(eps, norm, mean, std)
     loader = _loader(data, split, batch_size, size, mean, std)
     result = run(_open(model, arch, trust), loader, threat, suite=suite, images=images,
@@ -322,7 +324,7 @@ def evaluate(model: str, arch: str | None, trust: bool, data: str, eps: float, n
     if adversarials:
         result.save_adversarials(adversarials)
     if report:
-        Comparison({Path(model).name: result}).save(report)
+        Comparison({Path(model).name: result}).save_page(report)
     if strict and not result.reliable:
         sys.exit(1)
 
@@ -405,9 +407,14 @@ def demo(output: str, seed: int, quiet: bool) -> None:
 
 def _show(result: Any, report: str | None, json_file: str | None, strict: bool) -> None:
     click.echo(str(result))
-    for file in (report, json_file):
-        if file:
-            result.save(file)
-            click.echo(f"wrote {file}")
+    import json
+
+    from .files import write_text
+    if report:
+        result.save_page(report)
+        click.echo(f"wrote {report}")
+    if json_file:
+        write_text(json_file, json.dumps(result.to_dict(), indent=1))
+        click.echo(f"wrote {json_file}")
     if strict and not all(e.reliable for e in result.rows.values()):
         sys.exit(1)

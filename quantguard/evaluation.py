@@ -324,9 +324,12 @@ def _attack(fmodel: FoolboxModel, entry: Entry, data: Images, threat: Threat, ba
             raw = torch.where(_like(found, raw, size), raw, x)
         else:
             raw = entry.attack.run(fmodel, x, criterion, epsilon=threat.eps)
-        trial = project(raw.detach(), x, threat.eps, threat.norm, threat.bounds)
+        raw = torch.where(raw.isfinite(), raw.detach(), x)
+        trial = project(raw, x, threat.eps, threat.norm, threat.bounds)
         with torch.no_grad():
-            fooled = (model(trial).argmax(1) != y)[:size].cpu().numpy()
+            logits = model(trial)
+        # NaN would pass for class 0
+        fooled = ((logits.argmax(1) != y) & logits.isfinite().all(1))[:size].cpu().numpy()
         broke[rows] = fooled
         new = fooled & state.survived[rows]
         state.adversarials[rows[new]] = trial[:size].cpu().numpy()[new]
@@ -368,6 +371,8 @@ def _flags(model: PixelModel, data: Images, threat: Threat, batch: int, seed: in
     stand = correct & ~seeing
     flags += [masking.blind_beats_seeing(name, int((by_group[name] & stand).sum()),
                                          int(stand.sum())) for name in blind if name in by_group]
+    if model.quantized:
+        flags.append(masking.unseen("twin" in by_group))
     zeros, tried = _zero_gradients(model, data, threat, batch, seed, state.survived)
     flags.append(masking.zero_gradients(zeros, tried))
     return tuple(flags)

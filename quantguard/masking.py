@@ -151,6 +151,15 @@ def blind_beats_seeing(name: str, broken: int, standing: int) -> Flag:
                   "A stronger white-box attack exists; the figure is not the worst case.")
 
 
+def unseen(twin: bool) -> Flag:
+    """Say that a model with staircases was not attacked through its softened twin."""
+    return Flag("no attack through the twin", "undecided", not twin, 0.0, 0.0,
+                "the suite holds an attack through the softened twin",
+                "Attacked through the softened twin." if twin else
+                "Surrogate gradients alone overstate staircases by up to 29 points on known cases; "
+                "use a named suite, or add attacks.PGD(twin=(2, 16)).")
+
+
 def verdict(flags: tuple[Flag, ...]) -> str:
     """Return ``resolved``, ``undecided`` or ``unresolved``: the worst of the raised flags."""
     kinds = {flag.kind for flag in flags if flag.raised}

@@ -109,7 +109,7 @@ def prepare(model: nn.Module, loader: Iterable[Any] | None, bits: int | None,
     return convert(model, spec, data=loader)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Comparison:
     """Hold evaluations of several models on the same images by the same attacks.
 
@@ -158,10 +158,23 @@ class Comparison:
             raise DataError("this is no comparison JSON of quantguard", why=repr(error)) from None
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write a JSON file, or a self-contained page where path ends in ``.html``."""
+        """Write a JSON file, or a self-contained page, as path ends in ``.json`` or ``.html``.
+
+        Raises:
+            SpecError: path ends in neither.
+        """
+        suffix = Path(path).suffix
+        if suffix == ".html":
+            self.save_page(path)
+        elif suffix == ".json":
+            write_text(path, json.dumps(self.to_dict(), indent=1))
+        else:
+            raise SpecError(f"{path} ends in neither .json nor .html")
+
+    def save_page(self, path: str | os.PathLike[str]) -> None:
+        """Write a self-contained HTML page, whatever path ends in."""
         from .report import page
-        text = page(self) if str(path).endswith(".html") else json.dumps(self.to_dict(), indent=1)
-        write_text(path, text)
+        write_text(path, page(self))
 
 
 def compare(models: Mapping[str, nn.Module], loader: Iterable[Any], threat: Threat = Threat(), *,
@@ -187,6 +200,10 @@ def compare(models: Mapping[str, nn.Module], loader: Iterable[Any], threat: Thre
         directory = None if run_dir is None else Path(run_dir) / f"{number}"
         rows[name] = evaluate(model, loader, threat, suite=suite, images=images, run_dir=directory,
                               seed=seed, device=device, progress=progress)
+    if len({e.image_hash for e in rows.values()}) > 1:
+        raise DataError("the loader gives each model other images",
+                        why="It shuffles by a generator of its own.",
+                        fix="Give a loader that does not shuffle.")
     quantized = [name for name, model in models.items() if staircases(model)]
     notes = []
     if quantized and len(quantized) == len(models):

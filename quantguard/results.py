@@ -20,7 +20,7 @@ from .spec import Threat
 FORMAT = 1
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # arrays have no one truth value
 class AttackResult:
     """Hold what one attack did.
 
@@ -54,7 +54,7 @@ class AttackResult:
         return str(self.settings["group"])
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Evaluation:
     """Say how robust a model is, and how far to trust that.
 

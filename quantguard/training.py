@@ -35,7 +35,7 @@ class Epoch:
     """Hold what one epoch did: mean loss, and accuracies on the held-out slice (None: no slice)."""
 
     epoch: int
-    loss: float
+    loss: float | None
     clean: float | None
     probe: float | None
     lr: float
@@ -71,12 +71,16 @@ def parameter_groups(model: nn.Module, recipe: Recipe, lr: float,
                         fix="Convert with dynamic=True, or use train='all'.")
     weights = [p for p in model.parameters()
                if p.requires_grad and id(p) not in thresholds and train == "all"]
-    return [group for group in (
+    groups = [group for group in (
         {"params": [p for p in weights if p.dim() > 1], "lr": lr,
          "weight_decay": recipe.weight_decay},
         {"params": [p for p in weights if p.dim() <= 1], "lr": lr, "weight_decay": 0.0},
         {"params": list(thresholds.values()), "lr": recipe.threshold_lr, "weight_decay": 0.0},
     ) if group["params"]]
+    if not groups:
+        raise SpecError("nothing to train: every parameter is frozen",
+                        fix="Set requires_grad on the parameters that may change.")
+    return groups
 
 
 class _Average:
@@ -133,6 +137,8 @@ class Trainer:
             for v in start.values()), digest_size=16).hexdigest()
         told = self._read()
         torch.manual_seed(self.seed)
+        self.rng = torch.get_rng_state()
+        parameter_groups(self.model, self.recipe, 1.0, self.train)  # raises before work is done
         lr = told["lr"] if told else self.recipe.lr or (
             auto_lr(self.model, self.source, self.batches, self.loss) if self.train == "all"
             else LR_RANGE[1])
@@ -140,7 +146,8 @@ class Trainer:
         if told:
             self._resume(told)
         else:
-            self._score(0, math.nan, 0.0)
+            self._score(0, None, 0.0)
+            self.rng = torch.get_rng_state()
         try:
             with uninterrupted() as interrupt:
                 while self.epoch < self.epochs:
@@ -154,6 +161,7 @@ class Trainer:
                         self.epoch = self.chosen = 0
                         self.best = start
                     self._write()
+                    interrupt()
         except KeyboardInterrupt:
             raise self._interrupted() from None
         self.model.load_state_dict(self.best)
@@ -164,9 +172,6 @@ class Trainer:
     def _prepare(self, lr: float) -> None:
         """Make optimizer, schedule and average for a peak learning rate."""
         groups = parameter_groups(self.model, self.recipe, lr, self.train)
-        if not groups:
-            raise SpecError("nothing to train: every parameter is frozen",
-                            fix="Set requires_grad on the parameters that may change.")
         self.lr = lr
         self.parameters = [p for group in groups for p in group["params"]]
         self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99))
@@ -184,11 +189,14 @@ class Trainer:
             if self.source.resumable and time.monotonic() - self.saved > _SAVE_EVERY:
                 self._write()
         last = copied(self.model)
-        self.model.load_state_dict(self.average.values)
-        self._score(self.epoch + 1, self.total_loss / max(self.number, 1),
-                    time.monotonic() - begin)
-        self.model.load_state_dict(last)
+        try:
+            self.model.load_state_dict(self.average.values)
+            self._score(self.epoch + 1, self.total_loss / max(self.number, 1),
+                        time.monotonic() - begin)
+        finally:  # also where a second Ctrl-C comes in the middle of the probe
+            self.model.load_state_dict(last)
         self.epoch, self.number, self.total_loss = self.epoch + 1, 0, 0.0
+        self.rng = torch.get_rng_state()  # the held-out images may have drawn, too
 
     def _step(self, pixels: Tensor, labels: Tensor) -> None:
         loss = self.loss(pixels, labels)
@@ -209,7 +217,7 @@ class Trainer:
         self.bar.advance(1, f"epoch {self.epoch + 1}/{self.epochs}, "
                             f"loss {self.total_loss / self.number:.3f}{self._said()}")
 
-    def _score(self, epoch: int, loss: float, seconds: float) -> None:
+    def _score(self, epoch: int, loss: float | None, seconds: float) -> None:
         """Probe the model, note the epoch, and keep its weights if none were better."""
         clean, robust = probe(self.pixel_model, self.source.val, self.batches, self.threat,
                               self.recipe.attacks, self.seed)

@@ -346,9 +346,9 @@ def test_a_dead_activation_still_gets_a_staircase() -> None:
 def test_activations_that_are_not_finite_are_an_error() -> None:
     with pytest.raises(DataError, match="batch 0 of data holds NaN"):
         convert(mlp(), data=[torch.full((2, 6), torch.nan)])
+    model = mlp()
+    nn.init.constant_(model[0].weight, 3e38)
     with pytest.raises(DataError, match="'1' puts out NaN or infinity"):
-        model = mlp()
-        nn.init.constant_(model[0].weight, 3e38)
         convert(model, data=[torch.full((2, 6), 9.0)])
 
 

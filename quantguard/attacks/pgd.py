@@ -56,8 +56,12 @@ def ascend(gradient: Tensor, norm: str) -> Tensor:
     """Return the steepest direction of unit length."""
     if norm == "linf":
         return gradient.sign()
-    length: Tensor = gradient.flatten(1).norm(dim=1).clamp_min(1e-12)
-    return gradient / length.reshape(-1, *[1] * (gradient.dim() - 1))
+    # by the largest entry first: squares of a saturated network's gradient underflow
+    shape = (-1, *[1] * (gradient.dim() - 1))
+    peak = gradient.flatten(1).abs().amax(1).reshape(shape)
+    scaled = gradient / torch.where(peak > 0, peak, 1.0)
+    length: Tensor = scaled.flatten(1).norm(dim=1).clamp_min(1e-12)
+    return scaled / length.reshape(shape)
 
 
 def input_gradient(model: nn.Module, x: Tensor, labels: Tensor, loss: str) -> tuple[Tensor, Tensor]:
@@ -113,7 +117,11 @@ class PGD(fb.attacks.base.FixedEpsilonAttack):
         """Return for each image the first iterate that fools model, else the last."""
         fb.attacks.base.raise_if_kwargs(kwargs)
         wrapped, restore = ep.astensor_(inputs)
-        labels = fb.attacks.base.get_criterion(criterion).labels.raw
+        wanted = fb.attacks.base.get_criterion(criterion)
+        if not isinstance(wanted, fb.criteria.Misclassification):
+            raise SpecError(f"this attack is untargeted, and {type(wanted).__name__} is not",
+                            fix="Give labels, or foolbox.criteria.Misclassification.")
+        labels = wanted.labels.raw
         x0: Tensor = wrapped.raw
         result = restore(ep.astensor(self._climb(model, x0, labels, epsilon)))
         return result
