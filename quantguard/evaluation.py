@@ -371,8 +371,7 @@ def _flags(model: PixelModel, data: Images, threat: Threat, batch: int, seed: in
     stand = correct & ~seeing
     flags += [masking.blind_beats_seeing(name, int((by_group[name] & stand).sum()),
                                          int(stand.sum())) for name in blind if name in by_group]
-    if model.quantized:
-        flags.append(masking.unseen("twin" in by_group))
+    flags.append(masking.unseen(model.quantized, set(by_group)))
     zeros, tried = _zero_gradients(model, data, threat, batch, seed, state.survived)
     flags.append(masking.zero_gradients(zeros, tried))
     return tuple(flags)

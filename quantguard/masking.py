@@ -151,13 +151,23 @@ def blind_beats_seeing(name: str, broken: int, standing: int) -> Flag:
                   "A stronger white-box attack exists; the figure is not the worst case.")
 
 
-def unseen(twin: bool) -> Flag:
-    """Say that a model with staircases was not attacked through its softened twin."""
-    return Flag("no attack through the twin", "undecided", not twin, 0.0, 0.0,
-                "the suite holds an attack through the softened twin",
-                "Attacked through the softened twin." if twin else
-                "Surrogate gradients alone overstate staircases by up to 29 points on known cases; "
-                "use a named suite, or add attacks.PGD(twin=(2, 16)).")
+def unseen(quantized: bool, groups: set[str]) -> Flag:
+    """Say that the suite lacks the attack that decides.
+
+    Args:
+        quantized: whether the model has staircases: then its softened twin must be attacked.
+        groups: what the suite's attacks stand for, see :class:`quantguard.attacks.Entry`.
+    """
+    needed = {"twin"} if quantized else {"pgd", "modes", "twin"}
+    missing = not needed & groups
+    reason = "The suite holds the attack that decides."
+    if missing and quantized:
+        reason = ("The suite does not attack through the softened twin: surrogate gradients alone "
+                  "overstate staircases. Use a named suite, or add attacks.PGD(twin=(2, 16)).")
+    elif missing:
+        reason = "The suite holds no PGD. Use a named suite, or add attacks.PGD()."
+    return Flag("the attack that decides is missing", "undecided", missing, 0.0, 0.0,
+                "the suite holds PGD, through the softened twin where there are staircases", reason)
 
 
 def verdict(flags: tuple[Flag, ...]) -> str:

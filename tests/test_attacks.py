@@ -443,4 +443,12 @@ def test_a_float_row_gets_the_same_budget_as_a_quantized_one(suite: str, norm: s
 def test_a_list_may_hold_entries_with_names_of_their_own() -> None:
     mine = Entry("mine", PGD("ce", 2), "pgd", everywhere=True)
     entries = build_suite([mine, PGD("ce", 2)], Threat(), seed=0, quantized=False)
-    assert entries[0] is mine and entries[1].group == "other" and entries[1].everywhere
+    assert entries[0] is mine and entries[1].group == "pgd" and entries[1].everywhere
+
+
+@pytest.mark.parametrize(("attack", "group"), [
+    (PGD("ce", 2), "pgd"), (PGD("ce", 2, twin=(2, 16)), "twin"), (PGD(parent=True), "transfer"),
+    (Noise(), "noise"), (fb.attacks.LinfPGD(), "pgd"), (fb.attacks.FGSM(), "fgsm"),
+    (fb.attacks.L2CarliniWagnerAttack(), "cw"), (fb.attacks.BoundaryAttack(), "other")])
+def test_an_attack_of_a_list_is_known_for_what_it_is(attack: Any, group: str) -> None:
+    assert build_suite([attack], Threat(), seed=0, quantized=True)[0].group == group

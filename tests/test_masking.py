@@ -7,6 +7,7 @@ import math
 import pytest
 from scipy.stats import binomtest
 
+from quantguard import masking
 from quantguard.masking import (
     Flag,
     blind_beats_seeing,
@@ -120,3 +121,13 @@ def test_every_flag_carries_figure_threshold_test_and_reason() -> None:
                  blind_beats_seeing("noise", 3, 100)):
         assert math.isfinite(flag.value) and math.isfinite(flag.threshold)
         assert flag.test and flag.reason
+
+
+@pytest.mark.parametrize(("quantized", "groups", "raised"), [
+    (True, {"pgd", "noise"}, True), (True, {"twin"}, False), (False, {"noise", "cw"}, True),
+    (False, {"pgd"}, False), (False, set(), True)])
+def test_a_suite_without_the_attack_that_decides_is_undecided(quantized: bool, groups: set[str],
+                                                              raised: bool) -> None:
+    flag = masking.unseen(quantized, groups)
+    assert flag.raised is raised and flag.kind == "undecided"
+    assert masking.verdict((flag,)) == ("undecided" if raised else "resolved")

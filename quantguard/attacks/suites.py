@@ -87,6 +87,19 @@ def _entries(threat: Threat, seed: int, quantized: bool, *, steps: int, cw: tupl
     return entries
 
 
+def _group(attack: Any) -> str:
+    """Return what an attack of a list stands for, see :class:`Entry`."""
+    if isinstance(attack, PGD):
+        return "transfer" if attack.parent else "twin" if attack.twin else "pgd"
+    if isinstance(attack, Noise):
+        return "noise"
+    if isinstance(attack, fb.attacks.L2CarliniWagnerAttack):
+        return "cw"
+    if isinstance(attack, fb.attacks.gradient_descent_base.BaseGradientDescent):
+        return "pgd" if attack.steps > 1 else "fgsm"
+    return "other"
+
+
 # A literal table: what each suite spends.
 _SUITES: dict[str, dict[str, Any]] = {
     "quick": {"steps": 20, "cw": (3, 30), "twins": TWINS[:2], "modes": ("sigmoid(8)",),
@@ -115,7 +128,8 @@ def build_suite(suite: str | Sequence[Any], threat: Threat, *, seed: int,
         if isinstance(attack, Entry):
             entries.append(attack)
         elif isinstance(attack, fb.attacks.base.Attack):
-            entries.append(Entry(f"{type(attack).__name__} {number + 1}", attack, "other", True))
+            entries.append(Entry(f"{type(attack).__name__} {number + 1}", attack,
+                                 _group(attack), True))
         else:
             raise SpecError(f"attack {number + 1} of the suite is a {type(attack).__name__}",
                             fix="Give foolbox.attacks.Attack objects or a suite's name.")
