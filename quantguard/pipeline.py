@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from .activation import staircases
+from .activation import bypass, staircases
+from .attacks import logits_of
+from .batches import unpack
 from .errors import DataError, SpecError
 from .evaluation import evaluate
 from .files import write_text
@@ -21,7 +24,7 @@ from .masking import mcnemar
 from .recipes import Recipe, recipe_of
 from .results import Evaluation
 from .rewrite import conversion_of, convert, unwrap
-from .running import usable_device
+from .running import device_of, evaluating, run, seeded, to_device, usable_device
 from .spec import FLOAT_BITS, QuantSpec, Threat
 from .training import History, fit
 
@@ -85,7 +88,7 @@ def harden_with_history(model: nn.Module, loader: Iterable[Any], threat: Threat,
     return result.to(before), history
 
 
-def prepare(model: nn.Module, loader: Iterable[Any] | None, bits: int | None,
+def prepare(model: nn.Module, loader: Iterable[Any], bits: int | None,
             dynamic: bool | None, recipe: Recipe) -> nn.Module:
     """Return the copy that is trained: converted as asked, or as it is converted already.
 
@@ -104,9 +107,28 @@ def prepare(model: nn.Module, loader: Iterable[Any] | None, bits: int | None,
         return copy.deepcopy(model)
     if bits == FLOAT_BITS:
         return copy.deepcopy(model)
-    spec = QuantSpec(2 if bits is None else bits, True if dynamic is None else dynamic,
-                     range_factor=recipe.range_factor or 1.0)
-    return convert(model, spec, data=loader)
+    spec = QuantSpec(2 if bits is None else bits, True if dynamic is None else dynamic)
+    wanted = recipe.range_factor or 1.0
+    # Finer steps make a small net sturdier and may leave a deep one with nothing to start from.
+    for factor in dict.fromkeys((wanted, (1 + wanted) / 2, 1.0)):
+        converted = convert(model, replace(spec, range_factor=factor), data=loader)
+        if factor == 1.0 or agreement(converted, loader) >= 0.5:
+            break
+    return converted
+
+
+def agreement(model: nn.Module, loader: Iterable[Any]) -> float:
+    """Return the share of a loader's first images on which model answers as under ``bypass``."""
+    same = total = 0
+    device = device_of(model)
+    with torch.no_grad(), evaluating(model), seeded(0):
+        for batch in itertools.islice(loader, 4):
+            inputs = to_device(unpack(batch)[0], device)
+            answers = logits_of(run(model, inputs)).argmax(1)
+            with bypass(model):
+                same += int((logits_of(run(model, inputs)).argmax(1) == answers).sum())
+            total += len(answers)
+    return same / max(total, 1)
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .activation import staircases
+from .activation import bypass, staircases
 from .attacks import PGD, FoolboxModel, PixelModel
 from .batches import check_images, check_labels, to_pixels, unpack
 from .batching import Source
@@ -92,6 +92,13 @@ def probe(model: PixelModel, val: Iterable[Any] | None, batches: PixelBatches, t
     if not total:
         raise DataError("val is empty", fix="Give at least one batch, or leave val= out.")
     return clean / total, robust / total
+
+
+def parent_accuracy(model: PixelModel, val: Iterable[Any] | None,
+                    batches: PixelBatches) -> float | None:
+    """Return the float parent's clean accuracy on the held-out slice."""
+    with bypass(model):
+        return probe(model, val, batches, model.threat, False, 0)[0]
 
 
 def auto_lr(model: nn.Module, source: Source, batches: PixelBatches,

@@ -21,7 +21,7 @@ from .attacks import PixelModel
 from .batching import Source, hold_out
 from .errors import DataError, Interrupted, SpecError
 from .files import replacing
-from .probing import LR_RANGE, PixelBatches, auto_lr, copied, probe
+from .probing import LR_RANGE, PixelBatches, auto_lr, copied, parent_accuracy, probe
 from .progress import Progress
 from .recipes import Recipe, craft, stability_term
 from .running import modes_kept, uninterrupted
@@ -117,6 +117,8 @@ class Trainer:
         self.history: list[Epoch] = []
         self.epoch = self.number = self.chosen = self.retries = 0
         self.best_score, self.total_loss = -1.0, 0.0
+        self.parent_clean: float | None = None  # of the float model, on the held-out slice
+        self.started = False
         self.best = copied(model)
         self.saved = time.monotonic()
 
@@ -139,27 +141,15 @@ class Trainer:
         torch.manual_seed(self.seed)
         self.rng = torch.get_rng_state()
         parameter_groups(self.model, self.recipe, 1.0, self.train)  # raises before work is done
-        lr = told["lr"] if told else self.recipe.lr or (
-            auto_lr(self.model, self.source, self.batches, self.loss) if self.train == "all"
-            else LR_RANGE[1])
-        self._prepare(lr)
-        if told:
-            self._resume(told)
-        else:
-            self._score(0, None, 0.0)
-            self.rng = torch.get_rng_state()
         try:
             with uninterrupted() as interrupt:
+                self._begin(told)
+                interrupt()
                 while self.epoch < self.epochs:
                     self._train_epoch(interrupt)
                     if self._wrecked():
-                        self.model.load_state_dict(start)
-                        self._prepare(self.lr / 5)
-                        self.retries += 1
-                        self.bar.say(f"clean accuracy fell to {self.history.pop().clean:.1%} in "
-                                     f"the first epoch: starting again with lr {self.lr:.2g}")
-                        self.epoch = self.chosen = 0
-                        self.best = start
+                        self._begin_again(start)
+                    self._warn()
                     self._write()
                     interrupt()
         except KeyboardInterrupt:
@@ -168,6 +158,31 @@ class Trainer:
         self.bar.note = self._said().lstrip(", ") + f", kept epoch {self.chosen}"
         self.bar.close()
         return History(tuple(self.history), self.chosen, self.lr)
+
+    def _begin(self, told: dict[str, Any] | None) -> None:
+        """Take up what a run directory told, or look at the model as it comes."""
+        lr = told["lr"] if told else self.recipe.lr or (
+            auto_lr(self.model, self.source, self.batches, self.loss) if self.train == "all"
+            else LR_RANGE[1])
+        self._prepare(lr)
+        if told:
+            self._resume(told)
+            return
+        self.parent_clean = parent_accuracy(self.pixel_model, self.source.val, self.batches)
+        self._score(0, None, 0.0)
+        self.rng = torch.get_rng_state()
+        self.started = True
+
+    def _begin_again(self, start: dict[str, Tensor]) -> None:
+        """Go back to the start with a smaller learning rate."""
+        clean = self.history.pop().clean
+        self.model.load_state_dict(start)
+        self._prepare(self.lr / 5)
+        self.retries += 1
+        self.bar.say(f"clean accuracy fell to {clean:.1%} in the first epoch: starting again with "
+                     f"lr {self.lr:.2g}")
+        self.epoch = self.chosen = 0
+        self.best = start
 
     def _prepare(self, lr: float) -> None:
         """Make optimizer, schedule and average for a peak learning rate."""
@@ -235,6 +250,13 @@ class Trainer:
         return (self.epoch == 1 and self.retries < 2 and self.recipe.lr is None
                 and before is not None and now is not None and now < 0.6 * before)
 
+    def _warn(self) -> None:
+        """Say so where the first epoch leaves far less than the float model had."""
+        now, parent = self.history[-1].clean, self.parent_clean
+        if self.epoch == 1 and now is not None and parent is not None and now < 0.6 * parent:
+            self.bar.say(f"warning: held-out clean accuracy is {now:.1%} after the first epoch, "
+                         f"{parent:.1%} before: use more bits, or train longer")
+
     def _said(self) -> str:
         last = self.history[-1]
         if last.clean is None or last.probe is None:
@@ -244,10 +266,11 @@ class Trainer:
 
     def _interrupted(self) -> Interrupted:
         self.bar.close()
-        if self.run_dir is None:
+        if self.run_dir is None or not self.started:
             return Interrupted("interrupted; nothing was kept",
-                               fix="With run_dir= (--run-dir DIR) the next run goes on from where "
-                                   "it stopped.")
+                               fix="" if self.run_dir else
+                               "With run_dir= (--run-dir DIR) the next run goes on from where "
+                               "it stopped.")
         where = f"epoch {self.epoch + 1}, batch {self.number}"
         if self.source.resumable:
             self._write()
@@ -306,6 +329,7 @@ class Trainer:
         self.history = [Epoch(**row) for row in told["history"]]
         for name in ("best", "chosen", "best_score", "epoch", "number", "total_loss", "retries"):
             setattr(self, name, told[name])
+        self.started = True
         self.rng = told["rng"].cpu()
         torch.set_rng_state(self.rng)
         self.bar.skip(self.epoch * self.per_epoch + self.number)
