@@ -4,7 +4,7 @@ Takes a folder with `fixed2.safetensors` and `fixed1.safetensors`: LeNets (5x5 c
 with padding 2, max-pooling by 2, linear 3136-256-10) with staircases `a{j}.thresholds`, `a{j}.step`
 in place of ReLU, trained on Fashion-MNIST through the ramp. First 500 test images, Linf eps 0.1.
 
-    python benchmarks/controls.py FOLDER [--images 500] [--threads N]
+    python benchmarks/controls.py FOLDER [--networks fixed2 fixed1] [--images 500] [--threads N]
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from quantguard.attacks import PGD, Entry
 from quantguard.data import load_data
 from quantguard.files import write_text
 
-HERE = Path(__file__).parent / "results"
+HERE = Path(__file__).parent / "results" / "controls"
 STEPS = 40
 
 
@@ -53,22 +53,21 @@ def suite() -> list[Entry]:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)
+    parser.add_argument("--networks", nargs="*", default=["fixed2", "fixed1"])
     parser.add_argument("--images", type=int, default=500)
     parser.add_argument("--threads", type=int)
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
-    record = {}
-    for name in ("fixed2", "fixed1"):
+    HERE.mkdir(parents=True, exist_ok=True)
+    for name in args.networks:
         result = qg.evaluate(network(args.folder / f"{name}.safetensors"),
                              load_data("fashion-mnist", "test"), qg.Threat(eps=0.1),
                              images=args.images, suite=suite())
-        record[name] = result.to_dict()
+        write_text(HERE / f"{name}.json", json.dumps(result.to_dict()))
         print(f"{name}: clean {result.clean_accuracy:.1%}, PGD (ce, margin) "
               f"{result.surviving('pgd').mean():.1%}, with the twin {result.robust_accuracy:.1%} "
               f"of {result.images} images; upper bounds")
-    HERE.mkdir(exist_ok=True)
-    write_text(HERE / "controls.json", json.dumps(record))
 
 
 if __name__ == "__main__":
