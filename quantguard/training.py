@@ -182,7 +182,8 @@ class Trainer:
         self.bar.say(f"clean accuracy fell to {clean:.1%} in the first epoch: starting again with "
                      f"lr {self.lr:.2g}")
         self.epoch = self.chosen = 0
-        self.best = start
+        # the wrecked epoch may have scored well: it must not stand in the way of better ones
+        self.best, self.best_score = start, self.history[0].probe or 0.0
 
     def _prepare(self, lr: float) -> None:
         """Make optimizer, schedule and average for a peak learning rate."""

@@ -16,7 +16,7 @@ from ..activation import backward, bypass, soften
 from ..errors import SpecError
 from ..running import frozen
 from ._foolbox import fb
-from .bridge import module_of
+from .bridge import PixelModel, module_of
 from .noise import image_noise
 
 LOSSES = ("ce", "margin")
@@ -155,21 +155,16 @@ class PGD(fb.attacks.base.FixedEpsilonAttack):
         kept[~fallen] = x[~fallen]
         return kept
 
-    def _gradient(self, module: nn.Module, x: Tensor, labels: Tensor,
+    def _gradient(self, module: PixelModel, x: Tensor, labels: Tensor,
                   step: int) -> tuple[Tensor, Tensor | None]:
         """Return the gradient, and the logits where they are those of the hard model."""
         if self.parent:
             with bypass(module):
                 return input_gradient(module, x, labels, self.loss)[0], None
-        if self.twin is not None and module_quantized(module):
+        if self.twin is not None and module.quantized:
             low, high = self.twin
             k = low * (high / low) ** (step / max(self.steps - 1, 1))
             with soften(module, k):
                 return input_gradient(module, x, labels, self.loss)[0], None
         with backward(module, self.mode):
             return input_gradient(module, x, labels, self.loss)
-
-
-def module_quantized(module: nn.Module) -> bool:
-    """Return whether module has staircases."""
-    return bool(getattr(module, "quantized", False))
