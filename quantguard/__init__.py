@@ -16,21 +16,21 @@ if TYPE_CHECKING:
     from . import attacks
     from .activation import QuantActivation, backward, bypass, soften
     from .checkpoint import load, save
+    from .conversion import convert, inspect, restore
     from .evaluation import evaluate
     from .masking import Flag
     from .pipeline import Comparison, ablate, compare, harden
+    from .plan import Plan
     from .recipes import Recipe
     from .results import Evaluation
-    from .rewrite import convert, inspect, restore
-    from .sites import Plan
 
 _LAZY = {
     "QuantActivation": "activation", "backward": "activation", "bypass": "activation",
     "soften": "activation", "load": "checkpoint", "save": "checkpoint",
     "Evaluation": "results", "evaluate": "evaluation", "Flag": "masking",
     "Comparison": "pipeline", "ablate": "pipeline", "compare": "pipeline", "harden": "pipeline",
-    "Recipe": "recipes", "convert": "rewrite", "inspect": "rewrite", "restore": "rewrite",
-    "Plan": "sites",
+    "Recipe": "recipes", "convert": "conversion", "inspect": "conversion", "restore": "conversion",
+    "Plan": "plan",
 }
 
 __all__ = [

@@ -98,6 +98,8 @@ class QuantActivation(nn.Module):
                          torch.ones(shape[:-1]), torch.zeros(()))
         self._state = _State()
         self._listener: Callable[[Tensor], None] | None = None
+        # Set while a forward runs whose calls are told apart at run time (interception.py).
+        self.instead: Callable[[], QuantActivation | None] | None = None
 
     def _start_from(self, t: Tensor, step: Tensor, width: Tensor, zero: Tensor) -> None:
         for name, value in (("base", t), ("base_step", step), ("base_width", width),
@@ -193,19 +195,31 @@ class QuantActivation(nn.Module):
         free = (self.zero_level == 0) & (first > 0.1 * self.base_width)
         return torch.where(free, 2 * first, self.base_width)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return q(f(x)), in x's shape, type and memory order."""
+    def forward(self, x: Tensor, value: Tensor | None = None) -> Tensor:
+        """Return q(f(x)), in x's shape, type and memory order.
+
+        Args:
+            x: what f is applied to.
+            value: f(x), where the model has computed it already in its own way.
+        """
         if isinstance(x, fx.Proxy):
             # A tracer that walked in would lose the surrogate gradient: be a leaf for every tracer.
             path = x.tracer.path_of_module(self)
-            return x.tracer.create_proxy("call_module", path, (x,), {})
+            args = (x,) if value is None else (x, value)
+            return x.tracer.create_proxy("call_module", path, args, {})
+        if self.instead is not None:
+            other = self.instead()
+            if other is not None:
+                return other(x)  # type: ignore[no-any-return]
         action = self._state.action
         if action in ("bypass", "observe"):
-            y = self.function(self._kept(x))
+            y = self._float(x) if value is None else value
             if action == "observe" and self._listener is not None:
                 self._listener(y)
         else:
-            z = x if self.absorbs else self.function(self._kept(x))
+            z = x
+            if not self.absorbs:
+                z = self._float(x) if value is None else value
             if self._listener is not None:
                 self._listener(z)
             t, step, axis = self.thresholds, self.step, self.axis
@@ -217,9 +231,20 @@ class QuantActivation(nn.Module):
                               self.gate, axis)
         return x.copy_(y) if self.inplace else y
 
+    def _float(self, x: Tensor) -> Tensor:
+        if type(self.function) is nn.RReLU:
+            self.function.training = self.training
+        y: Tensor = self.function(self._kept(x))
+        return y
+
     def _kept(self, x: Tensor) -> Tensor:
         """Return what f may save for backward: not x itself where x is overwritten afterwards."""
         return x.clone() if self.inplace else x
+
+    @property
+    def bypassed(self) -> bool:
+        """Return whether it computes the float activation just now."""
+        return self._state.action in ("bypass", "observe")
 
     def extra_repr(self) -> str:
         kind = "dynamic" if self.spec.dynamic else "fixed"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 import types
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,11 +12,10 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from .activation import QuantActivation, bypass, staircases
-from .running import evaluating, run, seeded
-from .sites import Plan
-from .tracing import KIND_OF_FUNCTION, KIND_OF_METHOD
-
-_SIDES = (224, 299, 32, 28, 64, 96, 8)
+from .kinds import ALWAYS_KEPT, kind_of
+from .plan import Plan
+from .running import copied, evaluating, run, seeded
+from .shadow import TensorShadows
 
 
 @dataclass(frozen=True)
@@ -35,23 +33,43 @@ class Audit:
     identical: bool
 
 
-class _Watch(TorchFunctionMode):
-    """Note every activation function that runs outside a staircase, with the module it is in."""
+class Watch(TorchFunctionMode):
+    """Note every activation that runs in float: outside a staircase, and none follows it."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.paths: dict[int, str] = {id(module): name for name, module in model.named_modules()}
-        self.found: list[tuple[str, str]] = []
+        self._paths: dict[int, str] = {id(module): name for name, module in model.named_modules()}
+        self._shadows = TensorShadows()
+        self._found: dict[int, tuple[str, str]] = {}  # number of a value -> module, kind
+
+    @property
+    def found(self) -> list[tuple[str, str]]:
+        """Return what ran in float: the module it ran in, and its kind."""
+        return list(self._found.values())
 
     def __torch_function__(self, func: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kind = KIND_OF_FUNCTION.get(func)
-        if kind is None and getattr(func, "__objclass__", None) is torch._C.TensorBase:
-            kind = KIND_OF_METHOD.get(func.__name__)
-        if kind is not None:
-            owner = self._caller()
-            if owner is not None:
-                self.found.append((owner, kind))
-        return func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        kind = kind_of(func)
+        result = func(*args, **kwargs)
+        if not isinstance(result, Tensor):
+            return result
+        spelled = self._shadows.ran(result, func, args, kwargs)
+        if kind is None and spelled is not None:
+            kind = spelled.kind
+        if kind is None or kind in ALWAYS_KEPT or self._shadows.is_constant(result):
+            return result
+        owner = self._caller()
+        if owner is not None:
+            for number in spelled.through if spelled is not None else ():
+                self._found.pop(number, None)
+            self._found[self._shadows.number(result)] = owner, kind
+        return result
+
+    def quantized(self, _module: nn.Module, args: Any) -> None:
+        """Note that a staircase follows: a forward pre-hook of every staircase."""
+        for value in args:
+            if not self._shadows.is_constant(value):
+                self._found.pop(self._shadows.number(value), None)
 
     def _caller(self) -> str | None:
         """Return the innermost module of the model on the stack; None inside a staircase."""
@@ -60,8 +78,8 @@ class _Watch(TorchFunctionMode):
             module: Any = frame.f_locals.get("self")
             if isinstance(module, QuantActivation):
                 return None
-            if isinstance(module, nn.Module) and id(module) in self.paths:
-                return self.paths[id(module)]
+            if isinstance(module, nn.Module) and id(module) in self._paths:
+                return self._paths[id(module)]
             frame = frame.f_back
         return ""
 
@@ -81,57 +99,25 @@ def audit(original: nn.Module, converted: nn.Module, plan: Plan, inputs: Any) ->
     kept = {(site.owner, site.kind) for site in plan.kept} | {
         (f"{site.owner}.{site.target}".lstrip("."), site.kind) for site in plan.kept} | {
         (site.name, site.kind) for site in plan.kept}
-    ran: list[str] = []
-    handles = [module.register_forward_hook(lambda *_, name=name: ran.append(name))
-               for name, module in staircases(converted).items()]
-    watch = _Watch(converted)
-    outputs = []
-    try:
-        for model, watching in ((original, nullcontext()), (converted, watch)):
-            with torch.no_grad(), seeded(0), evaluating(model), bypass(model), watching:
-                outputs.append(run(model, _copy(inputs)))
-    finally:
-        for handle in handles:
-            handle.remove()
+    with torch.no_grad(), evaluating(original), evaluating(converted):
+        outputs = []
+        for model in (original, converted):
+            with seeded(0), bypass(model):
+                outputs.append(run(model, copied(inputs)))
+        ran: list[str] = []
+        watch = Watch(converted)
+        handles = []
+        for name, module in staircases(converted).items():
+            handles.append(module.register_forward_hook(lambda *_, name=name: ran.append(name)))
+            handles.append(module.register_forward_pre_hook(watch.quantized))
+        try:
+            with seeded(0), watch:
+                run(converted, copied(inputs))
+        finally:
+            for handle in handles:
+                handle.remove()
     pairs = list(zip(_tensors(outputs[0]), _tensors(outputs[1]), strict=True))
     identical = all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in pairs)
     left = [f"{owner or 'the model itself'}: {kind}" for owner, kind in watch.found
             if (owner, kind) not in kept]
     return Audit(tuple(dict.fromkeys(ran)), tuple(dict.fromkeys(left)), identical)
-
-
-def _copy(inputs: Any) -> Any:
-    """Return inputs that a model may overwrite."""
-    if isinstance(inputs, dict):
-        return {k: _copy(v) for k, v in inputs.items()}
-    return inputs.clone() if isinstance(inputs, Tensor) else inputs
-
-
-def find_example(model: nn.Module) -> Tensor | None:
-    """Return an input of two images that model accepts in eval mode, or None.
-
-    Tried: what the architecture says of itself, then the channels of its first convolution at
-    usual sizes, or the features of its first linear layer.
-    """
-    first = next((m for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear))), None)
-    parameter = next(model.parameters(), None)
-    if first is None or parameter is None:
-        return None
-    shapes: list[tuple[int, ...]] = []
-    said = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None) or {}
-    if isinstance(said, dict) and said.get("input_size"):
-        shapes.append((2, *said["input_size"]))
-    if isinstance(first, nn.Conv2d):
-        shapes += [(2, first.in_channels, side, side) for side in _SIDES]
-    else:
-        shapes.append((2, first.in_features))
-    generator = torch.Generator().manual_seed(0)
-    for shape in shapes:
-        example = torch.randn(shape, generator=generator).to(parameter.device, parameter.dtype)
-        try:
-            with torch.no_grad(), evaluating(model), seeded(0):
-                model(example)
-        except Exception:
-            continue
-        return example
-    return None

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from .activation import QuantActivation, observing, staircases
 from .errors import ConversionError, DataError
+from .plan import Site
 from .running import evaluating, modes_kept, run, seeded
-from .sites import Site
 
 # Values that place one staircase (or one channel of it); more change the step by under a percent.
 _SAMPLES = 16384

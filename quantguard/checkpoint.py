@@ -23,12 +23,13 @@ from torch import Tensor, nn
 
 from .activation import staircases
 from .audit import Audit
+from .conversion import Conversion, carry_out, conversion_of, restore, unwrap
 from .errors import LoadError
 from .files import replacing
 from .models import build_arch, is_our_file, load_model
 from .pickles import read_pickle
-from .rewrite import Conversion, carry_out, conversion_of, restore, unwrap
-from .sites import Plan, find_sites
+from .plan import Plan
+from .sites import find_sites
 from .spec import QuantSpec
 
 FORMAT = 1

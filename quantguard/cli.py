@@ -214,8 +214,8 @@ def inspect(model: str, arch: str | None, trust: bool, bits: int, dynamic: bool,
     """Show every activation of MODEL, converted or kept and why, without converting."""
     import json
 
+    from .conversion import inspect as plan_of
     from .files import write_text
-    from .rewrite import inspect as plan_of
     _writable(json_file)
     plan = plan_of(_open(model, arch, trust), bits, dynamic, per_channel=per_channel, keep=keep,
                    gates=gates)
@@ -241,8 +241,8 @@ def convert(model: str, arch: str | None, trust: bool, output: str | None, force
             size: int | None, mean: Any, std: Any, quiet: bool) -> None:
     """Swap every activation of MODEL for a low-bit staircase; needs no data."""
     from .checkpoint import save
-    from .rewrite import conversion_of
-    from .rewrite import convert as carry_out
+    from .conversion import conversion_of
+    from .conversion import convert as carry_out
     target = _output(model, output, ".qg", force)
     loader = _loader(data, "train", batch_size, size, mean, std) if data else None
     converted = carry_out(_open(model, arch, trust), bits, dynamic, data=loader,

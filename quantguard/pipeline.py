@@ -17,13 +17,13 @@ from torch import nn
 from .activation import bypass, staircases
 from .attacks import logits_of
 from .batches import unpack
+from .conversion import conversion_of, convert, unwrap
 from .errors import DataError, SpecError
 from .evaluation import evaluate
 from .files import write_text
 from .masking import mcnemar
 from .recipes import Recipe, recipe_of
 from .results import Evaluation
-from .rewrite import conversion_of, convert, unwrap
 from .running import device_of, evaluating, run, seeded, to_device, usable_device
 from .spec import FLOAT_BITS, QuantSpec, Threat
 from .training import History, fit

@@ -1,8 +1,8 @@
-"""Carry out a plan: convert, and restore.
+"""Give a module a forward that calls staircases; undo it.
 
 The user's model stays the container. A module whose own forward calls an activation function, or
 one activation module several times, gets a subclass of its own class whose ``forward`` is the one
-that torch.fx generated; nothing else about it changes.
+that torch.fx generated, or runs under interception; nothing else about it changes.
 """
 
 from __future__ import annotations
@@ -10,81 +10,36 @@ from __future__ import annotations
 import copy
 import itertools
 import linecache
-from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
-from .activation import HOOKS, QuantActivation, staircases
-from .audit import Audit, audit, find_example
-from .batches import require_reiterable, unpack
-from .calibrate import calibrate
-from .errors import ConversionError, DataError
-from .running import device_of, seeded, to_device
-from .sites import (
-    Bits,
-    Plan,
-    Site,
-    assign,
-    check_convertible,
-    find_sites,
-    join,
-)
+from .activation import staircases
+from .calls import Identity, calls_in
+from .errors import ConversionError
+from .interception import Hook, intercepting
 from .tracing import (
-    Identity,
     Traced,
     Variant,
-    calls_in,
     inputs_of,
     optional_arguments,
     planned_graphs,
-    separate_aliases,
     trace,
     variant_of,
 )
 
 _numbers = itertools.count()
 
-
-@dataclass(frozen=True)
-class Conversion:
-    """Hold how a model was converted; it travels with the converted model.
-
-    Attributes:
-        plan: every site, converted or kept.
-        audit: what one input saw; None where none was run.
-    """
-
-    plan: Plan
-    audit: Audit | None = None
-
-    def summary(self) -> str:
-        """Return one line: how many activations were converted, and what was not."""
-        sites = self.plan.converted
-        main = len(sites) if self.audit is None else len(self.audit.ran)
-        auxiliary = len(sites) - main
-        total = main + len(self.audit.left if self.audit else ())
-        text = f"{main} of {total} activations converted"
-        if auxiliary:
-            text += f" (+{auxiliary} auxiliary, run in training only)"
-        if self.plan.kept:
-            text += f"; {len(self.plan.kept)} kept (" + ", ".join(sorted(
-                {site.reason for site in self.plan.kept})) + ")"
-        if self.audit is None:
-            text += "; audit not run"
-        return text
-
-
 Names = tuple[tuple[Identity, str], ...]
 """(call in the user's forward, attribute that is called instead)."""
 
 
-class _Rewritten:
+class Rewritten:
     """Mix into the subclass of a rewritten module: how it is copied, pickled and undone."""
 
     _user_class: type[nn.Module]
     _names: Names
+    _hooks: tuple[Hook, ...]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         twin = object.__new__(type(self))
@@ -94,28 +49,74 @@ class _Rewritten:
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The file names the user's class; its forward is traced again on loading: no code in it.
-        return _revive, (self._user_class, self._names), self.__dict__
+        return _revive, (self._user_class, self._names, self._hooks), self.__dict__
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[misc]
-        _rewrite(self, self._user_class, self._names)  # type: ignore[arg-type]
+        rewrite(self, self._user_class, self._names, self._hooks)  # type: ignore[arg-type]
 
 
-def _revive(cls: type[nn.Module], names: Names) -> nn.Module:
-    body = {"_user_class": cls, "_names": names}
-    module: nn.Module = object.__new__(type(cls.__name__, (_Rewritten, cls), body))
+def _revive(cls: type[nn.Module], names: Names, hooks: tuple[Hook, ...] = ()) -> nn.Module:
+    body = {"_user_class": cls, "_names": names, "_hooks": hooks}
+    module: nn.Module = object.__new__(type(cls.__name__, (Rewritten, cls), body))
     return module
 
 
-def _rewrite(module: nn.Module, cls: type[nn.Module], names: Names) -> None:
-    """Give module the subclass of cls whose forward calls the named attributes instead.
+def rewrite(module: nn.Module, cls: type[nn.Module], names: Names,
+            hooks: tuple[Hook, ...] = ()) -> None:
+    """Give module a subclass of cls that calls staircases.
+
+    Args:
+        names: calls in a forward that torch.fx traces, and what is called instead.
+        hooks: calls in one that it cannot trace. Neither: only the fused paths are closed.
 
     Raises:
         ConversionError: a call that is no longer in the forward of cls.
     """
+    body: dict[str, Any] = {
+        "_user_class": cls, "_names": names, "_hooks": hooks, "__module__": cls.__module__,
+        "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
+    if names:
+        body["forward"] = _generated(module, cls, names)
+    elif hooks:
+        body["forward"] = intercepting(cls, hooks)
+    for name in FUSED.get(_fused_class(module), ()):
+        body[name] = _closed(name)
+    module.__class__ = type(cls.__name__, (Rewritten, cls), body)
+
+
+FUSED: dict[type[nn.Module] | None, tuple[str, ...]] = {
+    nn.TransformerEncoderLayer: ("activation_relu_or_gelu",),
+    nn.TransformerEncoder: ("use_nested_tensor",),
+}
+"""Attributes that let torch take a fused path, which would pass the staircases by."""
+
+
+def _fused_class(module: nn.Module) -> type[nn.Module] | None:
+    return next((c for c in FUSED if c is not None and isinstance(module, c)), None)
+
+
+def has_fused_path(module: nn.Module) -> bool:
+    """Return whether torch may compute module by a fused path around its activations."""
+    return _fused_class(module) is not None
+
+
+def _closed(name: str) -> property:
+    """Return the attribute: what it was set to under ``bypass``, else nothing."""
+    def read(self: nn.Module) -> Any:
+        active = any(not q.bypassed for q in staircases(self).values())
+        return 0 if active else self.__dict__[name]
+
+    def write(self: nn.Module, value: Any) -> None:
+        self.__dict__[name] = value
+    return property(read, write)
+
+
+def _generated(module: nn.Module, cls: type[nn.Module], names: Names) -> Any:
+    """Return the forward that torch.fx generates, with the named attributes called instead."""
     added = [attribute for _, attribute in names]
     traced = planned_graphs(module, cls, added)
-    found = {call.identity for one in traced.values() for call in calls_in(module, one.graph)}
+    found = {call.identity for one in traced.values() for call in calls_in(module, one)}
     gone = [identity for identity, _ in names if identity not in found]
     if gone:
         raise ConversionError(
@@ -129,14 +130,10 @@ def _rewrite(module: nn.Module, cls: type[nn.Module], names: Names) -> None:
         sources.add(one.graph.python_code("self").src)
         forwards[variant] = _compile(one, cls)
     if optional_arguments(cls):
-        forward = _by_arguments(cls, names, forwards)
-    elif len(sources) == 1:
-        forward = next(iter(forwards.values()))
-    else:
-        forward = _by_mode({variant.training: one for variant, one in forwards.items()})
-    body = {"_user_class": cls, "_names": names, "forward": forward,
-            "__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
-    module.__class__ = type(cls.__name__, (_Rewritten, cls), body)
+        return _by_arguments(cls, names, forwards)
+    if len(sources) == 1:
+        return next(iter(forwards.values()))
+    return _by_mode({variant.training: one for variant, one in forwards.items()})
 
 
 def _by_mode(modes: dict[bool, Any]) -> Any:
@@ -178,225 +175,35 @@ def _redirect(module: nn.Module, traced: Traced, names: dict[Identity, str]) -> 
     """Make a graph call the named attributes, and give module the tensors that it made up."""
     graph = traced.graph
     module.__dict__.update(traced.constants)
-    for call in calls_in(module, graph):
+    for call in calls_in(module, traced):
         attribute = names.get(call.identity)
         if attribute is None:
             continue
         node = call.node
-        if call.target:
-            node.target = attribute
-            continue
-        source = node.args[0] if node.args else next(iter(node.kwargs.values()))
-        with graph.inserting_before(node):
-            new = graph.call_module(attribute, (source,))
-        node.replace_all_uses_with(new)
-        graph.erase_node(node)
+        if call.form == "spelled":
+            assert call.source is not None
+            inputs = (node,) if call.source is node else (call.source, node)
+            with graph.inserting_after(node):
+                new = graph.call_module(attribute, inputs)
+            for user in [user for user in node.users if user is not new]:
+                user.replace_input_with(node, new)
+        elif call.target:
+            node.target, node.args, node.kwargs = attribute, (call.source,), {}
+        else:
+            with graph.inserting_before(node):
+                new = graph.call_module(attribute, (call.source,))
+            node.replace_all_uses_with(new)
+            graph.erase_node(node)
     graph.lint()
 
 
-def convert(model: nn.Module, bits: Bits = 2, dynamic: bool = False, *,
-            data: Iterable[Any] | None = None, example: Any = None, per_channel: bool = False,
-            keep: Iterable[str | type[nn.Module]] = (), gates: bool = False) -> nn.Module:
-    """Return a copy of model whose activations are low-bit staircases.
-
-    Args:
-        model: any classifier; it is not touched.
-        bits: 1 to 8 (32 stays float), a QuantSpec, or {pattern: bits or QuantSpec}; patterns
-            match site names as in a shell, or kinds; the last that matches counts.
-        dynamic: thresholds and step are learned (DQA) instead of fixed (FQA).
-        data: a re-iterable of model inputs or (inputs, labels); thresholds start where the mean
-            squared error on the first batches is smallest. None: BatchNorm statistics, else a
-            seeded probe.
-        example: one input batch, for the audit and the probe; None: the first batch of data, else
-            a shape that the model accepts.
-        per_channel: thresholds per channel.
-        keep: names, patterns, kinds or classes of what stays float.
-        gates: convert sigmoids that multiply something, too.
-
-    Returns:
-        The converted model, an instance of model's class, in model's modes, with a
-        :class:`Conversion` in its attribute ``quantguard``.
-
-    Raises:
-        ConversionError: nothing to convert, converted already, a ScriptModule, or a forward that
-            the rewritten model does not reproduce bit for bit under ``bypass``.
-        SpecError: a pattern that matches nothing, or impossible bits.
-
-    Example:
-        >>> net = convert(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)), bits=2)
-        >>> net[1].thresholds.shape
-        torch.Size([3])
-    """
-    original = unwrap(model)
-    plan = make_plan(original, bits, dynamic, per_channel=per_channel, keep=keep, gates=gates)
-    batches: list[Any] | None = None
-    if data is not None:
-        require_reiterable(data, "data")
-        device = device_of(original)
-        with seeded(0):  # a shuffling loader draws from the caller's random numbers
-            batches = [to_device(unpack(batch)[0], device) for batch in itertools.islice(data, 16)]
-        for number, batch in enumerate(batches):
-            for x in batch.values() if isinstance(batch, dict) else (batch,):
-                if isinstance(x, Tensor) and x.is_floating_point() and not x.isfinite().all():
-                    raise DataError(f"batch {number} of data holds NaN or infinite values")
-        if not batches:
-            raise DataError("data is empty", fix="Pass at least one batch of model inputs.")
-    converted = carry_out(original, plan)
-    # A forward may count or remember: what is run to look at it is never the model itself.
-    if example is None:
-        example = batches[0] if batches else find_example(copy.deepcopy(original))
-    calibrate(converted, plan.converted, batches,
-              example if isinstance(example, Tensor) else None)
-    found = None if example is None else audit(copy.deepcopy(original), copy.deepcopy(converted),
-                                               plan, example)
-    if found is not None and not found.identical:
-        raise ConversionError(
-            "the converted model does not reproduce the float one under bypass",
-            why="Its forward does something that torch.fx cannot see, or is not deterministic.",
-            fix="Name the modules that it happens in with keep=, and please report the model.")
-    converted.__dict__["quantguard"] = Conversion(plan, found)
-    return converted
-
-
-def make_plan(model: nn.Module, bits: Bits = 2, dynamic: bool = False, *,
-              per_channel: bool = False, keep: Iterable[str | type[nn.Module]] = (),
-              gates: bool = False) -> Plan:
-    """Return the plan that :func:`convert` carries out.
-
-    Raises:
-        ConversionError: nothing to convert, converted already, or a ScriptModule.
-        SpecError: a pattern that matches nothing, or impossible bits.
-    """
-    check_convertible(model)
-    plan = assign(find_sites(model), model, bits, dynamic, per_channel, keep, gates)
-    if not plan.converted:
-        why = "None of its modules calls an activation that quantguard knows."
-        if plan.sites:
-            why = "Every one is kept: " + "; ".join(
-                f"{s.name or 'the model itself'} ({s.reason})" for s in plan.sites[:5])
-        raise ConversionError(f"{type(model).__name__} has no activations to convert", why=why)
-    return plan
-
-
-def inspect(model: nn.Module, bits: Bits = 2, dynamic: bool = False, *,
-            data: Iterable[Any] | None = None, example: Any = None, per_channel: bool = False,
-            keep: Iterable[str | type[nn.Module]] = (), gates: bool = False) -> Plan:
-    """Return every activation site of model, converted or kept and why; nothing is changed.
-
-    Takes the options of :func:`convert`. Of a converted model, returns the plan it was made by.
-
-    Raises:
-        ConversionError, SpecError: as :func:`convert`.
-    """
-    del data, example  # they place thresholds, and a plan has none
-    done = conversion_of(model)
-    if done is not None:
-        return done.plan
-    return make_plan(unwrap(model), bits, dynamic, per_channel=per_channel, keep=keep, gates=gates)
-
-
-def conversion_of(model: nn.Module) -> Conversion | None:
-    """Return how model was converted, or None for a float one."""
-    done = getattr(unwrap(model), "__dict__", {}).get("quantguard")
-    return done if isinstance(done, Conversion) else None
-
-
-def unwrap(model: nn.Module) -> nn.Module:
-    """Return the user's model inside DataParallel or torch.compile wrappers."""
-    while True:
-        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-            model = model.module
-        elif type(model).__name__ == "OptimizedModule" and hasattr(model, "_orig_mod"):
-            model = model._orig_mod  # type: ignore[assignment]
-        else:
-            return model
-
-
-def carry_out(model: nn.Module, plan: Plan) -> nn.Module:
-    """Return a copy of model with the plan's staircases in place, thresholds not yet calibrated."""
-    try:
-        twin = copy.deepcopy(model)
-    except Exception as error:
-        raise ConversionError(f"{type(model).__name__} cannot be copied",
-                              why=f"copy.deepcopy: {error}") from error
-    device = device_of(twin)
-    by_owner: dict[str, list[Site]] = {}
-    for site in plan.sites:
-        by_owner.setdefault(site.owner, []).append(site)
-    for path, sites in by_owner.items():
-        owner = twin.get_submodule(path)
-        separate_aliases(owner._modules)
-        names: dict[Identity, str] = {}
-        replacements: dict[str, nn.Module] = {}
-        targets: dict[str, str] = {}
-        taken = {s.target for s in sites if s.converted and s.name == join(path, s.target)}
-        for site in sites:
-            attribute = site.name[len(path) + 1 :] if path else site.name
-            if site.converted:
-                assert site.spec is not None
-                staircase = QuantActivation(site.spec, site.function, axis=site.axis,
-                                            inplace=site.inplace).to(device)
-                replacements[attribute] = staircase
-            elif site.target in taken and site.call > 1:
-                # a later call of a module whose first call is converted stays float
-                replacements[attribute] = copy.deepcopy(site.function)
-            else:
-                continue
-            if site.target:
-                targets[attribute] = site.target
-            if site.form != "opaque" and attribute != site.target:
-                names[site.identity] = attribute
-        called = {attribute: owner.get_submodule(target) for attribute, target in targets.items()}
-        for attribute, module in replacements.items():
-            _put(owner, attribute, module, called.get(attribute))
-        if names:
-            _rewrite(owner, type(owner), tuple(names.items()))
-    return twin
-
-
-def _put(owner: nn.Module, attribute: str, module: nn.Module, old: nn.Module | None) -> None:
-    """Set a child, in the mode and with the hooks of the one whose calls it takes over."""
-    parent_path, _, name = attribute.rpartition(".")
-    module.training = owner.training if old is None else old.training
-    if old is not None:
-        for hooks in HOOKS:
-            getattr(module, hooks).update(getattr(old, hooks))
-        module._is_full_backward_hook = old._is_full_backward_hook
-    children = owner.get_submodule(parent_path)._modules
-    replaced = children.get(name)
-    children[name] = module
-    for other, child in children.items():
-        if replaced is not None and child is replaced:
-            children[other] = module  # an alias stays one
-
-
-def restore(model: nn.Module) -> nn.Module:
-    """Return a copy of a converted model with float activations and its present weights.
-
-    Raises:
-        ConversionError: model holds no staircase.
-    """
-    model = unwrap(model)
-    if not staircases(model):
-        raise ConversionError(f"{type(model).__name__} is not converted: it holds no staircase")
-    twin = copy.deepcopy(model)
-    twin.__dict__.pop("quantguard", None)
+def undo(model: nn.Module) -> set[str]:
+    """Give every module of model the user's class back; return what was added for calls."""
     added = set()
-    for path, module in list(twin.named_modules()):
-        if isinstance(module, _Rewritten):
-            added |= {join(path, attribute) for _, attribute in module._names}
+    for path, module in list(model.named_modules()):
+        if isinstance(module, Rewritten):
+            names = {a for _, a in module._names} | {
+                h.attribute for h in module._hooks if h.attribute not in ("", h.identity[0])}
+            added |= {f"{path}.{name}" if path else name for name in names}
             object.__setattr__(module, "__class__", module._user_class)
-    for path, module in staircases(twin).items():
-        parent_path, _, name = path.rpartition(".")
-        parent = twin.get_submodule(parent_path)
-        if path in added:
-            del parent._modules[name]
-            continue
-        function = copy.deepcopy(module.function)
-        if hasattr(function, "inplace"):
-            setattr(function, "inplace", module.float_inplace)  # noqa: B010 - typed as a Module
-        _put(parent, name, function, module)
-    for path in added - set(staircases(model)):  # float copies of calls that were kept
-        parent_path, _, name = path.rpartition(".")
-        del twin.get_submodule(parent_path)._modules[name]
-    return twin
+    return added

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -15,21 +16,33 @@ from .errors import DataError, SpecError
 
 
 def run(model: nn.Module, inputs: Any, where: str = "") -> Any:
-    """Call model with a tensor, or with a dict of its keyword arguments.
+    """Call model with one input, with a tuple of arguments, or with a dict of keyword arguments.
 
     Raises:
         DataError: the model does not accept inputs of this shape; ``where`` says which they are.
     """
     try:
-        return model(**inputs) if isinstance(inputs, dict) else model(inputs)
+        if isinstance(inputs, dict):
+            return model(**inputs)
+        return model(*inputs) if isinstance(inputs, tuple) else model(inputs)
     except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:
-        shape = {k: tuple(v.shape) for k, v in inputs.items() if isinstance(v, Tensor)} \
-            if isinstance(inputs, dict) else tuple(inputs.shape)
+        shape = changed(inputs, lambda x: tuple(x.shape))  # type: ignore[arg-type,return-value]
         raise DataError(
             f"{where}: " * bool(where) + f"the model does not accept inputs of shape {shape}",
             why=f"It says: {(str(error).strip() or type(error).__name__).splitlines()[0]}",
             fix="Check channels and size: nothing is converted silently; --size resizes images.",
         ) from error
+
+
+def duplicate(model: nn.Module) -> nn.Module:
+    """Return a deep copy of model.
+
+    Results that a forward has left in attributes, which copy.deepcopy refuses while they hang on
+    their graph, are copied without it.
+    """
+    left = [value for module in model.modules() for value in vars(module).values()
+            if isinstance(value, Tensor) and not value.is_leaf]
+    return copy.deepcopy(model, {id(value): value.detach().clone() for value in left})
 
 
 @contextmanager
@@ -123,8 +136,20 @@ def usable_device(device: str | torch.device) -> torch.device:
     return found
 
 
-def to_device(inputs: Any, device: torch.device) -> Any:
-    """Move a tensor, or the tensors of a dict."""
+def changed(inputs: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """Return inputs (a tensor, or dicts, lists and tuples of them) with every tensor changed."""
     if isinstance(inputs, dict):
-        return {name: to_device(value, device) for name, value in inputs.items()}
-    return inputs.to(device) if isinstance(inputs, Tensor) else inputs
+        return {name: changed(value, change) for name, value in inputs.items()}
+    if isinstance(inputs, (list, tuple)):
+        return type(inputs)(changed(value, change) for value in inputs)
+    return change(inputs) if isinstance(inputs, Tensor) else inputs
+
+
+def to_device(inputs: Any, device: torch.device) -> Any:
+    """Move the tensors of inputs."""
+    return changed(inputs, lambda x: x.to(device))
+
+
+def copied(inputs: Any) -> Any:
+    """Return inputs that a model may overwrite."""
+    return changed(inputs, Tensor.clone)

@@ -7,123 +7,33 @@ cannot trace is only ever one module's own forward.
 
 from __future__ import annotations
 
-import difflib
-import fnmatch
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import fx, nn
 
 from .activation import QuantActivation
-from .errors import ConversionError, SpecError
-from .spec import FLOAT_BITS, QuantSpec
-from .tracing import (
-    GATES,
-    KIND_OF_CLASS,
-    Identity,
-    is_gate,
-    named_calls,
-    planned_graphs,
-    writes_in_place,
-)
+from .calls import Identity, is_gate, named_calls
+from .discovery import Intercepted, discover
+from .errors import ConversionError
+from .example import find_example
+from .kinds import ALWAYS_KEPT, GATES, MODULE_KINDS, kind_of, module_of, overwrites
+from .plan import Plan, Site, join
+from .running import duplicate
+from .tracing import Traced, planned_graphs
 
 # Calls whose result is a tensor of its own: writing into it is seen by nobody else.
 _FRESH_MODULES = (nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase, nn.Linear, nn.LayerNorm,
                   nn.GroupNorm)
 _FRESH_FUNCTIONS = {"add", "sub", "mul", "truediv", "cat", "matmul", "conv1d", "conv2d", "conv3d",
                     "linear", "batch_norm", "layer_norm", "group_norm"}
+# Forwards of torch's own that cannot be traced, with fused paths of their own: what they call is
+# known beforehand.
+_LAYERS = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
+_CLOSED = (nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase)
 _NO_CALL: Identity = ("", "", 0)
 _PASS_THROUGH = (nn.Dropout, nn.Dropout2d, nn.Identity)
-
-
-@dataclass(frozen=True)
-class Site:
-    """Describe one call of an activation.
-
-    Attributes:
-        name: where its staircase lives in the converted model.
-        owner: full name of the module whose forward makes the call ("" is the model itself).
-        kind: ``relu``, ``gelu``, ...
-        form: ``module``, ``function``, ``method``; ``opaque`` where the caller's forward could not
-            be traced and the activation module itself is replaced.
-        target: the called module's name within owner (forms ``module`` and ``opaque``).
-        call: number of this call among those of the same kind or module in owner's forward.
-        identity: what makes it the same call in every graph of owner's forward.
-        where: file and line of the call.
-        function: the float activation as a module.
-        inplace: whether somebody may read the overwritten input later.
-        statistics: full names of the BatchNorms whose outputs, added, make up the input; empty
-            where it comes from elsewhere.
-        axis: channel dimension of the input.
-        spec: the staircase it gets; None where it is kept.
-        reason: why it is kept.
-    """
-
-    name: str
-    owner: str
-    kind: str
-    form: str
-    target: str
-    call: int
-    identity: Identity
-    where: str
-    function: nn.Module = field(repr=False, compare=False)
-    inplace: bool = False
-    statistics: tuple[str, ...] = ()
-    axis: int = 1
-    spec: QuantSpec | None = None
-    reason: str = ""
-
-    @property
-    def converted(self) -> bool:
-        """Return whether the site gets a staircase."""
-        return self.spec is not None
-
-
-@dataclass(frozen=True)
-class Plan:
-    """List every activation site of a model, converted or kept and why; prints as a table."""
-
-    sites: tuple[Site, ...]
-    unread: tuple[str, ...] = ()
-    """Modules whose forward torch.fx could not trace."""
-
-    @property
-    def converted(self) -> tuple[Site, ...]:
-        """Return the sites that get a staircase."""
-        return tuple(site for site in self.sites if site.converted)
-
-    @property
-    def kept(self) -> tuple[Site, ...]:
-        """Return the sites that stay float."""
-        return tuple(site for site in self.sites if not site.converted)
-
-    def to_dict(self) -> list[dict[str, Any]]:
-        """Return the sites as plain JSON types."""
-        return [{"name": s.name, "kind": s.kind, "form": s.form, "call": s.call, "where": s.where,
-                 "bits": s.spec.bits if s.spec else FLOAT_BITS,
-                 "dynamic": bool(s.spec and s.spec.dynamic), "reason": s.reason}
-                for s in self.sites]
-
-    def __str__(self) -> str:
-        rows = [("site", "kind", "call", "at", "becomes")]
-        for s in self.sites:
-            if s.spec is None:
-                becomes = f"kept: {s.reason}"
-            else:
-                becomes = (f"{s.spec.bits}-bit {'dynamic' if s.spec.dynamic else 'fixed'}"
-                           f"{' per channel' if s.spec.per_channel else ''}")
-            rows.append((s.name, s.kind, str(s.call), s.where, becomes))
-        widths = [max(len(row[i]) for row in rows) for i in range(4)]
-        lines = ["  ".join([*(c.ljust(w) for c, w in zip(row[:4], widths, strict=True)), row[4]])
-                 for row in rows]
-        lines.append(f"{len(self.converted)} of {len(self.sites)} activation sites to convert")
-        if self.unread:
-            lines.append("forward not traceable, searched by module only: "
-                         + ", ".join(self.unread))
-        return "\n".join(lines)
 
 
 class _Reader:
@@ -131,15 +41,16 @@ class _Reader:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.graphs: dict[str, list[fx.Graph]] = {}
+        self.traced: dict[str, list[Traced]] = {}
         self.unread: dict[str, str] = {}
         for path, module in model.named_modules():
-            if type(module) in KIND_OF_CLASS or not _has_own_code(module):
+            if type(module) in MODULE_KINDS or not _has_own_code(module):
                 continue
             try:
-                self.graphs[path] = [t.graph for t in planned_graphs(module).values()]
+                self.traced[path] = list(planned_graphs(module).values())
             except Exception as error:
                 self.unread[path] = f"{type(error).__name__}: {error}".splitlines()[0]
+        self.graphs = {path: [t.graph for t in traced] for path, traced in self.traced.items()}
         self.outputs = set(self._output_modules(""))
         self.called = self._called()
 
@@ -214,20 +125,15 @@ class _Reader:
             getattr(node.target, "__name__", "") in _FRESH_FUNCTIONS
 
 
-def join(path: str, name: str) -> str:
-    """Return the full name of a child."""
-    return f"{path}.{name}" if path else name
-
-
 def _has_own_code(module: nn.Module) -> bool:
     """Return whether module's forward may call activations: containers and foreign classes."""
     if isinstance(module, QuantActivation):
         return False
-    ours = type(module).__module__.startswith("torch.nn.")
     forward = getattr(type(module), "forward", None)
-    if forward is None or forward is nn.Module.forward:
+    if forward is None or forward is nn.Module.forward or isinstance(module, _CLOSED):
         return False
-    return not ours or next(module.children(), None) is not None
+    ours = type(module).__module__.startswith("torch.nn.")
+    return not ours or type(module) is nn.PReLU or next(module.children(), None) is not None
 
 
 def _is_batchnorm(module: nn.Module) -> bool:
@@ -235,107 +141,135 @@ def _is_batchnorm(module: nn.Module) -> bool:
         type(module).forward is nn.modules.batchnorm._BatchNorm.forward
 
 
-def find_sites(model: nn.Module) -> Plan:
-    """Find every site of model, none of them given a staircase yet."""
+def find_sites(model: nn.Module, example: Any = None,
+               known: Mapping[str, list[Intercepted]] | None = None) -> Plan:
+    """Find every site of model, none of them given a staircase yet.
+
+    Args:
+        example: an input, for forwards that cannot be traced; None: one that the model accepts is
+            looked for.
+        known: what such forwards call, where it was found before: by module.
+    """
     reader = _Reader(model)
     sites: list[Site] = []
     seen: set[str] = set()
-    for path, graphs in reader.graphs.items():
-        if path not in reader.called:
-            continue
-        for call, own_name, number in named_calls(model.get_submodule(path), graphs):
-            node = call.node
-            source = node.args[0] if node.args else next(iter(node.kwargs.values()), None)
-            child = model.get_submodule(join(path, call.target)) if call.target else None
-            inplace = writes_in_place(node, child) and not reader.is_private(path, source, node)
-            name = join(path, own_name)
-            if name in seen:  # somebody else's forward calls the very same child
-                name += "_by_" + (path.replace(".", "_") or "model")
-            seen.add(name)
-            if call.target:
-                seen.add(join(path, call.target))
-            returned = any(user.op == "output" for user in node.users)
-            reason = ""
-            if path in reader.outputs and returned:
-                reason = "model output"
-            elif call.kind in GATES and is_gate(node):
-                reason = "gate"
-            elif call.kind in GATES and returned:
-                reason = "gate, perhaps: its caller gets it"
-            sites.append(Site(
-                name, path, call.kind, call.form, call.target, number,
-                call.identity, node.meta.get("where", ""), call.function, inplace,
-                reader.statistics(path, source) if isinstance(source, fx.Node) else (),
-                reader.axis(path, source) if isinstance(source, fx.Node) else 1, None, reason))
-    for path, module in model.named_modules():
-        kind = KIND_OF_CLASS.get(type(module))
-        owner = path.rpartition(".")[0]
-        if isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
-            sites.append(Site(path, owner, "rnn", "module", path.rpartition(".")[2], 1,
-                              _NO_CALL, "", nn.Identity(), reason="fused cell"))
-        if kind is None or path in seen:
-            continue
-        opaque = any(not above or path.startswith(above + ".") for above in reader.unread)
-        sites.append(Site(path, owner, kind, "opaque", path.rpartition(".")[2], 1, _NO_CALL,
-                          "", module,
-                          bool(getattr(module, "inplace", False)),
-                          reason="" if opaque else "never called"))
+    for path, traced in reader.traced.items():
+        if path in reader.called:
+            sites += _traced_sites(reader, path, traced, seen)
+    run_time = [path for path in reader.unread if not _is_layer(model.get_submodule(path))
+                and not type(model.get_submodule(path)).__module__.startswith("torch.nn.")]
+    if known is None and run_time:
+        known = {}
+        if example is None:
+            example = find_example(duplicate(model))
+        if example is not None:
+            known = discover(model, run_time, reader.outputs, example)
+    for path, found in (known or {}).items():
+        sites += _intercepted_sites(model, path, found, seen)
+    for path in reader.unread:
+        layer: Any = model.get_submodule(path)
+        function = layer.__dict__.get("activation") if _is_layer(layer) else None
+        kind = kind_of(function) if function is not None else None
+        if function is not None and kind is not None:
+            module = module_of(kind, (None,), {}, ())
+            assert module is not None
+            sites.append(Site(join(path, "activation"), path, kind, "attribute", "activation", 1,
+                              _NO_CALL, "", module, axis=-1))
+    sites += _module_sites(model, reader, seen, known)
     order = {path: i for i, (path, _) in enumerate(model.named_modules())}
     sites.sort(key=lambda site: order[site.owner])
-    return Plan(tuple(sites), tuple(reader.unread))
+    unread = {path: why for path, why in reader.unread.items()
+              if not type(model.get_submodule(path)).__module__.startswith("torch.nn.")}
+    return Plan(tuple(sites), unread)
 
 
-Bits = int | QuantSpec | Mapping[str, int | QuantSpec]
+def _is_layer(module: nn.Module) -> bool:
+    return isinstance(module, _LAYERS) and type(module).forward in [c.forward for c in _LAYERS]
 
 
-def assign(plan: Plan, model: nn.Module, bits: Bits, dynamic: bool, per_channel: bool,
-           keep: Iterable[str | type[nn.Module]], gates: bool) -> Plan:
-    """Give each site its spec, or the reason why it is kept.
-
-    Raises:
-        SpecError: a pattern of ``bits`` or ``keep`` that matches nothing.
-    """
-    keep = [keep] if isinstance(keep, (str, type)) else list(keep)
-    used: set[Any] = set()
-    table = dict(bits) if isinstance(bits, Mapping) else {"*": bits}
-    decided = []
-    for site in plan.sites:
-        reason = site.reason
-        if gates and reason.startswith("gate"):
-            reason = ""
-        for pattern in keep:
-            if _matches(site, pattern, model):
-                used.add(pattern)
-                reason = reason or "keep="
-        spec: QuantSpec | None = None
-        for pattern, value in table.items():
-            if _matches(site, pattern, model):
-                used.add(pattern)
-                spec = value if isinstance(value, QuantSpec) else \
-                    QuantSpec(value, dynamic, per_channel)
-        if spec is None:
-            reason = reason or "no pattern of bits= names it"
-        elif spec.is_float:
-            reason = reason or "32 bits"
-        decided.append(replace(site, spec=None if reason else spec, reason=reason))
-    for pattern in [*keep, *table]:
-        if pattern not in used and pattern != "*":
-            names = [s.name for s in plan.sites] + sorted({s.kind for s in plan.sites})
-            near = difflib.get_close_matches(str(pattern), names, 1, 0.3)
-            raise SpecError(f"{pattern!r} matches no activation site",
-                            fix=f"Did you mean {near[0]!r}?" if near else
-                            "See quantguard.inspect(model) for the names.")
-    return replace(plan, sites=tuple(decided))
+def _traced_sites(reader: _Reader, path: str, traced: list[Traced],
+                  seen: set[str]) -> Iterator[Site]:
+    """Yield the sites of a forward that torch.fx has traced."""
+    model = reader.model
+    owner = model.get_submodule(path)
+    for call, own_name, number in named_calls(owner, traced):
+        node, source = call.node, call.source
+        child = model.get_submodule(join(path, call.target)) if call.target else None
+        name = _free_name(path, own_name, call.target, seen)
+        returned = bool(node.users) and all(user.op == "output" for user in node.users)
+        writes = bool(getattr(child, "inplace", False)) if child is not None else \
+            overwrites(node.target, node.args, node.kwargs)
+        known = source is not None and type(call.function) is not nn.Identity
+        yield Site(
+            name, path, call.kind, call.form, call.target, number, call.identity,
+            node.meta.get("where", ""), call.function,
+            writes and not reader.is_private(path, call.overwritten, node),
+            reader.statistics(path, source) if source is not None and known else (),
+            reader.axis(path, source) if source is not None else 1, None,
+            _reason(call.kind, returned, path in reader.outputs, is_gate(node)))
 
 
-def _matches(site: Site, pattern: str | type[nn.Module], model: nn.Module) -> bool:
-    """Match a site by name, pattern, kind, or class: its own or that of a module around it."""
-    if isinstance(pattern, type):
-        above = site.owner.split(".") if site.owner else []
-        around = [model.get_submodule(".".join(above[:i])) for i in range(1, len(above) + 1)]
-        return isinstance(site.function, pattern) or any(isinstance(m, pattern) for m in around)
-    return (fnmatch.fnmatchcase(site.name, pattern) or site.kind == pattern
-            or site.name.startswith(pattern + "."))
+def _reason(kind: str, returned: bool, is_output: bool, gate: bool) -> str:
+    """Return why a call is kept, or nothing."""
+    if returned and is_output:
+        return "model output"
+    if kind in ALWAYS_KEPT:
+        return ALWAYS_KEPT[kind]
+    if kind in GATES and gate:
+        return "gate"
+    return "gate, perhaps: its caller gets it" if kind in GATES and returned else ""
+
+
+def _free_name(path: str, own_name: str, target: str, seen: set[str]) -> str:
+    """Return the full name of a staircase, and take it."""
+    name = join(path, own_name)
+    if name in seen:  # somebody else's forward calls the very same child
+        name += "_by_" + (path.replace(".", "_") or "model")
+    seen.add(name)
+    if target:
+        seen.add(join(path, target))
+    return name
+
+
+def _intercepted_sites(model: nn.Module, path: str, found: list[Intercepted],
+                       seen: set[str]) -> Iterator[Site]:
+    """Yield the sites of a forward whose calls are told apart at run time."""
+    counts: dict[str, int] = {}
+    owner = model.get_submodule(path)
+    for call in found:
+        stem = call.target.replace(".", "_") or call.kind
+        counts[stem] = number = counts.get(stem, 0) + 1
+        own_name = call.target
+        if not call.target or number > 1:
+            own_name = f"{stem}_{number}" if number > 1 else stem
+            while hasattr(owner, own_name):
+                own_name += "_q"
+        child: Any = owner.get_submodule(call.target) if call.target else None
+        yield Site(_free_name(path, own_name, call.target, seen), path, call.kind, call.form,
+                   call.target, number, call.identity, call.where, call.function if child is None
+                   else child, call.inplace if child is None else
+                   bool(getattr(child, "inplace", False)),
+                   reason=call.reason, intercepted=True, argument=call.argument)
+
+
+def _module_sites(model: nn.Module, reader: _Reader, seen: set[str],
+                  known: Mapping[str, list[Intercepted]] | None) -> Iterator[Site]:
+    """Yield the modules that no forward was seen to call, and those that are closed."""
+    for path, module in model.named_modules():
+        kind = MODULE_KINDS.get(type(module))
+        owner, _, own_name = path.rpartition(".")
+        if isinstance(module, _CLOSED):
+            attention = isinstance(module, nn.MultiheadAttention)
+            yield Site(path, owner, "attention" if attention else "rnn", "module", own_name, 1,
+                       _NO_CALL, "", nn.Identity(),
+                       reason="attention softmax" if attention else "fused cell")
+        if kind is None or path in seen:
+            continue
+        # A forward that was run and did not call it may do so for other inputs.
+        opaque = any(not above or path.startswith(above + ".") for above in reader.unread)
+        yield Site(path, owner, kind, "opaque", own_name, 1, _NO_CALL, "", module,
+                   bool(getattr(module, "inplace", False)),
+                   reason=ALWAYS_KEPT.get(kind, "") if opaque else "never called")
 
 
 def check_convertible(model: Any) -> None:

@@ -1,46 +1,27 @@
-"""Trace one module's own forward with torch.fx, and find the activation calls in it."""
+"""Trace one module's own forward with torch.fx, its children as leaves."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
 import inspect
+import os
 import random
 import sys
 import types
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
+import torch.utils.checkpoint
 from torch import fx, nn
 
-from .activation import QuantActivation
+from .kinds import MODULE_KINDS
 
-# kind -> (module class, functions, method names). A literal table: one row an activation.
-_KINDS: dict[str, tuple[type[nn.Module], tuple[Callable[..., Any], ...], tuple[str, ...]]] = {
-    "relu": (nn.ReLU, (F.relu, F.relu_, torch.relu, torch.relu_), ("relu", "relu_")),
-    "relu6": (nn.ReLU6, (F.relu6,), ()),
-    "leaky_relu": (nn.LeakyReLU, (F.leaky_relu, F.leaky_relu_), ()),
-    "elu": (nn.ELU, (F.elu, F.elu_), ()),
-    "selu": (nn.SELU, (F.selu, F.selu_, torch.selu, torch.selu_), ()),
-    "celu": (nn.CELU, (F.celu, F.celu_, torch.celu, torch.celu_), ()),
-    "gelu": (nn.GELU, (F.gelu,), ()),
-    "silu": (nn.SiLU, (F.silu,), ()),
-    "mish": (nn.Mish, (F.mish,), ()),
-    "hardswish": (nn.Hardswish, (F.hardswish,), ()),
-    "hardtanh": (nn.Hardtanh, (F.hardtanh, F.hardtanh_), ()),
-    "softplus": (nn.Softplus, (F.softplus,), ()),
-    "softsign": (nn.Softsign, (F.softsign,), ()),
-    "tanh": (nn.Tanh, (F.tanh, torch.tanh, torch.tanh_), ("tanh", "tanh_")),
-    "sigmoid": (nn.Sigmoid, (F.sigmoid, torch.sigmoid, torch.sigmoid_), ("sigmoid", "sigmoid_")),
-    "hardsigmoid": (nn.Hardsigmoid, (F.hardsigmoid,), ()),
-}
-KIND_OF_CLASS = {row[0]: kind for kind, row in _KINDS.items()}
-KIND_OF_FUNCTION = {f: kind for kind, row in _KINDS.items() for f in row[1]}
-KIND_OF_METHOD = {name: kind for kind, row in _KINDS.items() for name in row[2]}
-GATES = ("sigmoid", "hardsigmoid")
+_TORCH = os.path.dirname(torch.__file__) + os.sep
+_TORCH_MODULES = os.path.join(_TORCH, "nn", "modules") + os.sep
+_MODULE_FILE = nn.Module._call_impl.__code__.co_filename
+_HERE = os.path.dirname(__file__) + os.sep
 
 
 class Tracer(fx.Tracer):
@@ -51,6 +32,11 @@ class Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return True
 
+    def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
+        if m is self.root:
+            raise fx.proxy.TraceError("a call of the module by itself")
+        return super().call_module(m, forward, args, kwargs)
+
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         now = (torch.is_grad_enabled(), torch.is_autocast_enabled("cpu"),
                torch.is_autocast_enabled("cuda"))
@@ -58,13 +44,40 @@ class Tracer(fx.Tracer):
             raise fx.proxy.TraceError("a no_grad or autocast block, which a graph cannot hold")
         self._modes = now
         node = super().create_node(*args, **kwargs)
-        frame: types.FrameType | None = sys._getframe(1)
-        while frame is not None and "/torch/" in frame.f_code.co_filename.replace("\\", "/") \
-                and "/modules/" not in frame.f_code.co_filename.replace("\\", "/"):
-            frame = frame.f_back
-        if frame is not None and frame.f_code.co_filename != __file__:
-            node.meta["where"] = f"{_short(frame.f_code.co_filename)}:{frame.f_lineno}"
+        node.meta["where"], node.meta["place"] = place_of(sys._getframe(1))
         return node
+
+
+def place_of(frame: types.FrameType | None, last: types.FrameType | None = None,
+             ) -> tuple[str, str]:
+    """Return where a call stands in the source, innermost frame outside of torch first.
+
+    Args:
+        frame: the call's frame.
+        last: the forward's frame; None: up to the first frame of this package.
+
+    Returns:
+        File and line, to be read; and the place relative to each function's own first line, which
+        stays what it is when the file is edited elsewhere.
+    """
+    where, places = "", []
+    while frame is not None:
+        code = frame.f_code
+        file = code.co_filename
+        ours = file.startswith(_HERE)
+        if frame is last or (last is None and ours):
+            break
+        line: int = frame.f_lineno
+        frame = frame.f_back
+        if ours or file == "<string>" or (file.startswith(_TORCH)
+                                          and not file.startswith(_TORCH_MODULES)):
+            continue
+        if file == _MODULE_FILE:  # the way into a forward
+            continue
+        where = where or f"{_short(file)}:{line}"
+        if not code.co_name.startswith("<") or code.co_name == "<lambda>":
+            places.append(f"{code.co_name}+{line - code.co_firstlineno}")
+    return where, "<".join(places)
 
 
 def _short(path: str) -> str:
@@ -191,7 +204,8 @@ def trace(module: nn.Module, cls: type[nn.Module], variant: Variant,
     before = {k: _copied(v) for k, v in probe.__dict__.items()}
     with torch.random.fork_rng(devices=[]):
         dice = torch.get_rng_state(), random.getstate()
-        graph = Tracer().trace(probe)
+        with _checkpoints_inlined():
+            graph = Tracer().trace(probe)
         rolled = not torch.equal(dice[0], torch.get_rng_state()) or dice[1] != random.getstate()
         random.setstate(dice[1])
     if rolled:
@@ -202,6 +216,26 @@ def trace(module: nn.Module, cls: type[nn.Module], variant: Variant,
     if changed:
         raise fx.proxy.TraceError(f"forward sets self.{changed[0]}, which a graph cannot hold")
     return Traced(graph, constants)
+
+
+class _Inlined:
+    @staticmethod
+    def apply(function: Any, _preserve: bool, *args: Any) -> Any:
+        return function(*args)
+
+
+@contextlib.contextmanager
+def _checkpoints_inlined() -> Iterator[None]:
+    """Trace through reentrant checkpoints, whose no_grad block is theirs alone.
+
+    The rewritten forward keeps what they would compute again: the same numbers for more memory.
+    """
+    module: Any = torch.utils.checkpoint
+    before, module.CheckpointFunction = module.CheckpointFunction, _Inlined
+    try:
+        yield
+    finally:
+        module.CheckpointFunction = before
 
 
 def _copied(value: Any) -> Any:
@@ -227,7 +261,7 @@ def separate_aliases(children: dict[str, Any]) -> None:
     """
     seen: set[int] = set()
     for name, child in children.items():
-        if type(child) in KIND_OF_CLASS and id(child) in seen:
+        if type(child) in MODULE_KINDS and id(child) in seen:
             children[name] = copy.copy(child)
         seen.add(id(child))
 
@@ -250,112 +284,3 @@ def planned_graphs(module: nn.Module, cls: type[nn.Module] | None = None,
         with contextlib.suppress(Exception):
             graphs[variant] = trace(module, cls, variant, hidden)
     return graphs
-
-
-Identity = tuple[str, str, int]
-"""What makes a call the same in every graph of a forward: called, file and line, how many-th."""
-
-
-@dataclass(frozen=True)
-class Call:
-    """Hold one activation call found in a graph."""
-
-    node: fx.Node
-    kind: str
-    form: str
-    target: str
-    function: nn.Module
-    identity: Identity
-
-
-def float_module(kind: str, node: fx.Node) -> nn.Module | None:
-    """Return the activation of a function or method call as a module; None if args vary."""
-    cls = _KINDS[kind][0]
-    names = [p for p in inspect.signature(cls.__init__).parameters if p != "self"]
-    values = dict(zip(names, node.args[1:], strict=False)) | {
-        k: v for k, v in node.kwargs.items() if k in names}
-    if any(isinstance(v, fx.Node) for v in values.values()):
-        return None
-    return cls(**values)
-
-
-def writes_in_place(node: fx.Node, module: nn.Module | None) -> bool:
-    """Return whether an activation call overwrites its input."""
-    if module is not None:
-        return bool(getattr(module, "inplace", False))
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    position = {"relu": 1, "relu6": 1, "leaky_relu": 2, "elu": 2, "selu": 1, "celu": 2, "silu": 1,
-                "mish": 1, "hardswish": 1, "hardtanh": 3, "hardsigmoid": 1}.get(name, 99)
-    flag = node.args[position] if len(node.args) > position else node.kwargs.get("inplace", False)
-    return name.endswith("_") or bool(flag)
-
-
-def calls_in(module: nn.Module, graph: fx.Graph) -> list[Call]:
-    """Return the activation calls of a graph in order."""
-    found: list[Call] = []
-    counts: dict[tuple[str, str], int] = {}
-    for node in graph.nodes:
-        function: nn.Module | None
-        if node.op == "call_module":
-            child = module.get_submodule(str(node.target))
-            # A staircase stands for the activation that it follows: graphs can be had again later.
-            function = child.function if isinstance(child, QuantActivation) else child
-            kind, form, target = KIND_OF_CLASS.get(type(function)), "module", str(node.target)
-        elif node.op == "call_function":
-            kind, form, target = KIND_OF_FUNCTION.get(node.target), "function", ""
-            function = float_module(kind, node) if kind else None
-        elif node.op == "call_method":
-            kind, form, target = KIND_OF_METHOD.get(str(node.target)), "method", ""
-            function = float_module(kind, node) if kind else None
-        else:
-            continue
-        if kind is None or function is None:
-            continue
-        key = (target or f"{kind}()", node.meta.get("where", ""))
-        counts[key] = counts.get(key, 0) + 1
-        found.append(Call(node, kind, form, target, function, (*key, counts[key])))
-    return found
-
-
-def is_gate(node: fx.Node) -> bool:
-    """Return whether what the node computes multiplies something."""
-    for user in node.users:
-        name = user.target if isinstance(user.target, str) else getattr(user.target, "__name__", "")
-        if name in ("mul", "mul_", "imul"):
-            return True
-        if name in ("view", "reshape", "unsqueeze", "expand", "expand_as", "permute", "chunk",
-                    "getitem", "split", "flatten", "view_as") and is_gate(user):
-            return True
-    return False
-
-
-class Named(NamedTuple):
-    """Hold a call, the name of its staircase in the module, and how many-th of its kind it is."""
-
-    call: Call
-    name: str
-    number: int
-
-
-def named_calls(module: nn.Module, graphs: Iterable[fx.Graph]) -> list[Named]:
-    """Return the calls of all graphs of a forward, each once.
-
-    A module's first call keeps the module's own name; later calls and functions get a name of
-    their own.
-    """
-    named: dict[Identity, Named] = {}
-    counts: dict[str, int] = {}
-    for graph in graphs:
-        for call in calls_in(module, graph):
-            if call.identity in named:
-                continue
-            key = call.identity[0]
-            counts[key] = number = counts.get(key, 0) + 1
-            name = call.target
-            if not call.target or number > 1:
-                stem = call.target.replace(".", "_") if call.target else call.kind
-                name = f"{stem}_{number}" if number > 1 else stem
-                while hasattr(module, name):
-                    name += "_q"
-            named[call.identity] = Named(call, name, number)
-    return list(named.values())

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from quantguard.activation import staircases
 from quantguard.data import load_data
 from quantguard.demo import small_cnn, train_clean
-from quantguard.rewrite import convert
+from quantguard.conversion import convert
 
 
 @pytest.fixture(scope="session", autouse=True)

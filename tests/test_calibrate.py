@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from quantguard.activation import QuantActivation, staircases
 from quantguard.calibrate import mse_step, place
 from quantguard.errors import ConversionError, DataError
-from quantguard.rewrite import convert
+from quantguard.conversion import convert
 from quantguard.spec import QuantSpec
 
 

@@ -23,7 +23,7 @@ from quantguard import checkpoint
 from quantguard.activation import QuantActivation, bypass, staircases
 from quantguard.checkpoint import load, open_model, save
 from quantguard.errors import LoadError
-from quantguard.rewrite import conversion_of, convert, restore
+from quantguard.conversion import conversion_of, convert, restore
 from quantguard.spec import QuantSpec
 
 X = torch.randn(5, 6, generator=torch.Generator().manual_seed(1))

@@ -17,7 +17,7 @@ from quantguard.activation import QuantActivation, staircases
 from quantguard.attacks import PixelModel
 from quantguard.errors import SpecError
 from quantguard.recipes import Recipe, craft, recipe_of, stability_term
-from quantguard.rewrite import convert
+from quantguard.conversion import convert
 from quantguard.spec import QuantSpec, Threat
 
 Untouched = Callable[[nn.Module], AbstractContextManager[None]]

@@ -14,7 +14,7 @@ import torchvision.models
 from torch import Tensor, nn
 
 from quantguard.errors import ConversionError, SpecError
-from quantguard.rewrite import convert, inspect
+from quantguard.conversion import convert, inspect
 from quantguard.sites import Plan, find_sites
 from quantguard.spec import QuantSpec
 
@@ -62,7 +62,7 @@ def test_site_counts(name: str, main: int, auxiliary: int) -> None:
     assert len(plan.sites) - len(heads) == main
     assert len(heads) == auxiliary
     assert len(set(names(plan))) == len(plan.converted) == main + auxiliary
-    assert plan.unread == ()
+    assert plan.unread == {}
 
 
 MODULES = [nn.ReLU(), nn.ReLU6(), nn.LeakyReLU(0.3), nn.GELU("tanh"), nn.SiLU(), nn.Hardswish(),
@@ -322,13 +322,17 @@ class Autocasts(Blocked):
 
 
 @pytest.mark.parametrize(("kind", "sites"), [
-    (Blocked, {"0.act": "opaque"}), (Autocasts, {"0.act": "opaque"}), (Decides, {})])
-def test_a_forward_that_cannot_be_traced_is_listed(kind: type[nn.Module],
-                                                   sites: dict[str, str]) -> None:
-    plan = inspect(nn.Sequential(kind(), nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 3)))
-    assert plan.unread == ("0",)
-    assert {site.name: site.form for site in plan.sites} == {**sites, "2": "module"}
-    assert "not traceable" in str(plan)
+    (Blocked, {"0.relu": "function", "0.act": "module"}), (Autocasts, {"0.act": "module"}),
+    (Decides, {"0.relu": "function", "0.gelu": "function"})])
+def test_calls_in_a_forward_that_cannot_be_traced_are_found_by_running_it(
+        kind: type[nn.Module], sites: dict[str, str]) -> None:
+    plan = inspect(nn.Sequential(nn.Linear(6, 6), kind(), nn.Linear(6, 6), nn.ReLU(),
+                                 nn.Linear(6, 3)))
+    assert list(plan.unread) == ["1"]
+    sites = {name.replace("0", "1"): form for name, form in sites.items()}
+    assert {site.name: site.form for site in plan.sites} == {**sites, "3": "module"}
+    assert all(site.intercepted == (site.owner == "1") for site in plan.sites)
+    assert "not traceable, 1: TraceError" in str(plan) and "by interception" in str(plan)
 
 
 WRITES: list[tuple[Callable[..., Tensor], bool]] = [

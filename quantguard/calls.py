@@ -1,0 +1,173 @@
+"""The activation calls in a traced forward: modules, functions, methods, and spelled-out ones."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from torch import Tensor, fx, nn
+
+from .activation import QuantActivation
+from .kinds import ALWAYS_KEPT, MODULE_KINDS, kind_of, module_of, overwrites
+from .shadow import Shadows, Spelled
+from .tracing import Traced
+
+Identity = tuple[str, str, int]
+"""What makes a call the same in every graph of a forward: called, place in it, how many-th."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """Hold one activation call found in a graph.
+
+    Attributes:
+        form: ``module``, ``function``, ``method``; ``spelled`` where the graph goes on to compute
+            the float activation, and a staircase gets what it is applied to and what it gave.
+        target: the called module's name.
+        function: the float activation as a module.
+        source: what it is applied to.
+        overwritten: what an in-place form writes into.
+    """
+
+    node: fx.Node
+    kind: str
+    form: str
+    target: str
+    function: nn.Module
+    source: fx.Node | None
+    identity: Identity
+    overwritten: fx.Node | None
+
+
+def calls_in(module: nn.Module, traced: Traced) -> list[Call]:
+    """Return the activation calls of a graph in order."""
+    shadows = Shadows({})
+    numbers: dict[int, fx.Node] = {}
+    calls: dict[fx.Node, Call] = {}
+    counts: dict[tuple[str, str], int] = {}
+
+    def add(node: fx.Node, kind: str, form: str, target: str, function: nn.Module,
+            source: Any) -> None:
+        key = (target or f"{kind}()", node.meta.get("place", ""))
+        counts[key] = counts.get(key, 0) + 1
+        first = node.args[0] if node.args else next(iter(node.kwargs.values()), None)
+        if form == "spelled" and overwrites(node.target, node.args, node.kwargs):
+            # What it was applied to is gone: the staircase gets what it gave, alone.
+            source, function = node, nn.Identity()
+        calls[node] = Call(node, kind, form, target, function,
+                           source if isinstance(source, fx.Node) else None, (*key, counts[key]),
+                           first if isinstance(first, fx.Node) else None)
+
+    for node in traced.graph.nodes:
+        source = node.args[0] if node.args else next(iter(node.kwargs.values()), None)
+        operation: Any = node.target
+        kind = None
+        if node.op == "get_attr":
+            value = _constant(module, traced, str(node.target))
+            if value is not None:
+                shadows.constant(node, value)
+            continue
+        if node.op == "call_module":
+            child = module.get_submodule(str(node.target))
+            # A staircase stands for the activation that it follows: graphs can be had again later.
+            operation = child.function if isinstance(child, QuantActivation) else child
+            kind = MODULE_KINDS.get(type(operation))
+            if kind is None:
+                numbers[shadows.number(node)] = node
+                continue
+        elif node.op not in ("call_function", "call_method"):
+            numbers[shadows.number(node)] = node
+            continue
+        spelled = shadows.note(node, operation, node.args, node.kwargs, _is_node)
+        if not shadows.is_constant(node):
+            numbers[shadows.number(node)] = node
+        if node.op == "call_module":
+            assert kind is not None
+            add(node, kind, "module", str(node.target), operation, source)
+            continue
+        kind = kind_of(operation)
+        if kind is None:
+            if spelled is not None:
+                _drop_parts(calls, numbers, node, spelled)
+                add(node, spelled.kind, "spelled", "", spelled.function, numbers[spelled.root])
+            continue
+        function = nn.Identity() if kind in ALWAYS_KEPT else \
+            module_of(kind, node.args, node.kwargs, fx.Node)
+        form = "method" if node.op == "call_method" else "function"
+        add(node, kind, "spelled" if function is None else form, "", function or nn.Identity(),
+            source)
+    return list(calls.values())
+
+
+def _is_node(value: Any) -> bool:
+    return isinstance(value, fx.Node)
+
+
+def _constant(module: nn.Module, traced: Traced, name: str) -> float | None:
+    """Return the number that an attribute holds everywhere, if it does."""
+    value: Any = traced.constants.get(name)
+    if value is None:
+        value = module
+        for part in name.split("."):
+            value = getattr(value, part, None)
+    if not isinstance(value, Tensor) or value.is_meta or value.numel() != 1:
+        return None
+    return float(value)
+
+
+def _drop_parts(calls: dict[fx.Node, Call], numbers: dict[int, fx.Node], node: fx.Node,
+                spelled: Spelled) -> None:
+    """Forget the calls that are only parts of a spelled-out activation."""
+    inside = {numbers[n] for n in spelled.through if n in numbers} | {node}
+    changed = True
+    while changed:
+        changed = False
+        for part in [n for n in inside if n in calls]:
+            if set(part.users) <= inside:
+                del calls[part]
+                changed = True
+
+
+def is_gate(node: fx.Node) -> bool:
+    """Return whether what the node computes multiplies something."""
+    for user in node.users:
+        name = user.target if isinstance(user.target, str) else getattr(user.target, "__name__", "")
+        if name in ("mul", "mul_", "imul"):
+            return True
+        if name in ("view", "reshape", "unsqueeze", "expand", "expand_as", "permute", "chunk",
+                    "getitem", "split", "flatten", "view_as") and is_gate(user):
+            return True
+    return False
+
+
+class Named(NamedTuple):
+    """Hold a call, the name of its staircase in the module, and how many-th of its kind it is."""
+
+    call: Call
+    name: str
+    number: int
+
+
+def named_calls(module: nn.Module, graphs: Iterable[Traced]) -> list[Named]:
+    """Return the calls of all graphs of a forward, each once.
+
+    A module's first call keeps the module's own name; later calls and functions get a name of
+    their own.
+    """
+    named: dict[Identity, Named] = {}
+    counts: dict[str, int] = {}
+    for traced in graphs:
+        for call in calls_in(module, traced):
+            if call.identity in named:
+                continue
+            key = call.identity[0]
+            counts[key] = number = counts.get(key, 0) + 1
+            name = call.target
+            if not call.target or number > 1:
+                stem = call.target.replace(".", "_") if call.target else call.kind
+                name = f"{stem}_{number}" if number > 1 else stem
+                while hasattr(module, name):
+                    name += "_q"
+            named[call.identity] = Named(call, name, number)
+    return list(named.values())

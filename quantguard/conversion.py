@@ -1,0 +1,284 @@
+"""Carry out a plan: convert, inspect, restore."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .activation import HOOKS, QuantActivation, staircases
+from .audit import Audit, audit
+from .batches import require_reiterable, unpack
+from .calibrate import calibrate
+from .calls import Identity
+from .errors import ConversionError, DataError
+from .example import find_example
+from .interception import Hook
+from .kinds import function_of
+from .plan import Bits, Plan, Site, assign, join
+from .rewrite import Rewritten, has_fused_path, rewrite, undo
+from .running import device_of, duplicate, seeded, to_device
+from .sites import check_convertible, find_sites
+from .tracing import separate_aliases
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """Hold how a model was converted; it travels with the converted model.
+
+    Attributes:
+        plan: every site, converted or kept.
+        audit: what one input saw; None where none was run.
+    """
+
+    plan: Plan
+    audit: Audit | None = None
+
+    def summary(self) -> str:
+        """Return one line: how many activations were converted, and what was not."""
+        sites = self.plan.converted
+        main = len(sites) if self.audit is None else len(self.audit.ran)
+        auxiliary = len(sites) - main
+        total = main + len(self.audit.left if self.audit else ())
+        text = f"{main} of {total} activations converted"
+        if auxiliary:
+            text += f" (+{auxiliary} that the audit's input did not reach)"
+        if self.plan.kept:
+            text += f"; kept: {self.plan.kept_by_reason()}"
+        if self.audit is None:
+            text += "; audit not run"
+        return text
+
+
+def convert(model: nn.Module, bits: Bits = 2, dynamic: bool = False, *,
+            data: Iterable[Any] | None = None, example: Any = None, per_channel: bool = False,
+            keep: Iterable[str | type[nn.Module]] = (), gates: bool = False) -> nn.Module:
+    """Return a copy of model whose activations are low-bit staircases.
+
+    Args:
+        model: any classifier; it is not touched.
+        bits: 1 to 8 (32 stays float), a QuantSpec, or {pattern: bits or QuantSpec}; patterns
+            match site names as in a shell, or kinds; the last that matches counts.
+        dynamic: thresholds and step are learned (DQA) instead of fixed (FQA).
+        data: a re-iterable of model inputs or (inputs, labels); thresholds start where the mean
+            squared error on the first batches is smallest. None: BatchNorm statistics, else a
+            seeded probe.
+        example: one input batch, for the audit and the probe; None: the first batch of data, else
+            a shape that the model accepts.
+        per_channel: thresholds per channel.
+        keep: names, patterns, kinds or classes of what stays float.
+        gates: convert sigmoids that multiply something, too.
+
+    Returns:
+        The converted model, an instance of model's class, in model's modes, with a
+        :class:`Conversion` in its attribute ``quantguard``.
+
+    Raises:
+        ConversionError: nothing to convert, converted already, a ScriptModule, or a forward that
+            the rewritten model does not reproduce bit for bit under ``bypass``.
+        SpecError: a pattern that matches nothing, or impossible bits.
+
+    Example:
+        >>> net = convert(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)), bits=2)
+        >>> net[1].thresholds.shape
+        torch.Size([3])
+    """
+    original = unwrap(model)
+    check_convertible(original)
+    batches: list[Any] | None = None
+    if data is not None:
+        require_reiterable(data, "data")
+        device = device_of(original)
+        with seeded(0):  # a shuffling loader draws from the caller's random numbers
+            batches = [to_device(unpack(batch)[0], device) for batch in itertools.islice(data, 16)]
+        for number, batch in enumerate(batches):
+            for x in batch.values() if isinstance(batch, dict) else (batch,):
+                if isinstance(x, Tensor) and x.is_floating_point() and not x.isfinite().all():
+                    raise DataError(f"batch {number} of data holds NaN or infinite values")
+        if not batches:
+            raise DataError("data is empty", fix="Pass at least one batch of model inputs.")
+    # A forward may count or remember: what is run to look at it is never the model itself.
+    if example is None:
+        example = batches[0] if batches else find_example(duplicate(original))
+    plan = make_plan(original, bits, dynamic, example=example, per_channel=per_channel, keep=keep,
+                     gates=gates)
+    converted = carry_out(original, plan)
+    calibrate(converted, plan.converted, batches,
+              example if isinstance(example, Tensor) else None)
+    found = None if example is None else audit(duplicate(original), duplicate(converted),
+                                               plan, example)
+    if found is not None and not found.identical:
+        raise ConversionError(
+            "the converted model does not reproduce the float one under bypass",
+            why="Its forward does something that torch.fx cannot see, or is not deterministic.",
+            fix="Name the modules that it happens in with keep=, and please report the model.")
+    converted.__dict__["quantguard"] = Conversion(plan, found)
+    return converted
+
+
+def make_plan(model: nn.Module, bits: Bits = 2, dynamic: bool = False, *, example: Any = None,
+              per_channel: bool = False, keep: Iterable[str | type[nn.Module]] = (),
+              gates: bool = False) -> Plan:
+    """Return the plan that :func:`convert` carries out.
+
+    Raises:
+        ConversionError: nothing to convert, converted already, or a ScriptModule.
+        SpecError: a pattern that matches nothing, or impossible bits.
+    """
+    check_convertible(model)
+    plan = assign(find_sites(model, example), model, bits, dynamic, per_channel, keep, gates)
+    if not plan.converted:
+        why = "None of its modules calls an activation that quantguard knows."
+        if plan.sites:
+            why = "Every one is kept: " + "; ".join(
+                f"{s.name or 'the model itself'} ({s.reason})" for s in plan.sites[:5])
+        raise ConversionError(f"{type(model).__name__} has no activations to convert", why=why)
+    return plan
+
+
+def inspect(model: nn.Module, bits: Bits = 2, dynamic: bool = False, *,
+            data: Iterable[Any] | None = None, example: Any = None, per_channel: bool = False,
+            keep: Iterable[str | type[nn.Module]] = (), gates: bool = False) -> Plan:
+    """Return every activation site of model, converted or kept and why; nothing is changed.
+
+    Takes the options of :func:`convert`. Of a converted model, returns the plan it was made by.
+
+    Raises:
+        ConversionError, SpecError: as :func:`convert`.
+    """
+    if example is None and data is not None:
+        example = next((unpack(batch)[0] for batch in data), None)
+    done = conversion_of(model)
+    if done is not None:
+        return done.plan
+    return make_plan(unwrap(model), bits, dynamic, example=example, per_channel=per_channel,
+                     keep=keep, gates=gates)
+
+
+def conversion_of(model: nn.Module) -> Conversion | None:
+    """Return how model was converted, or None for a float one."""
+    done = getattr(unwrap(model), "__dict__", {}).get("quantguard")
+    return done if isinstance(done, Conversion) else None
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """Return the user's model inside DataParallel or torch.compile wrappers."""
+    while True:
+        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            model = model.module
+        elif type(model).__name__ == "OptimizedModule" and hasattr(model, "_orig_mod"):
+            model = model._orig_mod  # type: ignore[assignment]
+        else:
+            return model
+
+
+def carry_out(model: nn.Module, plan: Plan) -> nn.Module:
+    """Return a copy of model with the plan's staircases in place, thresholds not yet calibrated."""
+    try:
+        twin = duplicate(model)
+    except Exception as error:
+        raise ConversionError(f"{type(model).__name__} cannot be copied",
+                              why=f"copy.deepcopy: {error}") from error
+    device = device_of(twin)
+    by_owner: dict[str, list[Site]] = {}
+    for site in plan.sites:
+        by_owner.setdefault(site.owner, []).append(site)
+    for path, sites in by_owner.items():
+        _furnish(twin.get_submodule(path), path, sites, device)
+    for module in list(twin.modules()):
+        if has_fused_path(module) and staircases(module) and not isinstance(module, Rewritten):
+            rewrite(module, type(module), ())
+    return twin
+
+
+def _furnish(owner: nn.Module, path: str, sites: list[Site], device: torch.device) -> None:
+    """Give one module its staircases, and the forward that calls them."""
+    separate_aliases(owner._modules)
+    names: dict[Identity, str] = {}
+    hooks: list[Hook] = []
+    replacements: dict[str, nn.Module] = {}
+    targets: dict[str, str] = {}
+    taken = {s.target for s in sites if s.converted and s.name == join(path, s.target)}
+    for site in sites:
+        attribute = site.name[len(path) + 1 :] if path else site.name
+        if site.converted:
+            assert site.spec is not None
+            replacements[attribute] = QuantActivation(
+                site.spec, site.function, axis=site.axis, inplace=site.inplace).to(device)
+        elif site.target in taken and site.call > 1:
+            # a later call of a module whose first call is converted stays float
+            replacements[attribute] = copy.deepcopy(site.function)
+        elif site.intercepted:
+            attribute = ""
+        else:
+            continue
+        if site.target and attribute:
+            targets[attribute] = site.target
+        if site.intercepted:
+            hooks.append(Hook(site.identity, attribute, site.form, site.argument))
+        elif site.form not in ("opaque", "attribute") and attribute != site.target:
+            names[site.identity] = attribute
+    called = {attribute: owner._modules.get(target) if "." not in target else
+              owner.get_submodule(target) for attribute, target in targets.items()}
+    for attribute, module in replacements.items():
+        owner.__dict__.pop(attribute, None)  # a function kept in an attribute
+        _put(owner, attribute, module, called.get(attribute))
+    if names:
+        rewrite(owner, type(owner), tuple(names.items()))
+    elif any(hook.attribute for hook in hooks):
+        rewrite(owner, type(owner), (), tuple(hooks))
+
+
+def _put(owner: nn.Module, attribute: str, module: nn.Module, old: nn.Module | None) -> None:
+    """Set a child, in the mode and with the hooks of the one whose calls it takes over."""
+    parent_path, _, name = attribute.rpartition(".")
+    module.training = owner.training if old is None else old.training
+    if old is not None:
+        for hooks in HOOKS:
+            getattr(module, hooks).update(getattr(old, hooks))
+        module._is_full_backward_hook = old._is_full_backward_hook
+    children = owner.get_submodule(parent_path)._modules
+    replaced = children.get(name)
+    children[name] = module
+    for other, child in children.items():
+        if replaced is not None and child is replaced:
+            children[other] = module  # an alias stays one
+
+
+def restore(model: nn.Module) -> nn.Module:
+    """Return a copy of a converted model with float activations and its present weights.
+
+    Raises:
+        ConversionError: model holds no staircase.
+    """
+    model = unwrap(model)
+    if not staircases(model):
+        raise ConversionError(f"{type(model).__name__} is not converted: it holds no staircase")
+    twin = duplicate(model)
+    done = twin.__dict__.pop("quantguard", None)
+    added = undo(twin)
+    functions = {site.name: site for site in done.plan.converted if site.form == "attribute"} \
+        if done is not None else {}
+    for path, module in staircases(twin).items():
+        parent_path, _, name = path.rpartition(".")
+        parent = twin.get_submodule(parent_path)
+        if path in added:
+            del parent._modules[name]
+            continue
+        if path in functions:
+            del parent._modules[name]
+            setattr(parent, name, function_of(functions[path].kind))
+            continue
+        function = copy.deepcopy(module.function)
+        if hasattr(function, "inplace"):
+            setattr(function, "inplace", module.float_inplace)  # noqa: B010 - typed as a Module
+        _put(parent, name, function, module)
+    for path in added - set(staircases(model)):  # float copies of calls that were kept
+        parent_path, _, name = path.rpartition(".")
+        del twin.get_submodule(parent_path)._modules[name]
+    return twin

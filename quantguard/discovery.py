@@ -1,0 +1,259 @@
+"""Find the activation calls of forwards that torch.fx cannot hold, by running them."""
+
+from __future__ import annotations
+
+import dis
+import sys
+import types
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .activation import QuantActivation
+from .calls import Identity
+from .interception import CALL, Inside
+from .kinds import ALWAYS_KEPT, GATES, MODULE_KINDS, kind_of, module_of, overwrites
+from .running import changed, duplicate, run, seeded
+from .shadow import Spelled, TensorShadows, operation
+
+_VIEWS = frozenset((
+    "view", "reshape", "unsqueeze", "squeeze", "expand", "expand_as", "permute", "transpose",
+    "flatten", "view_as"))
+
+_SPELLING = frozenset(("clamp", "clamp_", "clamp_min", "clip", "maximum", "masked_fill"))
+_UNSEEN = "gate, perhaps: no graph shows where it goes"
+
+
+class Intercepted(NamedTuple):
+    """Describe one activation call that was seen while a forward ran.
+
+    Attributes:
+        form: ``function`` (a staircase is called instead), ``spelled`` (a staircase is called
+            after it) or ``module`` (an activation module is called).
+        argument: for ``spelled``, which argument the activation is a function of; None: unknown.
+        reason: why it is kept.
+    """
+
+    identity: Identity
+    kind: str
+    form: str
+    target: str
+    function: nn.Module
+    where: str
+    argument: int | None = None
+    inplace: bool = False
+    reason: str = ""
+
+
+def children_of(owner: nn.Module) -> dict[int, tuple[str, nn.Module]]:
+    """Return owner's activation modules by id: name and module."""
+    return {id(m): (name, m) for name, m in owner.named_modules()
+            if type(m) in MODULE_KINDS or isinstance(m, QuantActivation)}
+
+
+class _Log:
+    """Collect what the runs of one module's forward have shown."""
+
+    def __init__(self) -> None:
+        self.seen: dict[Identity, Intercepted] = {}
+        self.passed: set[tuple[str, str]] = set()  # operation, function and line
+        self.decides = False  # a tensor became a plain value, which may decide on a branch
+
+
+class _Recorder(Inside):
+    """Note the activation calls of one forward, letting everything run in float."""
+
+    def __init__(self, owner: nn.Module, frame: types.FrameType, log: _Log) -> None:
+        super().__init__(owner, frame)
+        self.log, self.seen = log, log.seen
+        self.shadows = TensorShadows()
+        self.results: dict[int, Identity] = {}  # number of a value -> the call that gave it
+        self._children = children_of(owner)
+
+    def __torch_function__(self, func: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        key, kind = operation(func), kind_of(func)
+        inputs = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
+        if key == "mul":
+            self._multiplied(inputs)
+        result = func(*args, **kwargs)
+        stands = self.stands(key)
+        if stands is not None:
+            self.log.decides |= not isinstance(result, (Tensor, tuple))
+            self.log.passed |= {(key, part) for part in stands[0][1].split("<")}
+        if not isinstance(result, Tensor):
+            return result
+        if stands is None:
+            self._module_call(func, kind, result)
+            return result
+        spelled = self.shadows.ran(result, func, args, kwargs)
+        if key in _VIEWS:
+            self._passed_on(inputs, result)
+        if kind is None and spelled is None:
+            return result
+        identity, where = stands
+        if kind is not None:
+            function = None if kind in ALWAYS_KEPT else module_of(kind, args, kwargs, Tensor)
+            found = Intercepted(identity, kind, "spelled" if function is None else "function", "",
+                                function or nn.Identity(), where, 0,
+                                overwrites(func, args, kwargs), ALWAYS_KEPT.get(kind, ""))
+        else:
+            assert spelled is not None
+            found = self._spelled(identity, where, spelled, func, args, kwargs)
+        if found.kind in GATES:
+            found = found._replace(reason=_UNSEEN)
+        if _in_checkpoint(self.frame):
+            found = found._replace(reason=found.reason or "inside a checkpoint, run again later")
+        self.seen.setdefault(identity, found)
+        self.results[self.shadows.number(result)] = identity
+        return result
+
+    def _spelled(self, identity: Identity, where: str, spelled: Spelled, func: Any,
+                 args: tuple[Any, ...], kwargs: dict[str, Any]) -> Intercepted:
+        for number in spelled.through & self.results.keys():
+            self.seen.pop(self.results[number], None)  # only a part of this one
+        inplace = overwrites(func, args, kwargs)
+        roots = [i for i, a in enumerate(args) if isinstance(a, Tensor)
+                 and not self.shadows.is_constant(a) and self.shadows.number(a) == spelled.root]
+        return Intercepted(identity, spelled.kind, "spelled", "", spelled.function, where,
+                           roots[0] if roots and not inplace else None, inplace)
+
+    def _module_call(self, func: Any, kind: str | None, result: Tensor) -> None:
+        """Note a call of an activation module, which is seen by the function that it calls."""
+        if kind is None:
+            return
+        frame: types.FrameType | None = sys._getframe(2)
+        while frame is not None and frame.f_code is not CALL:
+            frame = frame.f_back
+        child = None if frame is None else self._children.get(id(frame.f_locals.get("self")))
+        if child is None:
+            return
+        name, module = child
+        stands = self.stands(name, 3, module)
+        if stands is not None:
+            self.seen.setdefault(stands[0], Intercepted(stands[0], kind, "module", name, module,
+                                                        stands[1]))
+            self.results[self.shadows.number(result)] = stands[0]
+
+    def _call_of(self, value: Tensor) -> Identity | None:
+        return None if self.shadows.is_constant(value) else \
+            self.results.get(self.shadows.number(value))
+
+    def _passed_on(self, inputs: list[Tensor], result: Tensor) -> None:
+        identity = self._call_of(inputs[0]) if inputs else None
+        if identity is not None:
+            self.results[self.shadows.number(result)] = identity
+
+    def _multiplied(self, inputs: list[Tensor]) -> None:
+        for value in inputs:
+            identity = self._call_of(value)
+            if identity in self.seen and self.seen[identity].kind in GATES:
+                self.seen[identity] = self.seen[identity]._replace(reason="gate")
+
+    def returned(self, output: Any, is_output: bool) -> None:
+        """Note what the forward returned."""
+        identity = self._call_of(output) if isinstance(output, Tensor) else None
+        if is_output and identity in self.seen:
+            self.seen[identity] = self.seen[identity]._replace(reason="model output")
+
+
+def _in_checkpoint(last: types.FrameType) -> bool:
+    frame: types.FrameType | None = sys._getframe(2)
+    while frame is not None and frame is not last:
+        if frame.f_globals.get("__name__") == "torch.utils.checkpoint":
+            return True
+        frame = frame.f_back
+    return False
+
+
+def discover(model: nn.Module, paths: Iterable[str], outputs: Iterable[str], inputs: Any,
+             ) -> dict[str, list[Intercepted]]:
+    """Run a copy of model and return the activation calls in the forwards named by paths.
+
+    Run in both modes; with the inputs negated, zero and larger, too, where a branch that depends
+    on data has left code unreached that names or spells out an activation.
+    """
+    twin = duplicate(model)
+    logs = {path: _Log() for path in paths}
+    outputs = set(outputs)
+
+    def recording(cls: type[nn.Module], path: str) -> Callable[..., Any]:
+        def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            recorder = _Recorder(self, sys._getframe(0), logs[path])
+            with recorder:
+                result = cls.forward(self, *args, **kwargs)
+            recorder.returned(result, path in outputs)
+            return result
+        return forward
+
+    for path in logs:
+        module = twin.get_submodule(path)
+        cls = type(module)
+        module.__class__ = type(cls.__name__, (cls,), {
+            "forward": recording(cls, path), "__module__": cls.__module__})
+    for change in (Tensor.clone, _times(-1), _times(0), _times(100), _times(-100)):
+        for training in (False, True):
+            twin.train(training)
+            with suppress(Exception), torch.no_grad(), seeded(0):
+                run(twin, changed(inputs, change))
+        if not any(log.decides and list(_unreached(model.get_submodule(path), log))
+                   for path, log in logs.items()):
+            break
+    return {path: [*log.seen.values(), *_named_unreached(model.get_submodule(path), log)]
+            for path, log in logs.items()}
+
+
+def _times(factor: float) -> Callable[[Tensor], Tensor]:
+    return lambda x: x * factor if x.is_floating_point() else x.clone()
+
+
+class _Candidate(NamedTuple):
+    """Hold a place in the source that may compute an activation; kind where it names one."""
+
+    key: str
+    place: str
+    where: str
+    kind: str | None
+
+
+def _candidates(cls: type[nn.Module]) -> Iterator[_Candidate]:
+    """Yield the places in the methods of cls that name or may spell out an activation."""
+    functions = [f for c in cls.__mro__ if not c.__module__.startswith("torch.")
+                 for f in vars(c).values() if isinstance(f, types.FunctionType)]
+    for code in [f.__code__ for f in functions if f.__name__ not in ("__init__", "__repr__")]:
+        file = code.co_filename.replace("\\", "/").split("/")
+        lines: dict[int, set[str]] = {}
+        for step in dis.get_instructions(code):
+            line = step.positions.lineno if step.positions is not None else None
+            if line is not None:
+                named = step.opname in ("LOAD_ATTR", "LOAD_METHOD", "LOAD_GLOBAL")
+                lines.setdefault(line, set()).add(
+                    str(step.argval) if named else step.opname + str(step.argrepr))
+        for line, names in lines.items():
+            place = f"{code.co_name}+{line - code.co_firstlineno}"
+            where = f"{'/'.join(file[-2:])}:{line}"
+            for name in names:
+                kind = kind_of(name) or kind_of(getattr(nn.functional, name, None))
+                if (kind and kind not in ALWAYS_KEPT) or name in _SPELLING:
+                    yield _Candidate(operation(name), place, where, kind)
+            if names & {"BINARY_OP*", "BINARY_OP*="} and any(
+                    name.startswith("COMPARE_OP") for name in names):
+                yield _Candidate("mul", place, where, None)
+
+
+def _unreached(module: nn.Module, log: _Log) -> Iterator[_Candidate]:
+    """Yield the places that nothing passed; a child's name is no function's."""
+    for candidate in _candidates(type(module)):
+        if (candidate.key, candidate.place) not in log.passed \
+                and not hasattr(module, candidate.key):
+            yield candidate
+
+
+def _named_unreached(module: nn.Module, log: _Log) -> Iterator[Intercepted]:
+    for key, place, where, kind in _unreached(module, log):
+        if kind is not None:
+            yield Intercepted((key, place, 1), kind, "function", "", nn.Identity(), where,
+                              reason="not reached by the example")

@@ -1,0 +1,102 @@
+"""Which calls are activations: one row a kind."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+# kind -> (module class, functions, method names). A literal table: one row an activation.
+_KINDS: dict[str, tuple[type[nn.Module], tuple[Callable[..., Any], ...], tuple[str, ...]]] = {
+    "relu": (nn.ReLU, (F.relu, F.relu_, torch.relu, torch.relu_), ("relu", "relu_")),
+    "relu6": (nn.ReLU6, (F.relu6,), ()),
+    "leaky_relu": (nn.LeakyReLU, (F.leaky_relu, F.leaky_relu_), ()),
+    "prelu": (nn.PReLU, (F.prelu, torch.prelu), ("prelu",)),
+    "rrelu": (nn.RReLU, (F.rrelu, F.rrelu_, torch.rrelu, torch.rrelu_), ()),
+    "threshold": (nn.Threshold, (F.threshold, torch.threshold, torch.threshold_), ()),
+    "elu": (nn.ELU, (F.elu, F.elu_), ()),
+    "selu": (nn.SELU, (F.selu, F.selu_, torch.selu, torch.selu_), ()),
+    "celu": (nn.CELU, (F.celu, F.celu_, torch.celu, torch.celu_), ()),
+    "gelu": (nn.GELU, (F.gelu,), ()),
+    "silu": (nn.SiLU, (F.silu,), ()),
+    "mish": (nn.Mish, (F.mish,), ()),
+    "hardswish": (nn.Hardswish, (F.hardswish,), ()),
+    "hardtanh": (nn.Hardtanh, (F.hardtanh, F.hardtanh_), ()),
+    "softplus": (nn.Softplus, (F.softplus,), ()),
+    "softsign": (nn.Softsign, (F.softsign,), ()),
+    "log_sigmoid": (nn.LogSigmoid, (F.logsigmoid,), ()),
+    "hardshrink": (nn.Hardshrink, (F.hardshrink, torch.hardshrink), ("hardshrink",)),
+    "softshrink": (nn.Softshrink, (F.softshrink,), ()),
+    "tanhshrink": (nn.Tanhshrink, (F.tanhshrink,), ()),
+    "tanh": (nn.Tanh, (F.tanh, torch.tanh, torch.tanh_), ("tanh", "tanh_")),
+    "sigmoid": (nn.Sigmoid, (F.sigmoid, torch.sigmoid, torch.sigmoid_), ("sigmoid", "sigmoid_")),
+    "hardsigmoid": (nn.Hardsigmoid, (F.hardsigmoid,), ()),
+    "glu": (nn.GLU, (F.glu,), ()),
+    "softmax": (nn.Softmax, (F.softmax, torch.softmax), ("softmax",)),
+    "attention": (nn.MultiheadAttention, (F.scaled_dot_product_attention,), ()),
+}
+GATES = ("sigmoid", "hardsigmoid")
+ALWAYS_KEPT = {"glu": "gate", "softmax": "attention softmax", "attention": "attention softmax"}
+"""kind -> why it is listed and never converted."""
+
+# A PReLU has a parameter, an attention has children: their own forward is read instead.
+MODULE_KINDS = {row[0]: kind for kind, row in _KINDS.items() if kind not in ("prelu", "attention")}
+FUNCTION_KINDS = {f: kind for kind, row in _KINDS.items() for f in row[1]}
+METHOD_KINDS = {name: kind for kind, row in _KINDS.items() for name in row[2]}
+# The position of ``inplace`` among a function's arguments.
+_INPLACE = {"relu": 1, "relu6": 1, "leaky_relu": 2, "rrelu": 4, "threshold": 3, "elu": 2, "selu": 1,
+            "celu": 2, "silu": 1, "mish": 1, "hardswish": 1, "hardtanh": 3, "hardsigmoid": 1}
+
+
+def kind_of(function: Any) -> str | None:
+    """Return the kind that a function, a method of Tensor or a method's name computes."""
+    if isinstance(function, str):
+        return METHOD_KINDS.get(function)
+    kind = FUNCTION_KINDS.get(function)
+    if kind is None and getattr(function, "__objclass__", None) is torch._C.TensorBase:
+        kind = METHOD_KINDS.get(function.__name__)
+    return kind
+
+
+def function_of(kind: str) -> Callable[..., Any]:
+    """Return the function that computes a kind."""
+    return _KINDS[kind][1][0]
+
+
+def module_of(kind: str, args: tuple[Any, ...], kwargs: dict[str, Any],
+              variable: type | tuple[type, ...]) -> nn.Module | None:
+    """Return the activation that a function or method call computes as a module.
+
+    Args:
+        kind: one that is converted.
+        args: of the call; the first is the input.
+        kwargs: of the call.
+        variable: types of arguments that are not known beforehand.
+
+    Returns:
+        None where an argument is not known beforehand, or has no counterpart.
+    """
+    cls = _KINDS[kind][0]
+    names = [p for p in inspect.signature(cls.__init__).parameters if p != "self"]
+    values = dict(zip(names, args[1:], strict=False)) | {
+        k: v for k, v in kwargs.items() if k in names}
+    if kind == "prelu" or any(isinstance(v, variable) for v in values.values()):
+        return None
+    return cls(**values)
+
+
+def overwrites(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Return whether a function or method call writes its result into its input."""
+    name = function if isinstance(function, str) else getattr(function, "__name__", "")
+    if name.startswith("__"):  # a method of an operator
+        return name.startswith("__i")
+    position = _INPLACE.get(name, 99)
+    flag = args[position] if len(args) > position else kwargs.get("inplace", False)
+    return name.endswith("_") or bool(flag) or (name[:1] == "i" and name[1:] in _OPERATORS)
+
+
+_OPERATORS = ("add", "sub", "mul", "truediv", "pow")

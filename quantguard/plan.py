@@ -1,0 +1,180 @@
+"""A model's activation sites, and the plan of what each becomes: pure, printable."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch import nn
+
+from .calls import Identity
+from .errors import SpecError
+from .spec import FLOAT_BITS, QuantSpec
+
+
+@dataclass(frozen=True)
+class Site:
+    """Describe one call of an activation.
+
+    Attributes:
+        name: where its staircase lives in the converted model.
+        owner: full name of the module whose forward makes the call ("" is the model itself).
+        kind: ``relu``, ``gelu``, ...
+        form: ``module``, ``function``, ``method``; ``spelled`` where the forward goes on to compute
+            the activation and the staircase follows it; ``attribute`` where a function kept in an
+            attribute is replaced; ``opaque`` where an activation module is replaced, but no call
+            of it was seen.
+        target: the name of the called module or attribute within owner.
+        call: number of this call among those of the same kind or module in owner's forward.
+        identity: what makes it the same call in every graph of owner's forward.
+        where: file and line of the call.
+        function: the float activation as a module.
+        inplace: whether somebody may read the overwritten input later.
+        statistics: full names of the BatchNorms whose outputs, added, make up the input; empty
+            where it comes from elsewhere.
+        axis: channel dimension of the input.
+        spec: the staircase it gets; None where it is kept.
+        reason: why it is kept.
+        intercepted: the call is told apart at run time: owner's forward cannot be traced.
+        argument: of an intercepted spelled-out activation: which argument it is a function of.
+    """
+
+    name: str
+    owner: str
+    kind: str
+    form: str
+    target: str
+    call: int
+    identity: Identity
+    where: str
+    function: nn.Module = field(repr=False, compare=False)
+    inplace: bool = False
+    statistics: tuple[str, ...] = ()
+    axis: int = 1
+    spec: QuantSpec | None = None
+    reason: str = ""
+    intercepted: bool = False
+    argument: int | None = None
+
+    @property
+    def converted(self) -> bool:
+        """Return whether the site gets a staircase."""
+        return self.spec is not None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """List every activation site of a model, converted or kept and why; prints as a table."""
+
+    sites: tuple[Site, ...]
+    unread: Mapping[str, str] = field(default_factory=dict)
+    """Modules whose forward torch.fx could not trace, and why."""
+
+    @property
+    def converted(self) -> tuple[Site, ...]:
+        """Return the sites that get a staircase."""
+        return tuple(site for site in self.sites if site.converted)
+
+    @property
+    def kept(self) -> tuple[Site, ...]:
+        """Return the sites that stay float."""
+        return tuple(site for site in self.sites if not site.converted)
+
+    def to_dict(self) -> list[dict[str, Any]]:
+        """Return the sites as plain JSON types."""
+        return [{"name": s.name, "kind": s.kind, "form": s.form, "call": s.call, "where": s.where,
+                 "bits": s.spec.bits if s.spec else FLOAT_BITS,
+                 "dynamic": bool(s.spec and s.spec.dynamic), "reason": s.reason}
+                for s in self.sites]
+
+    def __str__(self) -> str:
+        rows = [("site", "kind", "call", "at", "becomes")]
+        for s in self.sites:
+            if s.spec is None:
+                becomes = f"kept: {s.reason}"
+            else:
+                becomes = (f"{s.spec.bits}-bit {'dynamic' if s.spec.dynamic else 'fixed'}"
+                           f"{' per channel' if s.spec.per_channel else ''}")
+            if s.intercepted:
+                becomes += ", by interception"
+            rows.append((s.name, s.kind, str(s.call), s.where, becomes))
+        widths = [max(len(row[i]) for row in rows) for i in range(4)]
+        lines = ["  ".join([*(c.ljust(w) for c, w in zip(row[:4], widths, strict=True)), row[4]])
+                 for row in rows]
+        lines.append(f"{len(self.converted)} of {len(self.sites)} activation sites to convert"
+                     + (f"; kept: {self.kept_by_reason()}" if self.kept else ""))
+        for name, why in self.unread.items():
+            lines.append(f"not traceable, {name or 'the model itself'}: {why}")
+        return "\n".join(lines)
+
+    def kept_by_reason(self) -> str:
+        """Return how many sites stay float for which reason."""
+        counts = Counter(site.reason for site in self.kept)
+        return ", ".join(f"{number} {reason}" for reason, number in sorted(counts.items()))
+
+
+def join(path: str, name: str) -> str:
+    """Return the full name of a child."""
+    return f"{path}.{name}" if path else name
+
+
+Bits = int | QuantSpec | Mapping[str, int | QuantSpec]
+
+
+def assign(plan: Plan, model: nn.Module, bits: Bits, dynamic: bool, per_channel: bool,
+           keep: Iterable[str | type[nn.Module]], gates: bool) -> Plan:
+    """Give each site its spec, or the reason why it is kept.
+
+    ``first`` and ``last`` in ``bits`` and ``keep`` are the ends of the list of sites.
+
+    Raises:
+        SpecError: a pattern of ``bits`` or ``keep`` that matches nothing.
+    """
+    keep = [keep] if isinstance(keep, (str, type)) else list(keep)
+    used: set[Any] = set()
+    table = dict(bits) if isinstance(bits, Mapping) else {"*": bits}
+    free = [s.name for s in plan.sites if not s.reason or (gates and s.reason.startswith("gate"))]
+    ends = {"first": free[:1], "last": free[-1:]}
+    decided = []
+    for site in plan.sites:
+        reason = site.reason
+        if gates and reason.startswith("gate"):
+            reason = ""
+        for pattern in keep:
+            if _matches(site, pattern, model, ends):
+                used.add(pattern)
+                reason = reason or "keep="
+        spec: QuantSpec | None = None
+        for pattern, value in table.items():
+            if _matches(site, pattern, model, ends):
+                used.add(pattern)
+                spec = value if isinstance(value, QuantSpec) else \
+                    QuantSpec(value, dynamic, per_channel)
+        if spec is None:
+            reason = reason or "no pattern of bits= names it"
+        elif spec.is_float:
+            reason = reason or "32 bits"
+        decided.append(replace(site, spec=None if reason else spec, reason=reason))
+    for pattern in [*keep, *table]:
+        if pattern not in used and pattern != "*":
+            names = [s.name for s in plan.sites] + sorted({s.kind for s in plan.sites})
+            near = difflib.get_close_matches(str(pattern), names, 1, 0.3)
+            raise SpecError(f"{pattern!r} matches no activation site",
+                            fix=f"Did you mean {near[0]!r}?" if near else
+                            "See quantguard.inspect(model) for the names.")
+    return replace(plan, sites=tuple(decided))
+
+
+def _matches(site: Site, pattern: str | type[nn.Module], model: nn.Module,
+             ends: Mapping[str, list[str]]) -> bool:
+    """Match a site by name, pattern, kind, class (its own or a module's around it), or place."""
+    if isinstance(pattern, type):
+        above = site.owner.split(".") if site.owner else []
+        around = [model.get_submodule(".".join(above[:i])) for i in range(1, len(above) + 1)]
+        return isinstance(site.function, pattern) or any(isinstance(m, pattern) for m in around)
+    return (fnmatch.fnmatchcase(site.name, pattern) or site.kind == pattern
+            or site.name.startswith(pattern + ".") or site.name in ends.get(pattern, ()))
