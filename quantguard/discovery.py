@@ -221,9 +221,13 @@ class _Candidate(NamedTuple):
 
 def _candidates(cls: type[nn.Module]) -> Iterator[_Candidate]:
     """Yield the places in the methods of cls that name or may spell out an activation."""
-    functions = [f for c in cls.__mro__ if not c.__module__.startswith("torch.")
-                 for f in vars(c).values() if isinstance(f, types.FunctionType)]
-    for code in [f.__code__ for f in functions if f.__name__ not in ("__init__", "__repr__")]:
+    functions: dict[str, list[types.FunctionType]] = {}
+    for c in cls.__mro__:
+        for name, f in vars(c).items() if not c.__module__.startswith("torch.") else ():
+            above = functions.setdefault(name, []) if isinstance(f, types.FunctionType) else None
+            if above is not None and all("super" in g.__code__.co_names for g in above):
+                above.append(f)
+    for code in [f.__code__ for name, fs in functions.items() if name[:2] != "__" for f in fs]:
         file = code.co_filename.replace("\\", "/").split("/")
         lines: dict[int, set[str]] = {}
         for step in dis.get_instructions(code):

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from quantguard.activation import staircases
+from quantguard.conversion import convert
 from quantguard.data import load_data
 from quantguard.demo import small_cnn, train_clean
-from quantguard.conversion import convert
 
 
 @pytest.fixture(scope="session", autouse=True)

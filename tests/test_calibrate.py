@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from quantguard.activation import QuantActivation, staircases
 from quantguard.calibrate import mse_step, place
-from quantguard.errors import ConversionError, DataError
 from quantguard.conversion import convert
+from quantguard.errors import ConversionError, DataError
 from quantguard.spec import QuantSpec
 
 

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from quantguard import checkpoint
 from quantguard.activation import QuantActivation, bypass, staircases
 from quantguard.checkpoint import load, open_model, save
-from quantguard.errors import LoadError
 from quantguard.conversion import conversion_of, convert, restore
+from quantguard.errors import LoadError
 from quantguard.spec import QuantSpec
 
 X = torch.randn(5, 6, generator=torch.Generator().manual_seed(1))

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from quantguard.activation import QuantActivation, staircases
 from quantguard.attacks import PixelModel
+from quantguard.conversion import convert
 from quantguard.errors import SpecError
 from quantguard.recipes import Recipe, craft, recipe_of, stability_term
-from quantguard.conversion import convert
 from quantguard.spec import QuantSpec, Threat
 
 Untouched = Callable[[nn.Module], AbstractContextManager[None]]

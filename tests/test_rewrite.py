@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, ResNet
 
 from quantguard.activation import QuantActivation, backward, bypass, soften, staircases
-from quantguard.errors import ConversionError, DataError, SpecError
 from quantguard.conversion import conversion_of, convert, restore
+from quantguard.errors import ConversionError, DataError, SpecError
 
 X = torch.randn(8, 6, generator=torch.Generator().manual_seed(1))
 

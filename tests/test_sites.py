@@ -13,8 +13,8 @@ import torch.nn.functional as F
 import torchvision.models
 from torch import Tensor, nn
 
-from quantguard.errors import ConversionError, SpecError
 from quantguard.conversion import convert, inspect
+from quantguard.errors import ConversionError, SpecError
 from quantguard.sites import Plan, find_sites
 from quantguard.spec import QuantSpec
 
