@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from . import plain
+
 MODES = ("ramp", "ste", "sigmoid", "parent")
 # Up to here a comparison per boundary beats a binary search per element.
 _COMPARE_UP_TO = 31
@@ -375,6 +377,14 @@ def staircase(x: Tensor, t: Tensor, step: Tensor, width: Tensor, zero: Tensor,
         gate: (lo, hi) outside which the derivative of an absorbed f is 0 (mode ``parent``).
         axis: the channel dimension of x where thresholds are per channel.
     """
+    if torch.compiler.is_compiling():
+        edges, widths = windows(t, width)
+        wide, rows = x.float(), None if axis is None else axis % x.dim()
+        if surrogate.mode == "sigmoid":
+            y = plain.belled(wide, t, step, widths, zero, surrogate.k, rows)
+        else:
+            y = plain.windowed(wide, t, step, edges, widths, zero, surrogate.mode, gate, rows)
+        return y.to(x.dtype)
     if surrogate.mode == "sigmoid":
         return _apply(_Bell, x, t, step, width, zero, surrogate.k, True, axis)
     return _apply(_Windowed, x, t, step, width, zero, surrogate.mode, gate, axis)
@@ -387,6 +397,9 @@ def soft_staircase(x: Tensor, t: Tensor, step: Tensor, width: Tensor, zero: Tens
     sigma is the logistic function; w_i is held constant; k grows from 2 (smooth) towards infinity
     (q itself). Arguments as in :func:`staircase`.
     """
+    if torch.compiler.is_compiling():
+        rows = None if axis is None else axis % x.dim()
+        return plain.soft(x.float(), t, step, windows(t, width).widths, zero, k, rows).to(x.dtype)
     return _apply(_Bell, x, t, step, width, zero, k, False, axis)
 
 

@@ -1,0 +1,92 @@
+"""The staircase in plain tensor operations, which torch.compile and torch.export read and fuse.
+
+The same function and gradients as in staircase.py, which is faster without a compiler. The forward
+is the hard staircase; a linear piece whose value is taken off again brings the surrogate gradient.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# Up to here comparisons are spelled out one by one, which a compiler vectorises.
+_UNROLL_UP_TO = 31
+
+
+def _rows(values: Tensor, x: Tensor, axis: int | None) -> Tensor:
+    """Return one number, or one per channel, so that it broadcasts against x."""
+    if axis is None:
+        return values
+    shape = [1] * x.dim()
+    shape[axis] = -1
+    return values.reshape(shape)
+
+
+def _count(x: Tensor, bounds: Tensor, axis: int | None) -> Tensor:
+    """Return, for each element of x, how many of the ascending bounds are < x, as float32."""
+    if bounds.shape[-1] <= _UNROLL_UP_TO:
+        first, *rest = bounds.unbind(-1)
+        count = (x > _rows(first, x, axis)).float()
+        for bound in rest:
+            count = count + (x > _rows(bound, x, axis)).float()
+        return count
+    if axis is None:
+        return torch.bucketize(x, bounds).float()
+    rows = x.movedim(axis, 0)
+    counts = torch.searchsorted(bounds, rows.reshape(rows.shape[0], -1).contiguous())
+    return counts.reshape(rows.shape).movedim(0, axis).float()
+
+
+def _pick(table: Tensor, index: Tensor, axis: int | None) -> Tensor:
+    """Return ``table[..., index]`` elementwise."""
+    if axis is None:
+        return table[index]
+    rows = index.movedim(axis, 0)
+    return table.gather(1, rows.flatten(1)).reshape(rows.shape).movedim(0, axis)
+
+
+def _hard(x: Tensor, t: Tensor, step: Tensor, zero: Tensor, axis: int | None) -> Tensor:
+    value = (_count(x, t.detach(), axis) - zero) * _rows(step, x, axis)
+    return torch.where(x != x, x, value)  # NaN stays NaN
+
+
+def windowed(x: Tensor, t: Tensor, step: Tensor, edges: Tensor, widths: Tensor, zero: Tensor,
+             mode: str, gate: tuple[float, float] | None, axis: int | None) -> Tensor:
+    """Return the staircase with the gradient of mode ``ramp``, ``ste`` or ``parent``.
+
+    Args:
+        x: float32, any shape; the others as in staircase.py.
+    """
+    m = t.shape[-1]
+    edges, slopes = edges.detach(), (step.unsqueeze(-1) / widths).detach()
+    if mode != "ramp":
+        slope = m * step.detach() / (edges[..., -1] - edges[..., 0])
+        slopes = slope.unsqueeze(-1).expand_as(widths)
+    window = _count(x.detach(), edges, axis).long() - 1
+    inside = (window >= 0) & (window < m)
+    window = window.clamp(0, m - 1)
+    here = _pick(t, window, axis)
+    line = _pick(slopes, window, axis) * (x - torch.where(inside, here, here.detach()))
+    if mode == "parent":
+        through = torch.ones_like(inside) if gate is None else (x > gate[0]) & (x < gate[1])
+    else:
+        through = inside
+    line = torch.where(through & x.isfinite(), line, torch.zeros_like(line))
+    return _hard(x, t, step, zero, axis) + (line - line.detach())
+
+
+def soft(x: Tensor, t: Tensor, step: Tensor, widths: Tensor, zero: Tensor, k: float,
+         axis: int | None) -> Tensor:
+    """Return the softened twin."""
+    total = torch.zeros_like(x)
+    for center, width in zip(t.unbind(-1), widths.detach().unbind(-1), strict=True):
+        total = total + torch.sigmoid(k / _rows(width, x, axis) * (x - _rows(center, x, axis)))
+    return (total - zero) * _rows(step, x, axis)
+
+
+def belled(x: Tensor, t: Tensor, step: Tensor, widths: Tensor, zero: Tensor, k: float,
+           axis: int | None) -> Tensor:
+    """Return the staircase with the twin's gradient; the step's is the staircase's own."""
+    smooth = soft(x, t, step.detach(), widths, zero, k, axis)
+    smooth = torch.where(smooth.isfinite(), smooth, torch.zeros_like(smooth))
+    return _hard(x, t, step, zero, axis) + (smooth - smooth.detach())

@@ -1,0 +1,119 @@
+"""The plain staircase is the same function with the same gradients, and compilers can read it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from quantguard import backward, bypass, convert, plain, soften
+from quantguard.activation import QuantActivation
+from quantguard.spec import QuantSpec
+from quantguard.staircase import Surrogate, soft_staircase, staircase, windows
+
+THRESHOLDS = {1: [0.4], 2: [0.2, 0.9, 1.3], 6: (torch.arange(63) / 20 - 1).tolist()}
+
+
+def numbers(bits: int, channels: int | None) -> tuple[Tensor, Tensor, Tensor]:
+    t = torch.tensor(THRESHOLDS[bits])
+    step, width = torch.tensor(0.7), torch.tensor(0.6)
+    if channels is not None:
+        t = t + torch.arange(channels).unsqueeze(1) / 7
+        step, width = step + torch.arange(channels) / 5, width.expand(channels)
+    return t, step, width
+
+
+def gradients(y: Tensor, *of: Tensor) -> list[Tensor]:
+    weights = torch.randn(y.shape, generator=torch.Generator().manual_seed(1))
+    return list(torch.autograd.grad((y * weights).sum(), of))
+
+
+@pytest.mark.parametrize("channels", [None, 3])
+@pytest.mark.parametrize("bits", THRESHOLDS)
+@pytest.mark.parametrize("mode", ["ramp", "ste", "parent", "parent gated", "sigmoid", "soft"])
+def test_both_forms_agree(mode: str, bits: int, channels: int | None) -> None:
+    x = torch.randn(4, 3, 5, generator=torch.Generator().manual_seed(0)) * 2
+    x.flatten()[:3] = torch.tensor([0.0, 0.9, 30.0])  # an edge, a threshold, far outside
+    t, step, width = numbers(bits, channels)
+    zero, axis = torch.tensor(0.5), None if channels is None else 1
+    results = []
+    for form in ("eager", "plain"):
+        xs, ts, steps = (v.clone().requires_grad_() for v in (x, t, step))
+        edges, widths = windows(ts, width)
+        gate = (0.0, 1.0) if mode == "parent gated" else None
+        name = mode.split()[0]
+        if form == "eager" and mode == "soft":
+            y = soft_staircase(xs, ts, steps, width, zero, 5.0, axis)
+        elif form == "eager":
+            y = staircase(xs, ts, steps, width, zero, Surrogate(name, 8.0), gate, axis)
+        elif mode == "soft":
+            y = plain.soft(xs, ts, steps, widths, zero, 5.0, axis)
+        elif mode == "sigmoid":
+            y = plain.belled(xs, ts, steps, widths, zero, 8.0, axis)
+        else:
+            y = plain.windowed(xs, ts, steps, edges, widths, zero, name, gate, axis)
+        results.append((y, gradients(y, xs, ts, steps)))
+    (eager, eager_grads), (other, other_grads) = results
+    assert torch.equal(eager, other) or (mode == "soft" and torch.allclose(eager, other, atol=1e-5))
+    for one, two in zip(eager_grads, other_grads, strict=True):
+        assert torch.allclose(one, two, rtol=1e-3, atol=1e-4)
+    if mode == "ramp" and bits == 2:  # unequal gaps: the comparison can fail
+        y = plain.windowed(xs, ts, steps, edges, widths, zero, "ste", None, axis)
+        assert not torch.allclose(gradients(y, xs)[0], eager_grads[0], rtol=1e-3, atol=1e-4)
+
+
+def test_not_a_number_stays_one_and_infinity_takes_the_outer_levels() -> None:
+    t, step, width = numbers(2, None)
+    x = torch.tensor([float("nan"), float("inf"), -float("inf")], requires_grad=True)
+    y = plain.windowed(x, t, step, *windows(t, width), torch.tensor(0.0), "ramp", None, None)
+    assert y.isnan().tolist() == [True, False, False]
+    assert torch.equal(y[1:], torch.tensor([3 * 0.7, 0.0]))
+    y.nansum().backward()
+    assert torch.equal(x.grad, torch.zeros(3))
+
+
+@pytest.fixture(params=[False, True], ids=["fixed", "dynamic"])
+def converted(request: Any) -> Iterator[nn.Module]:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3),
+                        nn.GELU(), nn.Flatten(), nn.Linear(64, 5)).eval()
+    yield convert(net, 2, dynamic=request.param, example=torch.randn(2, 3, 8, 8))
+    torch.compiler.reset()
+
+
+def test_torch_compile_sees_no_graph_break_and_the_contexts(converted: nn.Module) -> None:
+    x = torch.randn(4, 3, 8, 8)
+    compiled = torch.compile(converted, fullgraph=True, backend="aot_eager")
+    contexts = (nullcontext, lambda: bypass(converted), lambda: soften(converted, 4.0),
+                lambda: backward(converted, "ste"))
+    for context in contexts:
+        outputs, inputs = [], []
+        for model in (converted, compiled):
+            z = x.clone().requires_grad_()
+            with context():
+                y = model(z)
+            inputs.append(torch.autograd.grad(y.square().sum(), z)[0])
+            outputs.append(y)
+        assert torch.allclose(*outputs, atol=1e-6)
+        assert torch.allclose(*inputs, rtol=1e-3, atol=1e-5)
+
+
+def test_torch_export_gives_the_same_outputs(converted: nn.Module) -> None:
+    x = torch.randn(4, 3, 8, 8)
+    program = torch.export.export(converted, (x,))
+    assert torch.equal(program.module()(x), converted(x))
+    assert any("quantguard" in str(node.meta.get("nn_module_stack")) or "gt" in str(node.target)
+               for node in program.graph.nodes)
+
+
+def test_one_staircase_compiles_at_every_width() -> None:
+    for bits in (1, 3, 8):
+        module = QuantActivation(QuantSpec(bits), nn.ReLU())
+        compiled = torch.compile(module, fullgraph=True, backend="eager")
+        x = torch.randn(100) * 2**bits
+        assert torch.equal(compiled(x), module(x))
+        torch.compiler.reset()
