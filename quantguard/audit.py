@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
+import time
 import types
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -25,12 +26,15 @@ class Audit:
     Attributes:
         ran: staircases that ran in eval mode; the others are auxiliary (training only).
         left: activations that ran in float although no site names them: "module: kind".
-        identical: whether ``bypass`` gave the float model's output bit for bit.
+        identical: whether ``bypass`` gave the float model's output bit for bit; on the meta
+            device, in its shapes.
+        seconds: how long it took.
     """
 
     ran: tuple[str, ...]
     left: tuple[str, ...]
     identical: bool
+    seconds: float = field(default=0.0, compare=False)
 
 
 class Watch(TorchFunctionMode):
@@ -99,6 +103,7 @@ def audit(original: nn.Module, converted: nn.Module, plan: Plan, inputs: Any) ->
     kept = {(site.owner, site.kind) for site in plan.kept} | {
         (f"{site.owner}.{site.target}".lstrip("."), site.kind) for site in plan.kept} | {
         (site.name, site.kind) for site in plan.kept}
+    begin = time.perf_counter()
     with torch.no_grad(), evaluating(original), evaluating(converted):
         outputs = []
         for model in (original, converted):
@@ -117,7 +122,9 @@ def audit(original: nn.Module, converted: nn.Module, plan: Plan, inputs: Any) ->
             for handle in handles:
                 handle.remove()
     pairs = list(zip(_tensors(outputs[0]), _tensors(outputs[1]), strict=True))
-    identical = all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in pairs)
+    identical = all(a.shape == b.shape if a.is_meta else
+                    torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in pairs)
     left = [f"{owner or 'the model itself'}: {kind}" for owner, kind in watch.found
             if (owner, kind) not in kept]
-    return Audit(tuple(dict.fromkeys(ran)), tuple(dict.fromkeys(left)), identical)
+    return Audit(tuple(dict.fromkeys(ran)), tuple(dict.fromkeys(left)), identical,
+                 time.perf_counter() - begin)

@@ -7,7 +7,7 @@ mean squared error between f(x) and q(f(x)).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
 import torch
@@ -16,13 +16,15 @@ from torch import Tensor, nn
 from .activation import QuantActivation, observing, staircases
 from .errors import ConversionError, DataError
 from .plan import Site
-from .running import evaluating, modes_kept, run, seeded
+from .running import changed, evaluating, modes_kept, run, seeded
 
 # Values that place one staircase (or one channel of it); more change the step by under a percent.
 _SAMPLES = 16384
 _SAMPLES_PER_CHANNEL = 1024
 _BATCHES = 16
+# A seeded probe: images of this many values or more give enough of them one by one.
 _PROBE_IMAGES = 8
+_LARGE = 1 << 15
 
 
 def mse_step(samples: Tensor, m: int) -> tuple[Tensor, float]:
@@ -44,11 +46,11 @@ def mse_step(samples: Tensor, m: int) -> tuple[Tensor, float]:
         return torch.stack([_error(values, peak * c / top, m, zero) for c in shares])
 
     zero = 0.0
+    few = samples[:, :: max(1, samples.shape[1] // 2048)]
     if samples.min() < -1e-6 * max(float(samples.max()), 1e-12):
-        few = samples[:, :: max(1, samples.shape[1] // 1024)]
         zero = min(_zeros(m, samples), key=lambda z: float(errors(few, z).amin(0).sum()))
     top = max(m - zero, zero, 0.5)
-    near = torch.tensor(shares)[errors(samples, zero).argmin(0)]
+    near = torch.tensor(shares)[errors(few, zero).argmin(0)]
     fine = torch.linspace(0.9, 1.1, 11).unsqueeze(1) * near
     best = torch.stack([_error(samples, peak * c / top, m, zero) for c in fine]).argmin(0)
     return peak * fine.gather(0, best.unsqueeze(0)).squeeze(0) / top, zero
@@ -109,11 +111,13 @@ def from_statistics(model: nn.Module, site: Site, module: QuantActivation) -> No
     mean = variance = torch.zeros(1)
     for norm in normals:
         scale, shift = norm.weight, norm.bias
-        channels = int(norm.num_features)
+        channels = norm.running_mean.numel() if norm.running_mean is not None else norm.num_features
         mean = mean + (torch.zeros(channels) if shift is None else shift.detach().float().cpu())
         variance = variance + (torch.ones(channels) if scale is None
                                else scale.detach().float().cpu().square())
-    points = (torch.arange(512, dtype=torch.float32) + 0.5) / 512
+    # A sample is drawn from them anyway: many channels need few points each.
+    number = max(16, min(512, 1 << 16 >> (len(mean) - 1).bit_length()))
+    points = (torch.arange(number, dtype=torch.float32) + 0.5) / number
     inputs = mean.unsqueeze(1) + variance.sqrt().unsqueeze(1) * torch.special.ndtri(points)
     values = module.function(inputs).detach()
     generator = torch.Generator().manual_seed(0)
@@ -157,15 +161,25 @@ def _buffers_kept(model: nn.Module) -> Iterator[None]:
             buffer.copy_(value)
 
 
-def probe(model: nn.Module, example: Tensor, names: set[str], seed: int = 0) -> set[str]:
+def probe(model: nn.Module, example: Any, names: set[str], seed: int = 0) -> set[str]:
     """Place the named staircases from seeded normal inputs; return those that ran.
 
     BatchNorms normalise by the probe's own statistics, so that what they put out is distributed
     as on real data, whatever the inputs are.
     """
     generator = torch.Generator().manual_seed(seed)
-    shape = (_PROBE_IMAGES, *example.shape[1:])
-    inputs = torch.randn(shape, generator=generator).to(example.device, example.dtype)
+
+    norms = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
+
+    def normal(x: Tensor) -> Tensor:
+        if not x.is_floating_point():
+            return x
+        # A BatchNorm needs two images to have statistics.
+        images = _PROBE_IMAGES if x[:1].numel() < _LARGE else 2 if norms else 1
+        shape = (images, *x.shape[1:]) if isinstance(example, Tensor) else x.shape
+        return torch.randn(shape, generator=generator).to(x.device, x.dtype)
+
+    inputs = changed(example, normal)
     ran: set[str] = set()
     with modes_kept(model), _buffers_kept(model), seeded(seed):
         for training in (False, True):  # auxiliary heads run in train mode only
@@ -173,20 +187,22 @@ def probe(model: nn.Module, example: Tensor, names: set[str], seed: int = 0) -> 
             for module in model.modules():
                 if isinstance(module, nn.modules.batchnorm._BatchNorm):
                     module.training = True
-            if names - ran:
-                ran |= from_batches(model, [inputs], names - ran, seed)
+            # In train mode some want targets, too: what runs there only starts from a unit normal.
+            with suppress(DataError) if training else nullcontext():
+                if names - ran:
+                    ran |= from_batches(model, [inputs], names - ran, seed)
     return ran
 
 
 def calibrate(model: nn.Module, sites: Iterable[Site], data: Iterable[Any] | None,
-              example: Tensor | None) -> None:
+              example: Any) -> None:
     """Place every staircase of a freshly converted model.
 
     Args:
         model: the converted model.
         sites: its converted sites.
         data: model inputs (tensors or dicts); None: BatchNorm statistics, else the probe.
-        example: one input batch whose shape the probe takes; None where none is known.
+        example: one input whose shapes the probe takes; None where none is known.
 
     Raises:
         ConversionError: nothing says where some thresholds should start.

@@ -111,9 +111,9 @@ def _constant(module: nn.Module, traced: Traced, name: str) -> float | None:
         value = module
         for part in name.split("."):
             value = getattr(value, part, None)
-    if not isinstance(value, Tensor) or value.is_meta or value.numel() != 1:
+    if not isinstance(value, Tensor) or value.numel() != 1:
         return None
-    return float(value)
+    return 1.0 if value.is_meta else float(value)
 
 
 def _drop_parts(calls: dict[fx.Node, Call], numbers: dict[int, fx.Node], node: fx.Node,

@@ -101,7 +101,7 @@ def load(path: str | os.PathLike[str], *, model: nn.Module | None = None) -> nn.
         plan = _plan(manifest, float_model, where)
         told = manifest["audit"]
         audit = None if told is None else Audit(tuple(told["ran"]), tuple(told["left"]),
-                                                bool(told["identical"]))
+                                                bool(told["identical"]), told["seconds"])
         training = bool(manifest["training"])
     except LoadError:
         raise

@@ -104,12 +104,11 @@ def convert(model: nn.Module, bits: Bits = 2, dynamic: bool = False, *,
             raise DataError("data is empty", fix="Pass at least one batch of model inputs.")
     # A forward may count or remember: what is run to look at it is never the model itself.
     if example is None:
-        example = batches[0] if batches else find_example(duplicate(original))
+        example = batches[0] if batches else find_example(original)
     plan = make_plan(original, bits, dynamic, example=example, per_channel=per_channel, keep=keep,
                      gates=gates)
     converted = carry_out(original, plan)
-    calibrate(converted, plan.converted, batches,
-              example if isinstance(example, Tensor) else None)
+    calibrate(converted, plan.converted, batches, example)
     found = None if example is None else audit(duplicate(original), duplicate(converted),
                                                plan, example)
     if found is not None and not found.identical:

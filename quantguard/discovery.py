@@ -5,7 +5,7 @@ from __future__ import annotations
 import dis
 import sys
 import types
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from typing import Any, NamedTuple
 
@@ -16,13 +16,15 @@ from .activation import QuantActivation
 from .calls import Identity
 from .interception import CALL, Inside
 from .kinds import ALWAYS_KEPT, GATES, MODULE_KINDS, kind_of, module_of, overwrites
-from .running import changed, duplicate, run, seeded
+from .running import changed, device_of, duplicate, on_meta, run, seeded, to_device
 from .shadow import Spelled, TensorShadows, operation
 
 _VIEWS = frozenset((
     "view", "reshape", "unsqueeze", "squeeze", "expand", "expand_as", "permute", "transpose",
     "flatten", "view_as"))
 
+_TO_PLAIN = frozenset((Tensor.__bool__, Tensor.__int__, Tensor.__float__, Tensor.__index__,
+                       Tensor.item, Tensor.tolist))
 _SPELLING = frozenset(("clamp", "clamp_", "clamp_min", "clip", "maximum", "masked_fill"))
 _UNSEEN = "gate, perhaps: no graph shows where it goes"
 
@@ -82,7 +84,7 @@ class _Recorder(Inside):
         result = func(*args, **kwargs)
         stands = self.stands(key)
         if stands is not None:
-            self.log.decides |= not isinstance(result, (Tensor, tuple))
+            self.log.decides |= func in _TO_PLAIN
             self.log.passed |= {(key, part) for part in stands[0][1].split("<")}
         if not isinstance(result, Tensor):
             return result
@@ -173,12 +175,23 @@ def discover(model: nn.Module, paths: Iterable[str], outputs: Iterable[str], inp
              ) -> dict[str, list[Intercepted]]:
     """Run a copy of model and return the activation calls in the forwards named by paths.
 
-    Run in both modes; with the inputs negated, zero and larger, too, where a branch that depends
-    on data has left code unreached that names or spells out an activation.
+    Run in both modes; with the inputs negated, zero and larger, too, where data decides on branches
+    and loops of a forward with activations in it. A copy without numbers
+    is tried first: it costs nothing, but cannot decide on branches.
     """
-    twin = duplicate(model)
-    logs = {path: _Log() for path in paths}
-    outputs = set(outputs)
+    paths, outputs = list(paths), set(outputs)
+    logs: dict[str, _Log] = {}
+    for copied, device in ((on_meta, torch.device("meta")), (duplicate, device_of(model))):
+        logs = {path: _Log() for path in paths}
+        if _watched(copied(model), logs, outputs, to_device(inputs, device)):
+            break
+    return {path: [*log.seen.values(), *_named_unreached(model.get_submodule(path), log)]
+            for path, log in logs.items()}
+
+
+def _watched(twin: nn.Module, logs: Mapping[str, _Log], outputs: set[str], inputs: Any) -> bool:
+    """Run twin, filling the logs; return whether it could be run."""
+    classes = {path: type(twin.get_submodule(path)) for path in logs}
 
     def recording(cls: type[nn.Module], path: str) -> Callable[..., Any]:
         def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -189,21 +202,21 @@ def discover(model: nn.Module, paths: Iterable[str], outputs: Iterable[str], inp
             return result
         return forward
 
-    for path in logs:
-        module = twin.get_submodule(path)
-        cls = type(module)
-        module.__class__ = type(cls.__name__, (cls,), {
+    for path, cls in classes.items():
+        twin.get_submodule(path).__class__ = type(cls.__name__, (cls,), {
             "forward": recording(cls, path), "__module__": cls.__module__})
+    ran = False
     for change in (Tensor.clone, _times(-1), _times(0), _times(100), _times(-100)):
         for training in (False, True):
             twin.train(training)
             with suppress(Exception), torch.no_grad(), seeded(0):
                 run(twin, changed(inputs, change))
-        if not any(log.decides and list(_unreached(model.get_submodule(path), log))
-                   for path, log in logs.items()):
+                ran = ran or not training
+        # Elsewhere the data decides on nothing that matters here.
+        if not any(log.decides and (log.seen or any(_unreached(
+                twin.get_submodule(path), classes[path], log))) for path, log in logs.items()):
             break
-    return {path: [*log.seen.values(), *_named_unreached(model.get_submodule(path), log)]
-            for path, log in logs.items()}
+    return ran
 
 
 def _times(factor: float) -> Callable[[Tensor], Tensor]:
@@ -248,16 +261,16 @@ def _candidates(cls: type[nn.Module]) -> Iterator[_Candidate]:
                 yield _Candidate("mul", place, where, None)
 
 
-def _unreached(module: nn.Module, log: _Log) -> Iterator[_Candidate]:
+def _unreached(module: nn.Module, cls: type[nn.Module], log: _Log) -> Iterator[_Candidate]:
     """Yield the places that nothing passed; a child's name is no function's."""
-    for candidate in _candidates(type(module)):
+    for candidate in _candidates(cls):
         if (candidate.key, candidate.place) not in log.passed \
                 and not hasattr(module, candidate.key):
             yield candidate
 
 
 def _named_unreached(module: nn.Module, log: _Log) -> Iterator[Intercepted]:
-    for key, place, where, kind in _unreached(module, log):
+    for key, place, where, kind in _unreached(module, type(module), log):
         if kind is not None:
             yield Intercepted((key, place, 1), kind, "function", "", nn.Identity(), where,
                               reason="not reached by the example")

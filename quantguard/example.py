@@ -2,39 +2,87 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Iterator
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
-from .running import evaluating, seeded
+from .running import changed, device_of, duplicate, evaluating, on_meta, run, seeded
 
 _SIDES = (224, 299, 32, 28, 64, 96, 8)
+_FIRST = (nn.modules.conv._ConvNd, nn.Linear, nn.Embedding, nn.RNNBase)
 
 
-def find_example(model: nn.Module) -> Tensor | None:
-    """Return an input of two images that model accepts in eval mode, or None.
+def find_example(model: nn.Module) -> Any:
+    """Return an input of one or two images that model accepts in eval mode, or None.
 
     Tried: what the architecture says of itself, then the channels of its first convolution at
-    usual sizes, or the features of its first linear layer.
+    usual sizes, the features of its first linear or recurrent layer, or token numbers. A forward
+    that wants several inputs gets the same for each. Shapes are tried on the meta device, which
+    costs next to nothing; on the real one only where the forward does not run there.
+
+    Returns:
+        A tensor, or a dict of tensors by argument name; the same every time.
     """
-    first = next((m for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear))), None)
-    parameter = next(model.parameters(), None)
-    if first is None or parameter is None:
-        return None
-    shapes: list[tuple[int, ...]] = []
+    shadow, device = on_meta(model), device_of(model)
+    names = _required(model)
+    generator = torch.Generator().manual_seed(0)
+    parameter = next((p for p in model.parameters() if p.is_floating_point()), None)
+    kind = torch.float32 if parameter is None else parameter.dtype
+    real: nn.Module | None = None
+    for one in _inputs(model, generator):
+        one = one.to(kind) if one.is_floating_point() else one
+        example: Any = one if len(names) < 2 else dict.fromkeys(names, one)
+        if _runs(shadow, changed(example, lambda x: x.to("meta"))):
+            return changed(example, lambda x: x.to(device))
+        if device.type != "meta":
+            # One image will do: these are the models that take seconds.
+            example = changed(example, lambda x: x[:1].to(device))
+            real = real or duplicate(model)
+            if _runs(real, example):
+                return example
+    return None
+
+
+def _required(model: nn.Module) -> list[str]:
+    parameters = inspect.signature(model.forward).parameters.values()
+    return [p.name for p in parameters if p.default is p.empty
+            and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+
+
+def _runs(model: nn.Module, example: Any) -> bool:
+    try:
+        with torch.no_grad(), evaluating(model), seeded(0):
+            run(model, example)
+    except Exception:  # whatever a forward raises on what it was not made for
+        return False
+    return True
+
+
+def _inputs(model: nn.Module, generator: torch.Generator) -> Iterator[Tensor]:
+    """Yield inputs worth trying."""
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
     said = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None) or {}
     if isinstance(said, dict) and said.get("input_size"):
-        shapes.append((2, *said["input_size"]))
+        yield normal(2, *said["input_size"])
+    first = next((m for m in model.modules() if isinstance(m, _FIRST)), None)
     if isinstance(first, nn.Conv2d):
-        shapes += [(2, first.in_channels, side, side) for side in _SIDES]
-    else:
-        shapes.append((2, first.in_features))
-    generator = torch.Generator().manual_seed(0)
-    for shape in shapes:
-        example = torch.randn(shape, generator=generator).to(parameter.device, parameter.dtype)
-        try:
-            with torch.no_grad(), evaluating(model), seeded(0):
-                model(example)
-        except Exception:
-            continue
-        return example
-    return None
+        for side in _SIDES:
+            yield normal(2, first.in_channels, side, side)
+    elif isinstance(first, nn.Conv1d):
+        for length in (1024, 128, 16000):
+            yield normal(2, first.in_channels, length)
+    elif isinstance(first, nn.Conv3d):
+        for side in (112, 224, 64):
+            yield normal(2, first.in_channels, 16, side, side)
+    elif isinstance(first, nn.Linear):
+        yield normal(2, first.in_features)
+        yield normal(2, 16, first.in_features)
+    elif isinstance(first, nn.RNNBase):
+        yield normal(2, 16, first.input_size)
+    elif isinstance(first, nn.Embedding):
+        yield torch.randint(first.num_embeddings, (2, 16), generator=generator)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import functools
 import importlib
+import inspect
 import os
 import zipfile
 from collections.abc import Mapping
@@ -40,7 +41,7 @@ def build_arch(spec: str) -> nn.Module:
     """Build the untrained model that an arch spec names; nothing is downloaded.
 
     Args:
-        spec: ``torchvision:resnet18`` (its classifiers), ``timm:NAME``, or
+        spec: ``torchvision:resnet18``, ``timm:NAME``, or
             ``package.module:factory``, called without arguments; the working directory is
             importable meanwhile.
 
@@ -57,10 +58,15 @@ def build_arch(spec: str) -> nn.Module:
                         fix="Use torchvision:NAME, timm:NAME or package.module:factory.")
     if room == "torchvision":
         models = _import("torchvision.models", spec)
-        known = models.list_models(module=models)
-        _check_name(spec, name, known, "torchvision's classifiers")
+        _check_name(spec, name, models.list_models(), "torchvision's models")
+        taken = inspect.signature(models.get_model_builder(name)).parameters
+        # Nothing is downloaded, and the quantized ones come as the float networks that they are.
+        options: dict[str, Any] = {"weights_backbone": None} if "weights_backbone" in taken else {}
+        if "quantize" in taken:
+            options["quantize"] = False
         # Their default fills the weights from a slow truncated normal; the modules are the same.
-        options = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
+        if name.removeprefix("quantized_") in ("googlenet", "inception_v3"):
+            options["init_weights"] = False
         return _made(spec, functools.partial(models.get_model, name, weights=None, **options))
     if room == "timm":
         timm = _import("timm", spec)

@@ -45,6 +45,19 @@ def duplicate(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, {id(value): value.detach().clone() for value in left})
 
 
+def on_meta(model: nn.Module) -> nn.Module:
+    """Return a copy of model on the meta device: shapes without numbers, at no cost."""
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        for value in (*module._parameters.values(), *module._buffers.values(),
+                      *vars(module).values()):
+            if isinstance(value, nn.Parameter):
+                memo[id(value)] = nn.Parameter(value.detach().to("meta"), value.requires_grad)
+            elif isinstance(value, Tensor):
+                memo[id(value)] = value.detach().to("meta")
+    return copy.deepcopy(model, memo)
+
+
 @contextmanager
 def modes_kept(model: nn.Module) -> Iterator[nn.Module]:
     """Put every module's own train or eval mode back afterwards."""

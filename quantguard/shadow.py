@@ -218,7 +218,7 @@ class TensorShadows(Shadows):
         """Note that ``result = function(*args, **kwargs)`` has run; see :meth:`note`."""
         for value in (*args, *kwargs.values()):
             # A learned slope or sharpness: whatever it is now, the form is the same.
-            if isinstance(value, nn.Parameter) and value.numel() == 1 and not value.is_meta \
+            if isinstance(value, nn.Parameter) and value.numel() == 1 \
                     and not self.is_constant(value):
-                self.constant(value, float(value))
+                self.constant(value, 1.0 if value.is_meta else float(value))
         return self.note(result, function, args, kwargs, lambda value: isinstance(value, Tensor))

@@ -20,7 +20,6 @@ from .errors import ConversionError
 from .example import find_example
 from .kinds import ALWAYS_KEPT, GATES, MODULE_KINDS, kind_of, module_of, overwrites
 from .plan import Plan, Site, join
-from .running import duplicate
 from .tracing import Traced, planned_graphs
 
 # Calls whose result is a tensor of its own: writing into it is seen by nobody else.
@@ -32,6 +31,7 @@ _FRESH_FUNCTIONS = {"add", "sub", "mul", "truediv", "cat", "matmul", "conv1d", "
 # known beforehand.
 _LAYERS = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
 _CLOSED = (nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase)
+_FROZEN = "torchvision.ops.misc.FrozenBatchNorm2d"  # named, since torchvision is slow to import
 _NO_CALL: Identity = ("", "", 0)
 _PASS_THROUGH = (nn.Dropout, nn.Dropout2d, nn.Identity)
 
@@ -137,6 +137,8 @@ def _has_own_code(module: nn.Module) -> bool:
 
 
 def _is_batchnorm(module: nn.Module) -> bool:
+    if f"{type(module).__module__}.{type(module).__name__}" == _FROZEN:
+        return True
     return isinstance(module, nn.modules.batchnorm._BatchNorm) and \
         type(module).forward is nn.modules.batchnorm._BatchNorm.forward
 
@@ -161,7 +163,7 @@ def find_sites(model: nn.Module, example: Any = None,
     if known is None and run_time:
         known = {}
         if example is None:
-            example = find_example(duplicate(model))
+            example = find_example(model)
         if example is not None:
             known = discover(model, run_time, reader.outputs, example)
     for path, found in (known or {}).items():
