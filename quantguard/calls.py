@@ -113,7 +113,7 @@ def _constant(module: nn.Module, traced: Traced, name: str) -> float | None:
             value = getattr(value, part, None)
     if not isinstance(value, Tensor) or value.numel() != 1:
         return None
-    return 1.0 if value.is_meta else float(value)
+    return 1.0 if value.is_meta else float(value.detach())
 
 
 def _drop_parts(calls: dict[fx.Node, Call], numbers: dict[int, fx.Node], node: fx.Node,

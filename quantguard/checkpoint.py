@@ -24,8 +24,10 @@ from torch import Tensor, nn
 from .activation import staircases
 from .audit import Audit
 from .conversion import Conversion, carry_out, conversion_of, restore, unwrap
+from .discovery import Intercepted
 from .errors import LoadError
 from .files import replacing
+from .kinds import described, rebuilt
 from .models import build_arch, is_our_file, load_model
 from .pickles import read_pickle
 from .plan import Plan
@@ -165,8 +167,30 @@ def _read_safetensors(content: bytes) -> dict[str, Tensor]:
 
 
 def _sites(plan: Plan) -> list[dict[str, Any]]:
-    return [{"name": s.name, "kind": s.kind, "reason": s.reason,
-             "spec": asdict(s.spec) if s.spec else None} for s in plan.sites]
+    rows = []
+    for s in plan.sites:
+        row: dict[str, Any] = {"name": s.name, "kind": s.kind, "reason": s.reason,
+                               "spec": asdict(s.spec) if s.spec else None}
+        if s.intercepted:  # found by running the model, which loading does not
+            row["call"] = {
+                "owner": s.owner, "identity": list(s.identity), "form": s.form,
+                "target": s.target, "where": s.where, "argument": s.argument,
+                "inplace": s.inplace, "function": described(s.function)}
+        rows.append(row)
+    return rows
+
+
+def _known(rows: list[dict[str, Any]]) -> dict[str, list[Intercepted]]:
+    """Return the calls that were found by running the model."""
+    known: dict[str, list[Intercepted]] = {}
+    for row in rows:
+        if "call" in row:
+            c = row["call"]
+            key, place, number = c["identity"]
+            known.setdefault(c["owner"], []).append(Intercepted(
+                (key, place, number), row["kind"], c["form"], c["target"],
+                rebuilt(c["function"]), c["where"], c["argument"], c["inplace"], row["reason"]))
+    return known
 
 
 def _plan(manifest: dict[str, Any], model: nn.Module, where: str) -> Plan | None:
@@ -174,7 +198,7 @@ def _plan(manifest: dict[str, Any], model: nn.Module, where: str) -> Plan | None
     if manifest["sites"] is None:
         return None
     told = {row["name"]: row for row in manifest["sites"]}
-    found = find_sites(model)
+    found = find_sites(model, known=_known(manifest["sites"]))
     names = {site.name for site in found.sites}
     if names != set(told):
         different = sorted(names ^ set(told))

@@ -64,6 +64,20 @@ class _Shape(click.ParamType):  # type: ignore[type-arg]
         return shape
 
 
+class _Bits(click.ParamType):  # type: ignore[type-arg]
+    """Read 2, or PATTERN=BITS."""
+
+    name = "bits"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> tuple[str, int]:
+        if isinstance(value, tuple):
+            return value
+        pattern, _, number = str(value).rpartition("=")
+        if not number.isdigit():
+            self.fail(f"{value!r} is neither a number of bits nor PATTERN=BITS", param, ctx)
+        return pattern or "*", int(number)
+
+
 def _options(*decorators: Callable[..., Any]) -> Callable[..., Any]:
     return lambda f: functools.reduce(lambda g, d: d(g), reversed(decorators), f)
 
@@ -73,6 +87,10 @@ _MODEL = _options(
                                 "timm:NAME or package.module:factory."),
     click.option("--trust", is_flag=True, help="Load a pickle of any class: this runs its code."))
 _CONVERSION = _options(
+    click.option("--bits", type=_Bits(), multiple=True, default=["2"], metavar="BITS",
+                 help="2 by default; PATTERN=BITS for some sites (a name, a pattern, a kind, "
+                      "first, last), given several times: the last that matches counts."),
+    click.option("--dynamic/--fixed", default=False, help="Learned or constant thresholds."),
     click.option("--keep", multiple=True, help="Name, pattern or kind that stays float; may be "
                                                "given several times."),
     click.option("--gates", is_flag=True, help="Convert sigmoids that multiply something, too."),
@@ -190,6 +208,11 @@ def _example(shape: tuple[int, ...] | None) -> Any:
     return torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))
 
 
+def _bits(given: tuple[tuple[str, int], ...]) -> dict[str, int]:
+    """Return bits by pattern; where only some sites are named, the others get 2."""
+    return {"*": 2} | dict(given)
+
+
 def _recipe(name: str, settings: tuple[str, ...]) -> Any:
     from .recipes import recipe_of
     pairs = {}
@@ -204,12 +227,10 @@ def _recipe(name: str, settings: tuple[str, ...]) -> Any:
 @main.command()
 @click.argument("model")
 @_MODEL
-@click.option("--bits", type=int, default=2, show_default=True)
-@click.option("--dynamic/--fixed", default=False, help="Learned or constant thresholds.")
 @_CONVERSION
 @click.option("--json", "json_file", type=click.Path(dir_okay=False), help="Write JSON.")
-def inspect(model: str, arch: str | None, trust: bool, bits: int, dynamic: bool,
-            keep: tuple[str, ...], gates: bool, per_channel: bool,
+def inspect(model: str, arch: str | None, trust: bool, bits: tuple[tuple[str, int], ...],
+            dynamic: bool, keep: tuple[str, ...], gates: bool, per_channel: bool,
             input_shape: tuple[int, ...] | None, json_file: str | None) -> None:
     """Show every activation of MODEL, converted or kept and why, without converting."""
     import json
@@ -217,8 +238,8 @@ def inspect(model: str, arch: str | None, trust: bool, bits: int, dynamic: bool,
     from .conversion import inspect as plan_of
     from .files import write_text
     _writable(json_file)
-    plan = plan_of(_open(model, arch, trust), bits, dynamic, per_channel=per_channel, keep=keep,
-                   gates=gates)
+    plan = plan_of(_open(model, arch, trust), _bits(bits), dynamic, example=_example(input_shape),
+                   per_channel=per_channel, keep=keep, gates=gates)
     click.echo(str(plan))
     if json_file:
         write_text(json_file, json.dumps(plan.to_dict(), indent=1))
@@ -229,14 +250,13 @@ def inspect(model: str, arch: str | None, trust: bool, bits: int, dynamic: bool,
 @_MODEL
 @click.option("-o", "--output", type=click.Path(dir_okay=False), help="MODEL.qg by default.")
 @click.option("--force", is_flag=True, help="Overwrite the output.")
-@click.option("--bits", type=int, default=2, show_default=True)
-@click.option("--dynamic/--fixed", default=False, help="Learned or constant thresholds.")
 @_CONVERSION
 @click.option("--data", metavar="DATA", help=f"Calibrate on it; not needed. {_DATA}.")
 @_LOADING
 @click.option("--quiet", is_flag=True, help="No table.")
-def convert(model: str, arch: str | None, trust: bool, output: str | None, force: bool, bits: int,
-            dynamic: bool, keep: tuple[str, ...], gates: bool, per_channel: bool,
+def convert(model: str, arch: str | None, trust: bool, output: str | None, force: bool,
+            bits: tuple[tuple[str, int], ...], dynamic: bool, keep: tuple[str, ...], gates: bool,
+            per_channel: bool,
             input_shape: tuple[int, ...] | None, data: str | None, batch_size: int,
             size: int | None, mean: Any, std: Any, quiet: bool) -> None:
     """Swap every activation of MODEL for a low-bit staircase; needs no data."""
@@ -245,14 +265,14 @@ def convert(model: str, arch: str | None, trust: bool, output: str | None, force
     from .conversion import convert as carry_out
     target = _output(model, output, ".qg", force)
     loader = _loader(data, "train", batch_size, size, mean, std) if data else None
-    converted = carry_out(_open(model, arch, trust), bits, dynamic, data=loader,
+    converted = carry_out(_open(model, arch, trust), _bits(bits), dynamic, data=loader,
                           example=_example(input_shape), per_channel=per_channel, keep=keep,
                           gates=gates)
     save(converted, target, arch=_arch_of(model, arch))
     done = conversion_of(converted)
     if done is not None:
         if not quiet:
-            click.echo(str(done.plan).rsplit("\n", 1)[0])
+            click.echo(str(done.plan))
         for place in done.audit.left if done.audit else ():
             click.echo(f"still float: {place}", err=True)
         click.echo(done.summary())

@@ -100,3 +100,16 @@ def overwrites(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
 
 
 _OPERATORS = ("add", "sub", "mul", "truediv", "pow")
+
+
+def described(function: nn.Module) -> list[Any]:
+    """Return a float activation as plain values: its kind and settings."""
+    constants: Any = getattr(function, "__constants__", [])
+    return [MODULE_KINDS.get(type(function), ""),
+            {name: getattr(function, name) for name in constants if name != "inplace"}]
+
+
+def rebuilt(values: list[Any]) -> nn.Module:
+    """Return what :func:`described` describes."""
+    kind, settings = values
+    return _KINDS[kind][0](**settings) if kind else nn.Identity()

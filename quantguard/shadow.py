@@ -19,7 +19,9 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 # -10 to 10 in quarters: kinks at whole numbers are on it.
 GRID = torch.linspace(-10, 10, 81, dtype=torch.float64)
-_TOLERANCE = 1e-3  # tells the two GELUs (4e-4 apart) from nothing else
+# How near a spelling comes on the grid: the two GELUs are 4e-4 apart, written-out constants are
+# rounded; a clamp at 1e-6 is a guard against 0 and no ReLU.
+_TOLERANCE = {"gelu": 1e-3, "quick_gelu": 1e-3, "relu": 1e-9, "relu6": 1e-9, "hardtanh": 1e-9}
 _ROOTS = 12  # earlier values that a result is followed back to
 
 _POINTWISE = frozenset((
@@ -70,8 +72,8 @@ def recognise(values: Tensor) -> tuple[str, nn.Module] | None:
         return None
     distance = (_VALUES - values).abs().amax(1)
     best = int(distance.argmin())
-    if float(distance[best]) < _TOLERANCE:
-        kind = list(_TARGETS)[best]
+    kind = list(_TARGETS)[best]
+    if float(distance[best]) < _TOLERANCE.get(kind, 1e-4):
         return kind, _TARGETS[kind][0]
     below, above = values[:40], values[41:]
     slope = float(values[0] / GRID[0])
@@ -83,7 +85,7 @@ def recognise(values: Tensor) -> tuple[str, nn.Module] | None:
     near = torch.cat([share[32:40], share[41:49]])
     if bool(((near > 0) & (near < 1)).all()):
         rate = torch.logit(near) / torch.cat([GRID[32:40], GRID[41:49]])
-        if float(rate.min()) > 0.1 and float(rate.max() - rate.min()) < _TOLERANCE:
+        if float(rate.min()) > 0.1 and float(rate.max() - rate.min()) < 1e-3:
             return "silu", nn.SiLU()
     return None
 
@@ -220,5 +222,5 @@ class TensorShadows(Shadows):
             # A learned slope or sharpness: whatever it is now, the form is the same.
             if isinstance(value, nn.Parameter) and value.numel() == 1 \
                     and not self.is_constant(value):
-                self.constant(value, 1.0 if value.is_meta else float(value))
+                self.constant(value, 1.0 if value.is_meta else float(value.detach()))
         return self.note(result, function, args, kwargs, lambda value: isinstance(value, Tensor))

@@ -178,6 +178,37 @@ def test_an_architecture_of_ones_own_is_named_but_not_run(
     assert not Path("imported").exists() and "qg_side_effect" not in sys.modules
 
 
+class Decides(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.act, self.last = nn.Linear(6, 6), nn.GELU(), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x)
+        h = F.leaky_relu(h, 0.2) if h.sum() > 0 else h * (h > 0)
+        for _ in range(2):
+            h = self.act(h)
+        return self.last(h)
+
+
+def test_calls_that_were_found_by_running_come_back_without_running(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.randn(4, 6)
+    converted = convert(Decides(), {"*": 2, "first": 8}, example=x)
+    save(converted, tmp_path / "m.qg")
+    float_model = Decides()
+    forward = Decides.forward
+    monkeypatch.setattr(Decides, "forward", lambda self, x: pytest.fail("it was run"))
+    loaded = load(tmp_path / "m.qg", model=float_model)
+    monkeypatch.setattr(Decides, "forward", forward)
+    assert {name: q.spec.bits for name, q in staircases(loaded).items()} == {
+        name: q.spec.bits for name, q in staircases(converted).items()}
+    assert len(staircases(loaded)) == 4
+    for inputs in (x, -9 * x):
+        assert torch.equal(loaded(inputs), converted(inputs))
+
+
 @pytest.mark.parametrize(("other", "says"), [
     (lambda: nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)),
      "made from another model than this Sequential"),

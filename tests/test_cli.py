@@ -119,6 +119,15 @@ def test_convert_says_how_many_and_writes_what_load_reads(model: str, digits: Di
     assert {m.spec.dynamic for m in staircases(qg.load("other.qg")).values()} == {True}
 
 
+def test_bits_of_single_sites(model: str) -> None:
+    text = succeeds("inspect", model, "--bits", 4, "--bits", "first=8", "--bits", "last=1")
+    found = re.findall(r"(\d)-bit", text)
+    assert found[0] == "8" and found[-1] == "1" and set(found[1:-1]) <= {"4"}
+    assert "neither a number of bits nor PATTERN=BITS" in fails("inspect", model, "--bits", "two",
+                                                                code=2)
+    assert "matches no activation site" in fails("convert", model, "--bits", "nothing=3")
+
+
 def test_convert_of_a_resnet18_file_converts_17_of_17(here: Path) -> None:
     torch.save(torchvision.models.resnet18(), here / "model.pt")
     text = succeeds("convert", "model.pt", "--bits", "2", "--dynamic")

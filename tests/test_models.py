@@ -87,6 +87,9 @@ def test_torchvision_and_timm_build_without_weights_or_downloads() -> None:
     assert type(net).__module__ == "torchvision.models.resnet"
     assert type(build_arch("timm:resnet18.a1_in1k")).__module__ == "timm.models.resnet"
     assert load_model("torchvision:squeezenet1_1").training is False
+    for name in ("ssdlite320_mobilenet_v3_large", "lraspp_mobilenet_v3_large", "raft_small",
+                 "quantized_shufflenet_v2_x0_5"):
+        assert type(build_arch(f"torchvision:{name}")).__module__.startswith("torchvision.models")
 
 
 @pytest.mark.parametrize("name", ["googlenet", "inception_v3"])
@@ -101,7 +104,6 @@ def test_the_quick_initialisation_keeps_the_architecture(name: str) -> None:
 
 @pytest.mark.parametrize(("spec", "messages"), [
     ("torchvision:resnet81", ["'resnet81' is not one of torchvision's", "resnet18"]),
-    ("torchvision:fasterrcnn_resnet50_fpn", ["not one of torchvision's classifiers"]),
     ("timm:resnt18", ["'resnt18' is not one of timm's models", "resnet18"]),
     ("timm:hf-hub:someone/model", ["not one of timm's"]),
     ("timm:local-dir:/tmp", ["not one of timm's"]),
