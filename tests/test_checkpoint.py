@@ -19,7 +19,7 @@ import torch.nn.functional as F
 import torchvision.models
 from torch import Tensor, nn
 
-from quantguard import checkpoint
+from quantguard import checkpoint, sites
 from quantguard.activation import QuantActivation, bypass, staircases
 from quantguard.checkpoint import load, open_model, save
 from quantguard.conversion import conversion_of, convert, restore
@@ -197,11 +197,8 @@ def test_calls_that_were_found_by_running_come_back_without_running(
     x = torch.randn(4, 6)
     converted = convert(Decides(), {"*": 2, "first": 8}, example=x)
     save(converted, tmp_path / "m.qg")
-    float_model = Decides()
-    forward = Decides.forward
-    monkeypatch.setattr(Decides, "forward", lambda self, x: pytest.fail("it was run"))
-    loaded = load(tmp_path / "m.qg", model=float_model)
-    monkeypatch.setattr(Decides, "forward", forward)
+    monkeypatch.setattr(sites, "discover", lambda *_: pytest.fail("it was run"))
+    loaded = load(tmp_path / "m.qg", model=Decides())
     assert {name: q.spec.bits for name, q in staircases(loaded).items()} == {
         name: q.spec.bits for name, q in staircases(converted).items()}
     assert len(staircases(loaded)) == 4
