@@ -125,7 +125,7 @@ def from_statistics(model: nn.Module, site: Site, module: QuantActivation) -> No
 
 
 def from_batches(model: nn.Module, batches: Iterable[Any], names: Iterable[str], seed: int = 0,
-                 ) -> set[str]:
+                 what: str = "batch {} of data") -> set[str]:
     """Place the named staircases from what their activations put out; return those that ran."""
     modules = staircases(model)
     seen: dict[str, list[Tensor]] = {}
@@ -140,7 +140,7 @@ def from_batches(model: nn.Module, batches: Iterable[Any], names: Iterable[str],
 
     with observing(model, {name: collector(name) for name in names}), torch.no_grad():
         for number, batch in enumerate(batches):
-            run(model, batch, f"batch {number} of data")
+            run(model, batch, what.format(number))
     for name, parts in seen.items():
         samples = torch.cat(parts, 1)
         if not torch.isfinite(samples).all():
@@ -190,7 +190,7 @@ def probe(model: nn.Module, example: Any, names: set[str], seed: int = 0) -> set
             # In train mode some want targets, too: what runs there only starts from a unit normal.
             with suppress(DataError) if training else nullcontext():
                 if names - ran:
-                    ran |= from_batches(model, [inputs], names - ran, seed)
+                    ran |= from_batches(model, [inputs], names - ran, seed, "example")
     return ran
 
 

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
@@ -145,4 +146,6 @@ def intercepting(cls: type[nn.Module], hooks: tuple[Hook, ...]) -> Callable[...,
         mode = Interception(self, sys._getframe(0), hooks, warned)
         with mode.redirecting(), mode:
             return cls.forward(self, *args, **kwargs)
-    return forward
+    # Its frames and the mode are nothing for torch.compile, which would pass the staircases by.
+    hidden: Callable[..., Any] = torch.compiler.disable(forward)
+    return hidden
