@@ -147,5 +147,5 @@ def intercepting(cls: type[nn.Module], hooks: tuple[Hook, ...]) -> Callable[...,
         with mode.redirecting(), mode:
             return cls.forward(self, *args, **kwargs)
     # Its frames and the mode are nothing for torch.compile, which would pass the staircases by.
-    hidden: Callable[..., Any] = torch.compiler.disable(forward)
+    hidden: Callable[..., Any] = torch.compiler.disable(forward)  # type: ignore[no-untyped-call]
     return hidden
