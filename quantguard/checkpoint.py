@@ -175,7 +175,8 @@ def _sites(plan: Plan) -> list[dict[str, Any]]:
             row["call"] = {
                 "owner": s.owner, "identity": list(s.identity), "form": s.form,
                 "target": s.target, "where": s.where, "argument": s.argument,
-                "inplace": s.inplace, "function": described(s.function)}
+                "inplace": s.inplace, "function": described(s.function),
+                "parts": [list(part) for part in s.parts]}
         rows.append(row)
     return rows
 
@@ -189,7 +190,8 @@ def _known(rows: list[dict[str, Any]]) -> dict[str, list[Intercepted]]:
             key, place, number = c["identity"]
             known.setdefault(c["owner"], []).append(Intercepted(
                 (key, place, number), row["kind"], c["form"], c["target"],
-                rebuilt(c["function"]), c["where"], c["argument"], c["inplace"], row["reason"]))
+                rebuilt(c["function"]), c["where"], c["argument"], c["inplace"], row["reason"],
+                tuple((k, p, n) for k, p, n in c["parts"])))
     return known
 
 

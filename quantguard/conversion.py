@@ -220,6 +220,7 @@ def _furnish(owner: nn.Module, path: str, sites: list[Site], device: torch.devic
             targets[attribute] = site.target
         if site.intercepted:
             hooks.append(Hook(site.identity, attribute, site.form, site.argument))
+            hooks += [Hook(part, "") for part in site.parts]
         elif site.form not in ("opaque", "attribute") and attribute != site.target:
             names[site.identity] = attribute
     called = {attribute: owner._modules.get(target) if "." not in target else

@@ -35,7 +35,8 @@ class Intercepted(NamedTuple):
     Attributes:
         form: ``function`` (a staircase is called instead), ``spelled`` (a staircase is called
             after it) or ``module`` (an activation module is called).
-        argument: for ``spelled``, which argument the activation is a function of; None: unknown.
+        argument: for ``spelled``, which argument the activation is a function of; None: none.
+        parts: for ``spelled``, the calls of activations that are only parts of it.
         reason: why it is kept.
     """
 
@@ -48,6 +49,7 @@ class Intercepted(NamedTuple):
     argument: int | None = None
     inplace: bool = False
     reason: str = ""
+    parts: tuple[Identity, ...] = ()
 
 
 def children_of(owner: nn.Module) -> dict[int, tuple[str, nn.Module]]:
@@ -100,7 +102,7 @@ class _Recorder(Inside):
         if kind is not None:
             function = None if kind in ALWAYS_KEPT else module_of(kind, args, kwargs, Tensor)
             found = Intercepted(identity, kind, "spelled" if function is None else "function", "",
-                                function or nn.Identity(), where, 0,
+                                function or nn.Identity(), where, 0 if args else None,
                                 overwrites(func, args, kwargs), ALWAYS_KEPT.get(kind, ""))
         else:
             assert spelled is not None
@@ -115,13 +117,17 @@ class _Recorder(Inside):
 
     def _spelled(self, identity: Identity, where: str, spelled: Spelled, func: Any,
                  args: tuple[Any, ...], kwargs: dict[str, Any]) -> Intercepted:
-        for number in spelled.through & self.results.keys():
-            self.seen.pop(self.results[number], None)  # only a part of this one
+        parts: list[Identity] = []
+        for number in sorted(spelled.through & self.results.keys()):
+            part = self.seen.pop(self.results[number], None)
+            parts += [self.results[number], *(part.parts if part is not None else ())]
         inplace = overwrites(func, args, kwargs)
         roots = [i for i, a in enumerate(args) if isinstance(a, Tensor)
                  and not self.shadows.is_constant(a) and self.shadows.number(a) == spelled.root]
-        return Intercepted(identity, spelled.kind, "spelled", "", spelled.function, where,
-                           roots[0] if roots and not inplace else None, inplace)
+        known = bool(roots) and not inplace
+        return Intercepted(identity, spelled.kind, "spelled", "",
+                           spelled.function if known else nn.Identity(), where,
+                           roots[0] if known else None, inplace, "", tuple(dict.fromkeys(parts)))
 
     def _module_call(self, func: Any, kind: str | None, result: Tensor) -> None:
         """Note a call of an activation module, which is seen by the function that it calls."""
@@ -176,8 +182,8 @@ def discover(model: nn.Module, paths: Iterable[str], outputs: Iterable[str], inp
     """Run a copy of model and return the activation calls in the forwards named by paths.
 
     Run in both modes; with the inputs negated, zero and larger, too, where data decides on branches
-    and loops of a forward with activations in it. A copy without numbers
-    is tried first: it costs nothing, but cannot decide on branches.
+    and loops of a forward with activations in it. A copy without numbers is tried first: it costs
+    nothing, but cannot decide on branches.
     """
     paths, outputs = list(paths), set(outputs)
     logs: dict[str, _Log] = {}

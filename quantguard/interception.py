@@ -33,8 +33,8 @@ class Hook(NamedTuple):
 
     identity: Identity
     attribute: str
-    form: str
-    argument: int | None
+    form: str = "function"
+    argument: int | None = None
 
 
 class Inside(TorchFunctionMode):

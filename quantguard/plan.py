@@ -41,6 +41,7 @@ class Site:
         reason: why it is kept.
         intercepted: the call is told apart at run time: owner's forward cannot be traced.
         argument: of an intercepted spelled-out activation: which argument it is a function of.
+        parts: of the same: calls of activations that are only parts of it.
     """
 
     name: str
@@ -59,6 +60,7 @@ class Site:
     reason: str = ""
     intercepted: bool = False
     argument: int | None = None
+    parts: tuple[Identity, ...] = ()
 
     @property
     def converted(self) -> bool:

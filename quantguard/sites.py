@@ -251,7 +251,8 @@ def _intercepted_sites(model: nn.Module, path: str, found: list[Intercepted],
                    call.target, number, call.identity, call.where, call.function if child is None
                    else child, call.inplace if child is None else
                    bool(getattr(child, "inplace", False)),
-                   reason=call.reason, intercepted=True, argument=call.argument)
+                   reason=call.reason, intercepted=True, argument=call.argument,
+                   parts=call.parts)
 
 
 def _module_sites(model: nn.Module, reader: _Reader, seen: set[str],
