@@ -104,10 +104,12 @@ def audit(original: nn.Module, converted: nn.Module, plan: Plan, inputs: Any) ->
         (f"{site.owner}.{site.target}".lstrip("."), site.kind) for site in plan.kept} | {
         (site.name, site.kind) for site in plan.kept}
     begin = time.perf_counter()
+    # Without gradients torch's fused encoder layers call no activation: nobody's would be compared.
+    fused = any(isinstance(m, nn.TransformerEncoderLayer) for m in original.modules())
     with torch.no_grad(), evaluating(original), evaluating(converted):
         outputs = []
         for model in (original, converted):
-            with seeded(0), bypass(model):
+            with seeded(0), bypass(model), torch.set_grad_enabled(fused):
                 outputs.append(run(model, copied(inputs)))
         ran: list[str] = []
         watch = Watch(converted)

@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 
 from .activation import QuantActivation
 from .kinds import ALWAYS_KEPT, MODULE_KINDS, kind_of, module_of, overwrites
-from .shadow import Shadows, Spelled
+from .shadow import Shadows, Spelled, number_of
 from .tracing import Traced
 
 Identity = tuple[str, str, int]
@@ -111,9 +111,9 @@ def _constant(module: nn.Module, traced: Traced, name: str) -> float | None:
         value = module
         for part in name.split("."):
             value = getattr(value, part, None)
-    if not isinstance(value, Tensor) or value.numel() != 1:
-        return None
-    return 1.0 if value.is_meta else float(value.detach())
+    if isinstance(value, nn.Parameter) or (isinstance(value, Tensor) and value.numel() == 1):
+        return number_of(value)
+    return None
 
 
 def _drop_parts(calls: dict[fx.Node, Call], numbers: dict[int, fx.Node], node: fx.Node,

@@ -34,27 +34,38 @@ def run(model: nn.Module, inputs: Any, where: str = "") -> Any:
         ) from error
 
 
+def _held(model: nn.Module) -> Iterator[Tensor]:
+    """Yield every tensor that model's modules hold in attributes, and in containers there."""
+    def within(value: Any) -> Iterator[Tensor]:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, (dict, list, tuple)):
+            for part in value.values() if isinstance(value, dict) else value:
+                yield from within(part)
+
+    for module in model.modules():
+        for name, value in vars(module).items():
+            if name != "_modules":
+                yield from within(value)
+
+
 def duplicate(model: nn.Module) -> nn.Module:
     """Return a deep copy of model.
 
     Results that a forward has left in attributes, which copy.deepcopy refuses while they hang on
     their graph, are copied without it.
     """
-    left = [value for module in model.modules() for value in vars(module).values()
-            if isinstance(value, Tensor) and not value.is_leaf]
-    return copy.deepcopy(model, {id(value): value.detach().clone() for value in left})
+    return copy.deepcopy(model, {id(value): value.detach().clone() for value in _held(model)
+                                 if not value.is_leaf})
 
 
 def on_meta(model: nn.Module) -> nn.Module:
     """Return a copy of model on the meta device: shapes without numbers, at no cost."""
     memo: dict[int, Any] = {}
-    for module in model.modules():
-        for value in (*module._parameters.values(), *module._buffers.values(),
-                      *vars(module).values()):
-            if isinstance(value, nn.Parameter):
-                memo[id(value)] = nn.Parameter(value.detach().to("meta"), value.requires_grad)
-            elif isinstance(value, Tensor):
-                memo[id(value)] = value.detach().to("meta")
+    for value in _held(model):
+        empty = value.detach().to("meta")
+        memo[id(value)] = nn.Parameter(empty, value.requires_grad) \
+            if isinstance(value, nn.Parameter) else empty
     return copy.deepcopy(model, memo)
 
 

@@ -33,6 +33,9 @@ _POINTWISE = frozenset((
     "threshold", "logaddexp", "silu", "leaky_relu", "elu"))
 _CASTS = frozenset((
     "float", "double", "half", "bfloat16", "to", "type", "type_as", "contiguous", "clone"))
+_VIEWS = frozenset(("view", "reshape", "unsqueeze", "expand", "expand_as", "view_as"))
+# Larger of a value and a learned bound, as in the thresholded linear unit (arXiv:1911.09737).
+_BOUNDS = frozenset(("max", "maximum", "clamp", "clamp_min"))
 _ZEROS = frozenset(["zeros", "zeros_like", "new_zeros"])
 _ONES = frozenset(["ones", "ones_like", "new_ones"])
 
@@ -77,7 +80,7 @@ def recognise(values: Tensor) -> tuple[str, nn.Module] | None:
         return kind, _TARGETS[kind][0]
     below, above = values[:40], values[41:]
     slope = float(values[0] / GRID[0])
-    if 0 < slope < 1 and torch.allclose(above, GRID[41:]) and \
+    if 0 < slope < 0.99 and torch.allclose(above, GRID[41:]) and \
             torch.allclose(below, slope * GRID[:40]):
         return "leaky_relu", nn.LeakyReLU(slope)
     # x sigmoid(b x): the logit of what x is multiplied by is linear
@@ -88,6 +91,10 @@ def recognise(values: Tensor) -> tuple[str, nn.Module] | None:
         if float(rate.min()) > 0.1 and float(rate.max() - rate.min()) < 1e-3:
             return "silu", nn.SiLU()
     return None
+
+
+class Learned(float):
+    """Stand for a learned tensor: one number where it scales, none where it bounds."""
 
 
 class Shadow(NamedTuple):
@@ -152,12 +159,18 @@ class Shadows:
         if name in _ZEROS or name in _ONES:
             self.constant(key, float(name in _ONES))
             return None
+        if args and name in (*_VIEWS, *_CASTS) and is_value(args[0]) and self.is_constant(args[0]):
+            self.constant(key, self._table[args[0]])
+            return None
         if not module and name not in _POINTWISE and name not in _CASTS:
             return None
         if name in _CASTS:
             args, kwargs = args[:1], {}
         inputs = [a for a in (*args, *kwargs.values()) if is_value(a)]
         before = {a: self._table[a] for a in inputs if self.is_constant(a)}
+        learned = name in _BOUNDS and any(isinstance(v, Learned) for v in before.values())
+        if learned:
+            before = {a: 0.0 if isinstance(v, Learned) else v for a, v in before.items()}
         values = [a for a in inputs if a not in before]
         roots: dict[int, list[Shadow]] = {}
         for a in values:
@@ -181,6 +194,8 @@ class Shadows:
             # Times one, cast, clamped once more, it is the activation that it was.
             if found is not None and all(s.known is None or s.known[0] != found[0]
                                          for s in roots[root]):
+                if learned:  # it does not end at 0: nothing that q could absorb
+                    found = "tlu", nn.Identity()
                 return Spelled(*found, root, shadows[root].through - {number})
         return None
 
@@ -209,6 +224,13 @@ class Shadows:
         return result
 
 
+def number_of(value: Tensor) -> float:
+    """Return the number that a constant tensor stands for."""
+    if value.is_meta or value.numel() != 1:
+        return Learned(1.0)
+    return float(value.detach())
+
+
 class TensorShadows(Shadows):
     """Follow tensors while a model runs; those that are gone are forgotten."""
 
@@ -220,7 +242,6 @@ class TensorShadows(Shadows):
         """Note that ``result = function(*args, **kwargs)`` has run; see :meth:`note`."""
         for value in (*args, *kwargs.values()):
             # A learned slope or sharpness: whatever it is now, the form is the same.
-            if isinstance(value, nn.Parameter) and value.numel() == 1 \
-                    and not self.is_constant(value):
-                self.constant(value, 1.0 if value.is_meta else float(value.detach()))
+            if isinstance(value, nn.Parameter) and not self.is_constant(value):
+                self.constant(value, number_of(value))
         return self.note(result, function, args, kwargs, lambda value: isinstance(value, Tensor))

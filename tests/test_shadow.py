@@ -15,6 +15,7 @@ from quantguard.kinds import kind_of
 from quantguard.shadow import Spelled, TensorShadows, operation
 
 SLOPE = nn.Parameter(torch.tensor(0.7))
+WEIGHT = nn.Parameter(torch.linspace(-1, 2, 7))
 
 
 class Follow(TorchFunctionMode):
@@ -71,6 +72,8 @@ def last_kind(expression: Callable[[Tensor], Tensor]) -> str | None:
     ("softplus", lambda x: torch.log1p(x.exp())), ("softsign", lambda x: x / (1 + x.abs())),
     ("sigmoid", lambda x: 1 / (1 + torch.exp(-x))),
     ("tanh", lambda x: 2 * torch.sigmoid(2 * x) - 1),
+    ("silu", lambda x: x * torch.sigmoid(x * WEIGHT)),  # EvoNorm
+    ("tlu", lambda x: torch.maximum(x, WEIGHT.view(7))), ("tlu", lambda x: x.clamp(min=WEIGHT)),
     ("relu", lambda x: (lambda h: h * (h > 0))(x * 2 + 1)),  # of an intermediate value
 ])
 def test_spellings(kind: str, expression: Callable[[Tensor], Tensor]) -> None:
@@ -85,6 +88,7 @@ def test_spellings(kind: str, expression: Callable[[Tensor], Tensor]) -> None:
     lambda x: x * x.mean(), lambda x: x * torch.sigmoid(x.mean()), lambda x: x - x.mean(),
     lambda x: F.relu(x) * 2, lambda x: F.relu(x) * 1.0, lambda x: F.relu(x) + 0, lambda x: x / 6,
     lambda x: torch.where(x > 0, x, x.exp()), lambda x: torch.maximum(x, 2 * x),
+    lambda x: x + 1e-6, lambda x: x * WEIGHT, lambda x: x + WEIGHT, lambda x: F.relu(x) * WEIGHT,
     lambda x: torch.max(x, dim=0)[0], lambda x: x * torch.sigmoid(-x), lambda x: x.reciprocal(),
 ])
 def test_what_is_no_activation(expression: Callable[[Tensor], Tensor]) -> None:
