@@ -22,7 +22,7 @@ from .interception import Hook
 from .kinds import function_of
 from .plan import Bits, Plan, Site, assign, join
 from .rewrite import Rewritten, has_fused_path, rewrite, undo
-from .running import device_of, duplicate, seeded, to_device
+from .running import device_of, duplicate, seeded, stand_in, to_device
 from .sites import check_convertible, find_sites
 from .tracing import separate_aliases
 
@@ -102,27 +102,50 @@ def convert(model: nn.Module, bits: Bits = 2, dynamic: bool = False, *,
                     raise DataError(f"batch {number} of data holds NaN or infinite values")
         if not batches:
             raise DataError("data is empty", fix="Pass at least one batch of model inputs.")
-    # A forward may count or remember: what is run to look at it is never the model itself.
     if example is None:
         example = batches[0] if batches else find_example(original)
-    plan = make_plan(original, bits, dynamic, example=example, per_channel=per_channel, keep=keep,
-                     gates=gates)
-    converted = carry_out(original, plan)
-    calibrate(converted, plan.converted, batches, example)
-    found = None if example is None else audit(duplicate(original), duplicate(converted),
-                                               plan, example)
-    if found is not None and not found.identical:
-        raise ConversionError(
-            "the converted model does not reproduce the float one under bypass",
-            why="Its forward does something that torch.fx cannot see, or is not deterministic.",
-            fix="Name the modules that it happens in with keep=, and please report the model.")
+    converted, plan, found = _converted(original, batches, example, bits, dynamic, per_channel,
+                                        keep, gates)
     converted.__dict__["quantguard"] = Conversion(plan, found)
     return converted
 
 
+def _converted(model: nn.Module, batches: list[Any] | None, example: Any, bits: Bits,
+               dynamic: bool, per_channel: bool, keep: Iterable[str | type[nn.Module]],
+               gates: bool) -> tuple[nn.Module, Plan, Audit | None]:
+    """Convert by graphs; where the audit shows that they are not what the model computes, by runs.
+
+    Raises:
+        ConversionError: neither reproduces the float model.
+    """
+    for graphs in (True, False):
+        try:
+            plan = make_plan(model, bits, dynamic, example=example, per_channel=per_channel,
+                             keep=keep, gates=gates, graphs=graphs)
+        except ConversionError:
+            if not graphs or example is None:
+                raise
+            continue
+        converted = carry_out(model, plan)
+        # A forward may count or remember: what is run to look at it is never the model itself.
+        run_twice = stand_in(converted)
+        calibrate(run_twice, plan.converted, batches, example)
+        for name, placed in staircases(run_twice).items():
+            staircases(converted)[name].load_state_dict(placed.state_dict())
+        if example is None:
+            return converted, plan, None
+        found = audit(stand_in(model), stand_in(converted), plan, example)
+        if found.identical and (not found.left or not graphs):
+            return converted, plan, found
+    raise ConversionError(
+        "the converted model does not reproduce the float one under bypass",
+        why="Its forward does something that torch.fx cannot see, or is not deterministic.",
+        fix="Name the modules that it happens in with keep=, and please report the model.")
+
+
 def make_plan(model: nn.Module, bits: Bits = 2, dynamic: bool = False, *, example: Any = None,
               per_channel: bool = False, keep: Iterable[str | type[nn.Module]] = (),
-              gates: bool = False) -> Plan:
+              gates: bool = False, graphs: bool = True) -> Plan:
     """Return the plan that :func:`convert` carries out.
 
     Raises:
@@ -130,7 +153,8 @@ def make_plan(model: nn.Module, bits: Bits = 2, dynamic: bool = False, *, exampl
         SpecError: a pattern that matches nothing, or impossible bits.
     """
     check_convertible(model)
-    plan = assign(find_sites(model, example), model, bits, dynamic, per_channel, keep, gates)
+    found = find_sites(model, example, graphs=graphs)
+    plan = assign(found, model, bits, dynamic, per_channel, keep, gates)
     if not plan.converted:
         why = "None of its modules calls an activation that quantguard knows."
         if plan.sites:

@@ -76,6 +76,8 @@ class Interception(Inside):
         super().__init__(owner, frame)
         self.hooks = {hook.identity: hook for hook in hooks}
         self.names = {key for key, *_ in self.hooks}
+        self.staircases: dict[str, Any] = {
+            hook.attribute: owner.get_submodule(hook.attribute) for hook in hooks if hook.attribute}
         self.warned = warned
 
     def __torch_function__(self, func: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -85,7 +87,7 @@ class Interception(Inside):
             stands = self.stands(key)
             hook = self._hook(stands[0]) if stands is not None else None
             if hook is not None and hook.attribute:
-                staircase = self.owner.get_submodule(hook.attribute)
+                staircase = self.staircases[hook.attribute]
                 if hook.form == "function":
                     return staircase(args[0] if args else next(iter(kwargs.values())))
                 result = func(*args, **kwargs)
@@ -124,7 +126,7 @@ class Interception(Inside):
                 hook = self._hook(stands[0]) if stands is not None else None
                 if hook is None or hook.attribute in ("", name):
                     return None
-                return self.owner.get_submodule(hook.attribute)  # type: ignore[return-value]
+                return self.staircases[hook.attribute]  # type: ignore[no-any-return]
             return instead
 
         try:
@@ -136,16 +138,34 @@ class Interception(Inside):
                 children[name].instead = value  # type: ignore[assignment]
 
 
+def added(hooks: Iterable[Hook]) -> set[str]:
+    """Return the names of the staircases that were added, beside those that took a child's."""
+    return {h.attribute for h in hooks
+            if h.attribute and (h.form != "module" or h.attribute != h.identity[0])}
+
+
+@contextmanager
+def _out_of_sight(owner: nn.Module, names: Iterable[str]) -> Iterator[None]:
+    """Let a forward that goes through its children meet none that it does not know."""
+    modules = {name: owner._modules.pop(name) for name in names if name in owner._modules}
+    try:
+        yield
+    finally:
+        owner._modules.update(modules)
+
+
 def intercepting(cls: type[nn.Module], hooks: tuple[Hook, ...]) -> Callable[..., Any]:
     """Return the forward of cls under interception."""
     warned: set[Any] = set()
+    extra = added(hooks)
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if all(self.get_submodule(h.attribute).bypassed for h in hooks if h.attribute):
-            return cls.forward(self, *args, **kwargs)  # with whatever fused path it has
         mode = Interception(self, sys._getframe(0), hooks, warned)
-        with mode.redirecting(), mode:
-            return cls.forward(self, *args, **kwargs)
+        with _out_of_sight(self, extra):
+            if all(staircase.bypassed for staircase in mode.staircases.values()):
+                return cls.forward(self, *args, **kwargs)  # with whatever fused path it has
+            with mode.redirecting(), mode:
+                return cls.forward(self, *args, **kwargs)
     # Its frames and the mode are nothing for torch.compile, which would pass the staircases by.
     hidden: Callable[..., Any] = torch.compiler.disable(forward)  # type: ignore[no-untyped-call]
     return hidden

@@ -10,14 +10,15 @@ from __future__ import annotations
 import copy
 import itertools
 import linecache
+from collections import OrderedDict
 from typing import Any
 
-from torch import nn
+from torch import fx, nn
 
 from .activation import staircases
 from .calls import Identity, calls_in
 from .errors import ConversionError
-from .interception import Hook, intercepting
+from .interception import Hook, added, intercepting
 from .tracing import (
     Traced,
     Variant,
@@ -80,9 +81,28 @@ def rewrite(module: nn.Module, cls: type[nn.Module], names: Names,
         body["forward"] = _generated(module, cls, names)
     elif hooks:
         body["forward"] = intercepting(cls, hooks)
+    extra = {attribute for _, attribute in names} | added(hooks)
+    if extra and issubclass(cls, (nn.Sequential, nn.ModuleList)):
+        body |= _as_before(cls, extra)
     for name in FUSED.get(_fused_class(module), ()):
         body[name] = _closed(name)
     module.__class__ = type(cls.__name__, (Rewritten, cls), body)
+
+
+def _as_before(cls: type[nn.Module], extra: set[str]) -> dict[str, Any]:
+    """Return the methods of a list of modules for one that does not show what was added."""
+    def shown(self: nn.Module) -> list[tuple[str, Any]]:
+        return [item for item in self._modules.items() if item[0] not in extra]
+
+    def pick(self: nn.Module, index: Any) -> Any:
+        found = shown(self)[index]
+        if not isinstance(index, slice):
+            return found[1]
+        return cls(OrderedDict(found)) if issubclass(cls, nn.Sequential) else cls(
+            [child for _, child in found])
+
+    return {"__iter__": lambda self: iter([child for _, child in shown(self)]),
+            "__len__": lambda self: len(shown(self)), "__getitem__": pick}
 
 
 FUSED: dict[type[nn.Module] | None, tuple[str, ...]] = {
@@ -114,8 +134,7 @@ def _closed(name: str) -> property:
 
 def _generated(module: nn.Module, cls: type[nn.Module], names: Names) -> Any:
     """Return the forward that torch.fx generates, with the named attributes called instead."""
-    added = [attribute for _, attribute in names]
-    traced = planned_graphs(module, cls, added)
+    traced = planned_graphs(module, cls, [attribute for _, attribute in names])
     found = {call.identity for one in traced.values() for call in calls_in(module, one)}
     gone = [identity for identity, _ in names if identity not in found]
     if gone:
@@ -175,35 +194,36 @@ def _redirect(module: nn.Module, traced: Traced, names: dict[Identity, str]) -> 
     """Make a graph call the named attributes, and give module the tensors that it made up."""
     graph = traced.graph
     module.__dict__.update(traced.constants)
+    moved: dict[fx.Node, fx.Node] = {}  # a call -> what has taken its place
     for call in calls_in(module, traced):
         attribute = names.get(call.identity)
         if attribute is None:
             continue
-        node = call.node
+        node, source = call.node, call.source
+        assert source is not None
+        source = moved.get(source, source)
         if call.form == "spelled":
-            assert call.source is not None
-            inputs = (node,) if call.source is node else (call.source, node)
             with graph.inserting_after(node):
-                new = graph.call_module(attribute, inputs)
+                new = graph.call_module(attribute, (node,) if source is node else (source, node))
             for user in [user for user in node.users if user is not new]:
                 user.replace_input_with(node, new)
         elif call.target:
-            node.target, node.args, node.kwargs = attribute, (call.source,), {}
+            node.target, node.args, node.kwargs = attribute, (source,), {}
         else:
             with graph.inserting_before(node):
-                new = graph.call_module(attribute, (call.source,))
+                new = graph.call_module(attribute, (source,))
             node.replace_all_uses_with(new)
             graph.erase_node(node)
+            moved[node] = new
     graph.lint()
 
 
 def undo(model: nn.Module) -> set[str]:
     """Give every module of model the user's class back; return what was added for calls."""
-    added = set()
+    found = set()
     for path, module in list(model.named_modules()):
         if isinstance(module, Rewritten):
-            names = {a for _, a in module._names} | {
-                h.attribute for h in module._hooks if h.attribute not in ("", h.identity[0])}
-            added |= {f"{path}.{name}" if path else name for name in names}
+            names = {a for _, a in module._names} | added(module._hooks)
+            found |= {f"{path}.{name}" if path else name for name in names}
             object.__setattr__(module, "__class__", module._user_class)
-    return added
+    return found

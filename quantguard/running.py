@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import random
 import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy
 import torch
 from torch import Tensor, nn
 
@@ -59,6 +61,12 @@ def duplicate(model: nn.Module) -> nn.Module:
                                  if not value.is_leaf})
 
 
+def stand_in(model: nn.Module) -> nn.Module:
+    """Return a copy of model to be run and thrown away; only the parameters are model's own."""
+    return copy.deepcopy(model, {id(value): value if isinstance(value, nn.Parameter)
+                                 else value.detach().clone() for value in _held(model)})
+
+
 def on_meta(model: nn.Module) -> nn.Module:
     """Return a copy of model on the meta device: shapes without numbers, at no cost."""
     memo: dict[int, Any] = {}
@@ -104,9 +112,16 @@ def frozen(model: nn.Module) -> Iterator[nn.Module]:
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
     """Draw from a seed inside the context, and leave the caller's random numbers as they were."""
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        yield
+    states = random.getstate(), numpy.random.get_state()
+    try:
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            random.seed(seed)
+            numpy.random.seed(seed)
+            yield
+    finally:
+        random.setstate(states[0])
+        numpy.random.set_state(states[1])
 
 
 @contextmanager

@@ -39,12 +39,15 @@ _PASS_THROUGH = (nn.Dropout, nn.Dropout2d, nn.Identity)
 class _Reader:
     """Read a model module by module; holds the graphs, which several questions share."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, graphs: bool = True) -> None:
         self.model = model
         self.traced: dict[str, list[Traced]] = {}
         self.unread: dict[str, str] = {}
         for path, module in model.named_modules():
             if type(module) in MODULE_KINDS or not _has_own_code(module):
+                continue
+            if not graphs and not type(module).__module__.startswith("torch.nn."):
+                self.unread[path] = "its graph is not what it computes"
                 continue
             try:
                 self.traced[path] = list(planned_graphs(module).values())
@@ -144,15 +147,16 @@ def _is_batchnorm(module: nn.Module) -> bool:
 
 
 def find_sites(model: nn.Module, example: Any = None,
-               known: Mapping[str, list[Intercepted]] | None = None) -> Plan:
+               known: Mapping[str, list[Intercepted]] | None = None, graphs: bool = True) -> Plan:
     """Find every site of model, none of them given a staircase yet.
 
     Args:
         example: an input, for forwards that cannot be traced; None: one that the model accepts is
             looked for.
         known: what such forwards call, where it was found before: by module.
+        graphs: whether to trust graphs; False: every forward that is not torch's own is run.
     """
-    reader = _Reader(model)
+    reader = _Reader(model, graphs)
     sites: list[Site] = []
     seen: set[str] = set()
     for path, traced in reader.traced.items():
@@ -226,7 +230,8 @@ def _free_name(path: str, own_name: str, target: str, seen: set[str]) -> str:
     """Return the full name of a staircase, and take it."""
     name = join(path, own_name)
     if name in seen:  # somebody else's forward calls the very same child
-        name += "_by_" + (path.replace(".", "_") or "model")
+        # It stands in this module: others may go through that child's siblings.
+        name = join(path, f"{own_name.replace('.', '_')}_by_{path.replace('.', '_') or 'model'}")
     seen.add(name)
     if target:
         seen.add(join(path, target))

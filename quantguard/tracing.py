@@ -12,6 +12,7 @@ import types
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
+import numpy
 import torch
 import torch.utils.checkpoint
 from torch import fx, nn
@@ -200,14 +201,21 @@ def trace(module: nn.Module, cls: type[nn.Module], variant: Variant,
     children = probe.__dict__["_modules"]
     for name in hidden:
         children.pop(name, None)
+    met: dict[int, Any] = {}
+    children.update({name: _stand_in(child, met) for name, child in children.items()})
     separate_aliases(children)
     before = {k: _copied(v) for k, v in probe.__dict__.items()}
     with torch.random.fork_rng(devices=[]):
         dice = torch.get_rng_state(), random.getstate()
+        numpy_dice = numpy.random.get_state()
         with _checkpoints_inlined():
             graph = Tracer().trace(probe)
-        rolled = not torch.equal(dice[0], torch.get_rng_state()) or dice[1] != random.getstate()
+        rolled = not torch.equal(dice[0], torch.get_rng_state()) \
+            or dice[1] != random.getstate() or not all(
+                numpy.array_equal(a, b) for a, b in zip(numpy_dice, numpy.random.get_state(),
+                                                        strict=True))
         random.setstate(dice[1])
+        numpy.random.set_state(numpy_dice)
     if rolled:
         raise fx.proxy.TraceError("random numbers, which a graph would hold as constants")
     changed = [k for k, v in before.items() if not _same(v, probe.__dict__.get(k))]
@@ -216,6 +224,18 @@ def trace(module: nn.Module, cls: type[nn.Module], variant: Variant,
     if changed:
         raise fx.proxy.TraceError(f"forward sets self.{changed[0]}, which a graph cannot hold")
     return Traced(graph, constants)
+
+
+def _stand_in(module: nn.Module | None, seen: dict[int, Any]) -> Any:
+    """Return a child as the forward may see it: its mode, which no graph holds, is missing."""
+    if module is None or id(module) in seen:
+        return module if module is None else seen[id(module)]
+    twin = object.__new__(type(module))
+    seen[id(module)] = twin
+    twin.__dict__.update({k: v for k, v in module.__dict__.items() if k != "training"})
+    twin.__dict__["_modules"] = {name: _stand_in(child, seen)
+                                 for name, child in module.__dict__.get("_modules", {}).items()}
+    return twin
 
 
 class _Inlined:
