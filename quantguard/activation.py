@@ -243,8 +243,8 @@ class QuantActivation(nn.Module):
 
     @property
     def bypassed(self) -> bool:
-        """Return whether it computes the float activation just now."""
-        return self._state.action in ("bypass", "observe")
+        """Return whether it is switched off just now: nothing needs to call it."""
+        return self._state.action == "bypass"
 
     def extra_repr(self) -> str:
         kind = "dynamic" if self.spec.dynamic else "fixed"

@@ -87,7 +87,8 @@ class _Recorder(Inside):
         stands = self.stands(key)
         if stands is not None:
             self.log.decides |= func in _TO_PLAIN
-            self.log.passed |= {(key, part) for part in stands[0][1].split("<")}
+            self.log.passed |= {(key, part.rpartition(":")[0])
+                                for part in stands[0][1].split("<")}
         if not isinstance(result, Tensor):
             return result
         if stands is None:
@@ -211,11 +212,13 @@ def _watched(twin: nn.Module, logs: Mapping[str, _Log], outputs: set[str], input
     for path, cls in classes.items():
         twin.get_submodule(path).__class__ = type(cls.__name__, (cls,), {
             "forward": recording(cls, path), "__module__": cls.__module__})
+    by_grad = any("grad" in name for cls in classes.values()
+                  for name in getattr(getattr(cls.forward, "__code__", None), "co_names", ()))
     ran = False
     for change in (Tensor.clone, _times(-1), _times(0), _times(100), _times(-100)):
-        for training in (False, True):
+        for training, grad in [(False, False), (True, False)] + [(False, True)] * by_grad:
             twin.train(training)
-            with suppress(Exception), torch.no_grad(), seeded(0):
+            with suppress(Exception), torch.set_grad_enabled(grad), seeded(0):
                 run(twin, changed(inputs, change))
                 ran = ran or not training
         # Elsewhere the data decides on nothing that matters here.

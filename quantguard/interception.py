@@ -25,6 +25,7 @@ from .kinds import ALWAYS_KEPT, kind_of
 from .shadow import operation
 from .tracing import place_of
 
+_ASIDE = "_quantguard_aside"  # what a running forward must not meet among its children
 CALL = nn.Module._call_impl.__code__
 
 
@@ -77,7 +78,7 @@ class Interception(Inside):
         self.hooks = {hook.identity: hook for hook in hooks}
         self.names = {key for key, *_ in self.hooks}
         self.staircases: dict[str, Any] = {
-            hook.attribute: owner.get_submodule(hook.attribute) for hook in hooks if hook.attribute}
+            hook.attribute: _find(owner, hook.attribute) for hook in hooks if hook.attribute}
         self.warned = warned
 
     def __torch_function__(self, func: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -148,10 +149,20 @@ def added(hooks: Iterable[Hook]) -> set[str]:
 def _out_of_sight(owner: nn.Module, names: Iterable[str]) -> Iterator[None]:
     """Let a forward that goes through its children meet none that it does not know."""
     modules = {name: owner._modules.pop(name) for name in names if name in owner._modules}
+    if not modules:  # it has called itself
+        yield
+        return
+    owner.__dict__[_ASIDE] = modules
     try:
         yield
     finally:
+        del owner.__dict__[_ASIDE]
         owner._modules.update(modules)
+
+
+def _find(owner: nn.Module, name: str) -> nn.Module:
+    aside: dict[str, nn.Module] = owner.__dict__.get(_ASIDE, {})
+    return aside[name] if name in aside else owner.get_submodule(name)
 
 
 def intercepting(cls: type[nn.Module], hooks: tuple[Hook, ...]) -> Callable[..., Any]:

@@ -207,6 +207,7 @@ def _redirect(module: nn.Module, traced: Traced, names: dict[Identity, str]) -> 
                 new = graph.call_module(attribute, (node,) if source is node else (source, node))
             for user in [user for user in node.users if user is not new]:
                 user.replace_input_with(node, new)
+            moved[node] = new
         elif call.target:
             node.target, node.args, node.kwargs = attribute, (source,), {}
         else:

@@ -30,13 +30,16 @@ _POINTWISE = frozenset((
     "tanh", "erf", "relu", "relu6", "clamp", "clamp_min", "clamp_max", "clip", "maximum", "minimum",
     "max", "min", "abs", "absolute", "gt", "ge", "lt", "le", "where", "masked_fill", "softplus",
     "logsigmoid", "hardsigmoid", "hardtanh", "hardswish", "sign", "sgn", "heaviside", "reciprocal",
-    "threshold", "logaddexp", "silu", "leaky_relu", "elu"))
+    "threshold", "logaddexp", "silu", "leaky_relu", "elu", "invert", "logical_not", "bitwise_not",
+    "expit", "special_expit"))
 _CASTS = frozenset((
-    "float", "double", "half", "bfloat16", "to", "type", "type_as", "contiguous", "clone"))
+    "float", "double", "half", "bfloat16", "to", "type", "type_as", "contiguous", "clone",
+    "detach"))
 _VIEWS = frozenset(("view", "reshape", "unsqueeze", "expand", "expand_as", "view_as"))
 # Larger of a value and a learned bound, as in the thresholded linear unit (arXiv:1911.09737).
 _BOUNDS = frozenset(("max", "maximum", "clamp", "clamp_min"))
 _ZEROS = frozenset(["zeros", "zeros_like", "new_zeros"])
+_FULL = frozenset(("full", "full_like", "new_full"))
 _ONES = frozenset(["ones", "ones_like", "new_ones"])
 
 _TARGETS: dict[str, tuple[nn.Module, Callable[[Tensor], Tensor]]] = {
@@ -63,7 +66,7 @@ _VALUES = torch.stack([f(GRID) for _, f in _TARGETS.values()])
 def operation(function: Any) -> str:
     """Return the plain name of an operation: ``mul`` for ``__rmul__``, ``mul_``, operator.imul."""
     name = function if isinstance(function, str) else getattr(function, "__name__", "")
-    name = name.strip("_")
+    name = name.partition(".")[0].strip("_")  # aten operators have their overload's name, too
     if name not in _POINTWISE and name[:1] in ("r", "i") and name[1:] in _POINTWISE:
         return str(name[1:])
     return str(name)
@@ -159,6 +162,11 @@ class Shadows:
         if name in _ZEROS or name in _ONES:
             self.constant(key, float(name in _ONES))
             return None
+        if name in _FULL:
+            number = kwargs.get("fill_value", args[-1] if args else None)
+            if isinstance(number, (int, float)):
+                self.constant(key, float(number))
+            return None
         if args and name in (*_VIEWS, *_CASTS) and is_value(args[0]) and self.is_constant(args[0]):
             self.constant(key, self._table[args[0]])
             return None
@@ -211,12 +219,12 @@ class Shadows:
             return GRID.clone() if number == root else shadows[root].values.clone()
 
         try:
-            first, *rest = (on_grid(a) for a in args)
-            if name in _CASTS and isinstance(first, Tensor):
-                return first if first.dtype is torch.bool else first.double()
+            values = [on_grid(a) for a in args]
+            if name in _CASTS and isinstance(values[0], Tensor):
+                return values[0] if values[0].dtype is torch.bool else values[0].double()
             if isinstance(function, str):
                 function = getattr(torch.Tensor, function)
-            result: object = function(first, *rest, **{k: on_grid(v) for k, v in kwargs.items()})
+            result: object = function(*values, **{k: on_grid(v) for k, v in kwargs.items()})
         except Exception:  # an operation that the grid cannot stand in for
             return None
         if not isinstance(result, Tensor) or result.shape != GRID.shape:
@@ -242,6 +250,7 @@ class TensorShadows(Shadows):
         """Note that ``result = function(*args, **kwargs)`` has run; see :meth:`note`."""
         for value in (*args, *kwargs.values()):
             # A learned slope or sharpness: whatever it is now, the form is the same.
-            if isinstance(value, nn.Parameter) and not self.is_constant(value):
+            if isinstance(value, Tensor) and not self.is_constant(value) and (
+                    isinstance(value, nn.Parameter) or (value.dim() == 0 and not value.is_meta)):
                 self.constant(value, number_of(value))
         return self.note(result, function, args, kwargs, lambda value: isinstance(value, Tensor))

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import inspect
+import itertools
 import os
 import random
 import sys
@@ -68,7 +70,7 @@ def place_of(frame: types.FrameType | None, last: types.FrameType | None = None,
         ours = file.startswith(_HERE)
         if frame is last or (last is None and ours):
             break
-        line: int = frame.f_lineno
+        line, column = _position(code, frame.f_lasti)
         frame = frame.f_back
         if ours or file == "<string>" or (file.startswith(_TORCH)
                                           and not file.startswith(_TORCH_MODULES)):
@@ -77,8 +79,16 @@ def place_of(frame: types.FrameType | None, last: types.FrameType | None = None,
             continue
         where = where or f"{_short(file)}:{line}"
         if not code.co_name.startswith("<") or code.co_name == "<lambda>":
-            places.append(f"{code.co_name}+{line - code.co_firstlineno}")
+            places.append(f"{code.co_name}+{line - code.co_firstlineno}:{column}")
     return where, "<".join(places)
+
+
+@functools.lru_cache(4096)
+def _position(code: types.CodeType, instruction: int) -> tuple[int, int]:
+    """Return line and column of an instruction: two calls on one line are two places."""
+    position = next(itertools.islice(code.co_positions(), instruction // 2, None), None)
+    line, _, column, _ = position or (None, None, None, None)
+    return line or code.co_firstlineno, column or 0
 
 
 def _short(path: str) -> str:
