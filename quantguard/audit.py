@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from .activation import QuantActivation, bypass, staircases
+from .discovery import NOT_REACHED
 from .kinds import ALWAYS_KEPT, kind_of
 from .plan import Plan
 from .running import copied, evaluating, run, seeded
@@ -100,9 +101,10 @@ def _tensors(value: Any) -> list[Tensor]:
 
 def audit(original: nn.Module, converted: nn.Module, plan: Plan, inputs: Any) -> Audit:
     """Run inputs through both models in eval mode, on the same random numbers."""
-    kept = {(site.owner, site.kind) for site in plan.kept} | {
-        (f"{site.owner}.{site.target}".lstrip("."), site.kind) for site in plan.kept} | {
-        (site.name, site.kind) for site in plan.kept}
+    # What was thought never to run is not kept for a reason: if it does, it is left over.
+    sites = [s for s in plan.kept if s.reason not in ("never called", NOT_REACHED)]
+    kept = {(s.owner, s.kind) for s in sites} | {(s.name, s.kind) for s in sites} | {
+        (f"{s.owner}.{s.target}".lstrip("."), s.kind) for s in sites}
     begin = time.perf_counter()
     # Without gradients torch's fused encoder layers call no activation: nobody's would be compared.
     fused = any(isinstance(m, nn.TransformerEncoderLayer) for m in original.modules())

@@ -26,6 +26,7 @@ _VIEWS = frozenset((
 _TO_PLAIN = frozenset((Tensor.__bool__, Tensor.__int__, Tensor.__float__, Tensor.__index__,
                        Tensor.item, Tensor.tolist))
 _SPELLING = frozenset(("clamp", "clamp_", "clamp_min", "clip", "maximum", "masked_fill"))
+NOT_REACHED = "not reached by the example"
 _UNSEEN = "gate, perhaps: no graph shows where it goes"
 
 
@@ -282,4 +283,4 @@ def _named_unreached(module: nn.Module, log: _Log) -> Iterator[Intercepted]:
     for key, place, where, kind in _unreached(module, type(module), log):
         if kind is not None:
             yield Intercepted((key, place, 1), kind, "function", "", nn.Identity(), where,
-                              reason="not reached by the example")
+                              reason=NOT_REACHED)

@@ -237,10 +237,13 @@ def trace(module: nn.Module, cls: type[nn.Module], variant: Variant,
 
 
 def _stand_in(module: nn.Module | None, seen: dict[int, Any]) -> Any:
-    """Return a child as the forward may see it: its mode, which no graph holds, is missing."""
+    """Return a child as the user's forward may see it.
+
+    Its mode, which no graph holds, is missing; one that is rewritten has the user's own class.
+    """
     if module is None or id(module) in seen:
         return module if module is None else seen[id(module)]
-    twin = object.__new__(type(module))
+    twin = object.__new__(getattr(type(module), "_user_class", type(module)))
     seen[id(module)] = twin
     twin.__dict__.update({k: v for k, v in module.__dict__.items() if k != "training"})
     twin.__dict__["_modules"] = {name: _stand_in(child, seen)

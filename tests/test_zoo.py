@@ -1341,7 +1341,7 @@ ZOO: dict[str, Case] = {
 }
 
 
-class Bug(NamedTuple):
+class Limit(NamedTuple):
     what: str
     names: tuple[str, ...]
     checks: tuple[str, ...] = ()
@@ -1352,45 +1352,43 @@ def both(*forms: str) -> tuple[str, ...]:
                  for opaque in (False, True))
 
 
-# Which checks fail on which models for a reason that lies in the package; no checks: all.
-BUGS: tuple[Bug, ...] = (
-    Bug("a child that its parent calls one by one gets two staircases, of which one never runs", (
+# Which checks fail on which models, for a limit of the package's; no checks: all.
+LIMITS: tuple[Limit, ...] = (
+    Limit("a child that its parent calls one by one gets two staircases, of which one never runs", (
         "slices of a Sequential", "checkpoints, not traceable",
         "reentrant checkpoints, not traceable"), ("found", "calibrated")),
-    Bug("inner forwards' calls are planned for the outer one, too",
+    Limit("inner forwards' calls are planned for the outer one, too",
         ("self.forward", "child's forward, not traceable"), ("found", "levels")),
-    Bug("a pickle's children are rewritten before their parent is traced",
-        ("child's forward and method",), ("copied",)),
-    Bug("a module that an argument chooses is 'never called', and the audit believes it",
+    Limit("a module that an argument chooses is 'never called', and the audit believes it",
         ("ModuleDict by an argument",), ("found", "reported")),
-    Bug("a function that is handed on by its name is listed as one that was not reached",
+    Limit("a function that is handed on by its name is listed as one that was not reached",
         ("function as an argument", "function as an optional argument"), ("found",)),
-    Bug("a part that is used by itself, too, is taken for a part only",
+    Limit("a part that is used by itself, too, is taken for a part only",
         ("parts used twice, not traceable",), ("found", "reported")),
-    Bug("a forward kept in the instance is not found", ("forward of the instance",)),
-    Bug("a module that the forward makes is not found", both("made on the fly"),
+    Limit("a forward kept in the instance is not found", ("forward of the instance",)),
+    Limit("a module that the forward makes is not found", both("made on the fly"),
         ("found", "fed")),
-    Bug("operations that the grid does not know, and the audit neither",
+    Limit("operations that the grid does not know, and the audit neither",
         both("index assignment", "in a view"), ("found", "reported", "fed")),
-    Bug("within an autograd.Function a staircase does not learn", ("autograd.Function, learned",),
+    Limit("within an autograd.Function a staircase does not learn", ("autograd.Function, learned",),
         ("active",)),
-    Bug("in place, the gradient comes from the input instead of the output: other last bits",
+    Limit("in place, the gradient comes from the input instead of the output: other last bits",
         ("selu_",), ("bypass",)),
-    Bug("in place, the gradient comes from the input instead of the output: other last bits",
+    Limit("in place, the gradient comes from the input instead of the output: other last bits",
         ("selu_, not traceable",), ("transparent",)),
 )
 
 
 def zoo(check: str) -> Any:
-    """Parametrize a check over the zoo; what fails it is expected to, and why is said in BUGS."""
+    """Parametrize a check over the zoo; what fails it is expected to, and why is said in LIMITS."""
     def marks(name: str) -> list[pytest.MarkDecorator]:
-        return [pytest.mark.xfail(reason=f"BUG: {bug.what}", strict=True) for bug in BUGS
-                if (check in bug.checks or not bug.checks) and name in bug.names][:1]
+        return [pytest.mark.xfail(reason=f"{limit.what}", strict=True) for limit in LIMITS
+                if (check in limit.checks or not limit.checks) and name in limit.names][:1]
 
     return pytest.mark.parametrize("name", [
         pytest.param(name, marks=marks(name)) for name, case in ZOO.items()
         if check in case.checks or (not case.checks and check != "fed")
-        if check != "reported" or any(name in b.names and "found" in b.checks for b in BUGS)])
+        if check != "reported" or any(name in b.names and "found" in b.checks for b in LIMITS)])
 
 
 class Pair(NamedTuple):
@@ -1778,7 +1776,7 @@ class Scaled(Net):
 
 @pytest.mark.parametrize("opaque", [
     pytest.param(False, marks=pytest.mark.xfail(strict=True, reason=(
-        "BUG: plain attributes that a forward reads are held by the graph"))), True])
+        "plain attributes that a forward reads are held by the graph"))), True])
 def test_an_attribute_that_is_set_later_counts(opaque: bool) -> None:
     """A temperature or a drop rate on a schedule, say: set on both, it must matter in both."""
     model, _, converted = pair_of(functools.partial(Scaled, opaque), rows(5))
