@@ -56,6 +56,7 @@ class Inside(TorchFunctionMode):
             within: the module of ``owner`` that is being called, where it is that.
         """
         start = frame = sys._getframe(depth)
+        called = within is not None
         while frame is not self.frame:
             if frame.f_code is CALL:
                 if within is None or frame.f_locals.get("self") is not within:
@@ -65,6 +66,8 @@ class Inside(TorchFunctionMode):
                 return None  # recomputed in backward
             frame = frame.f_back
         where, place = place_of(start, self.frame)
+        if called:  # a module's call is the same whichever way the forward came there
+            place = place.split("<")[0]
         number = self._counts[key, place] = self._counts.get((key, place), 0) + 1
         return (key, place, number), where
 

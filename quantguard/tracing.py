@@ -23,6 +23,8 @@ from .kinds import MODULE_KINDS
 
 _TORCH = os.path.dirname(torch.__file__) + os.sep
 _TORCH_MODULES = os.path.join(_TORCH, "nn", "modules") + os.sep
+_SWITCHES: dict[str, Any] = {name: getattr(torch, name) for name in (
+    "is_grad_enabled", "is_autocast_enabled", "is_inference_mode_enabled")}
 _MODULE_FILE = nn.Module._call_impl.__code__.co_filename
 _HERE = os.path.dirname(__file__) + os.sep
 
@@ -41,8 +43,8 @@ class Tracer(fx.Tracer):
         return super().call_module(m, forward, args, kwargs)
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
-        now = (torch.is_grad_enabled(), torch.is_autocast_enabled("cpu"),
-               torch.is_autocast_enabled("cuda"))
+        grad, autocast = _SWITCHES["is_grad_enabled"], _SWITCHES["is_autocast_enabled"]
+        now = grad(), autocast("cpu"), autocast("cuda")
         if getattr(self, "_modes", now) != now:
             raise fx.proxy.TraceError("a no_grad or autocast block, which a graph cannot hold")
         self._modes = now
@@ -218,7 +220,7 @@ def trace(module: nn.Module, cls: type[nn.Module], variant: Variant,
     with torch.random.fork_rng(devices=[]):
         dice = torch.get_rng_state(), random.getstate()
         numpy_dice = numpy.random.get_state()
-        with _checkpoints_inlined():
+        with _checkpoints_inlined(), _switches_unreadable():
             graph = Tracer().trace(probe)
         rolled = not torch.equal(dice[0], torch.get_rng_state()) \
             or dice[1] != random.getstate() or not all(
@@ -269,6 +271,25 @@ def _checkpoints_inlined() -> Iterator[None]:
         yield
     finally:
         module.CheckpointFunction = before
+
+
+@contextlib.contextmanager
+def _switches_unreadable() -> Iterator[None]:
+    """Refuse a forward that asks for modes which its graph would hold as they are now."""
+    def unreadable(name: str) -> Any:
+        def ask(*args: Any, **kwargs: Any) -> Any:
+            if not sys._getframe(1).f_code.co_filename.startswith((_TORCH, _HERE)):
+                raise fx.proxy.TraceError(f"it asks torch.{name}(), which a graph would hold")
+            return _SWITCHES[name](*args, **kwargs)
+        return ask
+
+    try:
+        for name in _SWITCHES:
+            setattr(torch, name, unreadable(name))
+        yield
+    finally:
+        for name, function in _SWITCHES.items():
+            setattr(torch, name, function)
 
 
 def _copied(value: Any) -> Any:

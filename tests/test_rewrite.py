@@ -579,7 +579,7 @@ def test_modules_in_a_forward_that_cannot_be_traced_are_replaced() -> None:
 
     model = nn.Sequential(Opaque(), nn.Linear(6, 3))
     converted = convert(model)
-    assert set(staircases(converted)) == {"0.act"}
+    assert set(staircases(converted)) == {"0.act", "0.act_2"}  # two calls on one line
     assert_converted(model, converted)
     assert_converted(model, converted, -X)
     assert type(restore(converted)[0].act) is nn.GELU
