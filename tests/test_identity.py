@@ -269,7 +269,9 @@ def borrowed(*models: nn.Module) -> Iterator[None]:
         yield
     finally:
         for model, state in zip(models, before, strict=True):
-            model.load_state_dict(state)
+            with torch.no_grad():
+                for name, tensor in model.state_dict().items():
+                    tensor.copy_(state[name])
             model.train().eval()  # some empty their caches in train(), as they need to
 
 
