@@ -5,6 +5,7 @@ Session fixtures are shared by every test: work on ``copy.deepcopy`` of a model 
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -23,6 +24,12 @@ from quantguard.demo import small_cnn, train_clean
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> None:
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def interruptible() -> None:
+    # Started in the background of a shell, Ctrl-C is ignored, and tests of it could not fail.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _whole(split: Any) -> tuple[Tensor, Tensor]:

@@ -275,11 +275,11 @@ def borrowed(*models: nn.Module) -> Iterator[None]:
             model.train().eval()  # some empty their caches in train(), as they need to
 
 
-def over_families(**bugs: str) -> pytest.MarkDecorator:
-    """Run a test on every family; in those named it is known to fail, for the reason given."""
+def over_families() -> pytest.MarkDecorator:
+    """Run a test on every family; a third of them, marked slow, only where CI runs them."""
     return pytest.mark.parametrize("pair", [
-        pytest.param(name, marks=[pytest.mark.xfail(strict=True, reason=bugs[name])]
-                     if name in bugs else ()) for name in FAMILIES], indirect=True, scope="module")
+        pytest.param(name, marks=[pytest.mark.slow] if number % 3 == 1 else ())
+        for number, name in enumerate(FAMILIES)], indirect=True, scope="module")
 
 
 def tensors(output: Any) -> list[Tensor]:
