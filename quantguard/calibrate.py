@@ -135,7 +135,8 @@ def from_batches(model: nn.Module, batches: Iterable[Any], names: Iterable[str],
         spec, axis = modules[name].spec, modules[name].axis
 
         def collect(y: Tensor) -> None:
-            seen.setdefault(name, []).append(_rows(y, spec.per_channel, axis or 0, generator))
+            if y.numel():  # a head that got no boxes says nothing
+                seen.setdefault(name, []).append(_rows(y, spec.per_channel, axis or 0, generator))
         return collect
 
     with observing(model, {name: collector(name) for name in names}), torch.no_grad():
