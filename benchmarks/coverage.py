@@ -100,9 +100,9 @@ def used(name: str) -> dict[str, Any]:
     converted.train()
     _first(_call(converted, example)).float().square().mean().backward()
     gradients = [p.grad for p in converted.parameters() if p.grad is not None]
-    for module in converted.modules():  # what the training step moved
+    for path, module in converted.named_modules():  # what the training step moved
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            module.load_state_dict(model.get_submodule(_path(converted, module)).state_dict())
+            module.load_state_dict(model.get_submodule(path).state_dict())
     converted.eval()
     with torch.no_grad():
         after = _first(_call(converted, example))
@@ -111,10 +111,6 @@ def used(name: str) -> dict[str, Any]:
             "gradients": len(gradients), "finite": all(bool(g.isfinite().all()) for g in gradients),
             "same_after_training_mode": bool(torch.equal(before, after)),
             "parameters": sum(p.numel() for p in model.parameters())}
-
-
-def _path(model: nn.Module, module: nn.Module) -> str:
-    return next(path for path, other in model.named_modules() if other is module)
 
 
 def _call(model: nn.Module, example: Any) -> Any:

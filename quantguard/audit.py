@@ -16,7 +16,7 @@ from .activation import QuantActivation, bypass, staircases
 from .discovery import NOT_REACHED
 from .kinds import ALWAYS_KEPT, kind_of
 from .plan import Plan
-from .running import copied, evaluating, run, seeded
+from .running import copied, evaluating, run, seeded, tensors_in
 from .shadow import TensorShadows
 
 
@@ -89,16 +89,6 @@ class Watch(TorchFunctionMode):
         return ""
 
 
-def _tensors(value: Any) -> list[Tensor]:
-    if isinstance(value, Tensor):
-        return [value]
-    if isinstance(value, dict):
-        return [t for v in value.values() for t in _tensors(v)]
-    if isinstance(value, (list, tuple)):
-        return [t for v in value for t in _tensors(v)]
-    return []
-
-
 def audit(original: nn.Module, converted: nn.Module, plan: Plan, inputs: Any) -> Audit:
     """Run inputs through both models in eval mode, on the same random numbers."""
     # What was thought never to run is not kept for a reason: if it does, it is left over.
@@ -125,7 +115,7 @@ def audit(original: nn.Module, converted: nn.Module, plan: Plan, inputs: Any) ->
         finally:
             for handle in handles:
                 handle.remove()
-    pairs = list(zip(_tensors(outputs[0]), _tensors(outputs[1]), strict=True))
+    pairs = zip(tensors_in(outputs[0]), tensors_in(outputs[1]), strict=True)
     identical = all(a.shape == b.shape if a.is_meta else
                     torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in pairs)
     left = [f"{owner or 'the model itself'}: {kind}" for owner, kind in watch.found

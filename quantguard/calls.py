@@ -16,6 +16,11 @@ from .tracing import Traced
 Identity = tuple[str, str, int]
 """What makes a call the same in every graph of a forward: called, place in it, how many-th."""
 
+RESHAPES = frozenset((
+    "view", "reshape", "unsqueeze", "squeeze", "expand", "expand_as", "permute", "transpose",
+    "flatten", "view_as"))
+"""Operations whose result is their input in another shape."""
+
 
 @dataclass(frozen=True)
 class Call:
@@ -135,8 +140,7 @@ def is_gate(node: fx.Node) -> bool:
         name = user.target if isinstance(user.target, str) else getattr(user.target, "__name__", "")
         if name in ("mul", "mul_", "imul"):
             return True
-        if name in ("view", "reshape", "unsqueeze", "expand", "expand_as", "permute", "chunk",
-                    "getitem", "split", "flatten", "view_as") and is_gate(user):
+        if (name in RESHAPES or name in ("chunk", "getitem", "split")) and is_gate(user):
             return True
     return False
 
@@ -163,11 +167,18 @@ def named_calls(module: nn.Module, graphs: Iterable[Traced]) -> list[Named]:
                 continue
             key = call.identity[0]
             counts[key] = number = counts.get(key, 0) + 1
-            name = call.target
-            if not call.target or number > 1:
-                stem = call.target.replace(".", "_") if call.target else call.kind
-                name = f"{stem}_{number}" if number > 1 else stem
-                while hasattr(module, name):
-                    name += "_q"
-            named[call.identity] = Named(call, name, number)
+            named[call.identity] = Named(call, own_name(module, call.target, call.kind, number),
+                                         number)
     return list(named.values())
+
+
+def own_name(module: nn.Module, target: str, kind: str, number: int) -> str:
+    """Return the name of the staircase of module's number-th call of a child or a kind."""
+    if target and number == 1:
+        return target
+    name = target.replace(".", "_") or kind
+    if number > 1:
+        name += f"_{number}"
+    while hasattr(module, name):
+        name += "_q"
+    return name

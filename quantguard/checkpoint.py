@@ -62,6 +62,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, arch: str | None = N
         "format": FORMAT, "class": f"{type(model).__module__}.{type(model).__qualname__}",
         "arch": arch, "training": model.training, "aliases": aliases,
         "sites": _sites(done.plan) if done else None,
+        "unread": dict(done.plan.unread) if done else {},
         "audit": asdict(done.audit) if done and done.audit else None}
     files = {"weights.safetensors": _safetensors(tensors)}
     if arch is None or not arch.startswith(_SAFE_ARCHES):
@@ -200,7 +201,7 @@ def _plan(manifest: dict[str, Any], model: nn.Module, where: str) -> Plan | None
     if manifest["sites"] is None:
         return None
     told = {row["name"]: row for row in manifest["sites"]}
-    found = find_sites(model, known=_known(manifest["sites"]))
+    found = find_sites(model, known=_known(manifest["sites"]), unread=manifest["unread"])
     names = {site.name for site in found.sites}
     if names != set(told):
         different = sorted(names ^ set(told))

@@ -9,20 +9,20 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from .activation import HOOKS, QuantActivation, staircases
 from .audit import Audit, audit
 from .batches import require_reiterable, unpack
 from .calibrate import calibrate
 from .calls import Identity
-from .errors import ConversionError, DataError
+from .errors import ConversionError, DataError, QuantguardError
 from .example import find_example
 from .interception import Hook
 from .kinds import function_of
 from .plan import Bits, Plan, Site, assign, join
-from .rewrite import Rewritten, has_fused_path, rewrite, undo
-from .running import device_of, duplicate, seeded, stand_in, to_device
+from .rewrite import Rewritten, fused_paths, rewrite, undo
+from .running import device_of, duplicate, seeded, stand_in, tensors_in, to_device
 from .sites import check_convertible, find_sites
 from .tracing import separate_aliases
 
@@ -97,8 +97,8 @@ def convert(model: nn.Module, bits: Bits = 2, dynamic: bool = False, *,
         with seeded(0):  # a shuffling loader draws from the caller's random numbers
             batches = [to_device(unpack(batch)[0], device) for batch in itertools.islice(data, 16)]
         for number, batch in enumerate(batches):
-            for x in batch.values() if isinstance(batch, dict) else (batch,):
-                if isinstance(x, Tensor) and x.is_floating_point() and not x.isfinite().all():
+            for x in tensors_in(batch):
+                if x.is_floating_point() and not x.isfinite().all():
                     raise DataError(f"batch {number} of data holds NaN or infinite values")
         if not batches:
             raise DataError("data is empty", fix="Pass at least one batch of model inputs.")
@@ -118,25 +118,33 @@ def _converted(model: nn.Module, batches: list[Any] | None, example: Any, bits: 
     Raises:
         ConversionError: neither reproduces the float model.
     """
+    best: tuple[nn.Module, Plan, Audit] | None = None
     for graphs in (True, False):
         try:
             plan = make_plan(model, bits, dynamic, example=example, per_channel=per_channel,
                              keep=keep, gates=gates, graphs=graphs)
-        except ConversionError:
-            if not graphs or example is None:
+        except QuantguardError as error:
+            if best is not None:
+                return best  # what was asked for has no name without graphs
+            if not graphs or example is None or not isinstance(error, ConversionError):
                 raise
             continue
         converted = carry_out(model, plan)
         # A forward may count or remember: what is run to look at it is never the model itself.
-        run_twice = stand_in(converted)
-        calibrate(run_twice, plan.converted, batches, example)
-        for name, placed in staircases(run_twice).items():
-            staircases(converted)[name].load_state_dict(placed.state_dict())
+        tried = stand_in(converted)
+        calibrate(tried, plan.converted, batches, example)
+        placed = staircases(tried)
+        for name, staircase in staircases(converted).items():
+            staircase.load_state_dict(placed[name].state_dict())
         if example is None:
             return converted, plan, None
         found = audit(stand_in(model), stand_in(converted), plan, example)
-        if found.identical and (not found.left or not graphs):
+        if found.identical and not found.left:
             return converted, plan, found
+        if found.identical and (best is None or len(found.left) < len(best[2].left)):
+            best = converted, plan, found
+    if best is not None:
+        return best
     raise ConversionError(
         "the converted model does not reproduce the float one under bypass",
         why="Its forward does something that torch.fx cannot see, or is not deterministic.",
@@ -214,7 +222,7 @@ def carry_out(model: nn.Module, plan: Plan) -> nn.Module:
     for path, sites in by_owner.items():
         _furnish(twin.get_submodule(path), path, sites, device)
     for module in list(twin.modules()):
-        if has_fused_path(module) and staircases(module) and not isinstance(module, Rewritten):
+        if fused_paths(module) and staircases(module) and not isinstance(module, Rewritten):
             rewrite(module, type(module), ())
     return twin
 

@@ -13,15 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from .activation import QuantActivation
-from .calls import Identity
+from .calls import RESHAPES, Identity
 from .interception import CALL, Inside
 from .kinds import ALWAYS_KEPT, GATES, MODULE_KINDS, kind_of, module_of, overwrites
 from .running import changed, device_of, duplicate, on_meta, run, seeded, to_device
 from .shadow import Spelled, TensorShadows, operation
-
-_VIEWS = frozenset((
-    "view", "reshape", "unsqueeze", "squeeze", "expand", "expand_as", "permute", "transpose",
-    "flatten", "view_as"))
 
 _TO_PLAIN = frozenset((Tensor.__bool__, Tensor.__int__, Tensor.__float__, Tensor.__index__,
                        Tensor.item, Tensor.tolist))
@@ -96,7 +92,7 @@ class _Recorder(Inside):
             self._module_call(func, kind, result)
             return result
         spelled = self.shadows.ran(result, func, args, kwargs)
-        if key in _VIEWS:
+        if key in RESHAPES:
             self._passed_on(inputs, result)
         if kind is None and spelled is None:
             return result

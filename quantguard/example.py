@@ -9,7 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .running import changed, device_of, duplicate, evaluating, on_meta, run, seeded
+from .running import (
+    changed,
+    device_of,
+    duplicate,
+    evaluating,
+    on_meta,
+    run,
+    seeded,
+    to_device,
+)
 
 _SIDES = (224, 299, 32, 28, 64, 96, 8)
 _FIRST = (nn.modules.conv._ConvNd, nn.Linear, nn.Embedding, nn.RNNBase)
@@ -35,8 +44,8 @@ def find_example(model: nn.Module) -> Any:
     for one in _inputs(model, generator):
         one = one.to(kind) if one.is_floating_point() else one
         example: Any = one if len(names) < 2 else dict.fromkeys(names, one)
-        if _runs(shadow, changed(example, lambda x: x.to("meta"))):
-            return changed(example, lambda x: x.to(device))
+        if _runs(shadow, to_device(example, torch.device("meta"))):
+            return to_device(example, device)
         if device.type != "meta":
             # One image will do: these are the models that take seconds.
             example = changed(example, lambda x: x[:1].to(device))

@@ -51,6 +51,8 @@ METHOD_KINDS = {name: kind for kind, row in _KINDS.items() for name in row[2]}
 # The position of ``inplace`` among a function's arguments.
 _INPLACE = {"relu": 1, "relu6": 1, "leaky_relu": 2, "rrelu": 4, "threshold": 3, "elu": 2, "selu": 1,
             "celu": 2, "silu": 1, "mish": 1, "hardswish": 1, "hardtanh": 3, "hardsigmoid": 1}
+# Those of Python's operators that have an in-place form.
+_OPERATORS = ("add", "sub", "mul", "truediv", "pow")
 
 
 def kind_of(function: Any) -> str | None:
@@ -98,9 +100,6 @@ def overwrites(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     position = _INPLACE.get(name, 99)
     flag = args[position] if len(args) > position else kwargs.get("inplace", False)
     return name.endswith("_") or bool(flag) or (name[:1] == "i" and name[1:] in _OPERATORS)
-
-
-_OPERATORS = ("add", "sub", "mul", "truediv", "pow")
 
 
 def described(function: nn.Module) -> list[Any]:

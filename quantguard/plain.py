@@ -22,6 +22,15 @@ def _rows(values: Tensor, x: Tensor, axis: int | None) -> Tensor:
     return values.reshape(shape)
 
 
+def count_by_search(x: Tensor, bounds: Tensor, axis: int | None) -> Tensor:
+    """Return how many of many ascending bounds are < x, by a binary search an element."""
+    if axis is None:
+        return torch.bucketize(x, bounds).float()
+    rows = x.movedim(axis, 0)
+    counts = torch.searchsorted(bounds, rows.reshape(rows.shape[0], -1).contiguous())
+    return counts.reshape(rows.shape).movedim(0, axis).float()
+
+
 def _count(x: Tensor, bounds: Tensor, axis: int | None) -> Tensor:
     """Return, for each element of x, how many of the ascending bounds are < x, as float32."""
     if bounds.shape[-1] <= _UNROLL_UP_TO:
@@ -30,11 +39,7 @@ def _count(x: Tensor, bounds: Tensor, axis: int | None) -> Tensor:
         for bound in rest:
             count = count + (x > _rows(bound, x, axis)).float()
         return count
-    if axis is None:
-        return torch.bucketize(x, bounds).float()
-    rows = x.movedim(axis, 0)
-    counts = torch.searchsorted(bounds, rows.reshape(rows.shape[0], -1).contiguous())
-    return counts.reshape(rows.shape).movedim(0, axis).float()
+    return count_by_search(x, bounds, axis)
 
 
 def _pick(table: Tensor, index: Tensor, axis: int | None) -> Tensor:

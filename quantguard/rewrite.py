@@ -57,7 +57,7 @@ class Rewritten:
         rewrite(self, self._user_class, self._names, self._hooks)  # type: ignore[arg-type]
 
 
-def _revive(cls: type[nn.Module], names: Names, hooks: tuple[Hook, ...] = ()) -> nn.Module:
+def _revive(cls: type[nn.Module], names: Names, hooks: tuple[Hook, ...]) -> nn.Module:
     body = {"_user_class": cls, "_names": names, "_hooks": hooks}
     module: nn.Module = object.__new__(type(cls.__name__, (Rewritten, cls), body))
     return module
@@ -84,7 +84,7 @@ def rewrite(module: nn.Module, cls: type[nn.Module], names: Names,
     extra = {attribute for _, attribute in names} | added(hooks)
     if extra and issubclass(cls, (nn.Sequential, nn.ModuleList)):
         body |= _as_before(cls, extra)
-    for name in FUSED.get(_fused_class(module), ()):
+    for name in fused_paths(module):
         body[name] = _closed(name)
     module.__class__ = type(cls.__name__, (Rewritten, cls), body)
 
@@ -105,20 +105,15 @@ def _as_before(cls: type[nn.Module], extra: set[str]) -> dict[str, Any]:
             "__len__": lambda self: len(shown(self)), "__getitem__": pick}
 
 
-FUSED: dict[type[nn.Module] | None, tuple[str, ...]] = {
-    nn.TransformerEncoderLayer: ("activation_relu_or_gelu",),
-    nn.TransformerEncoder: ("use_nested_tensor",),
+_FUSED: dict[type[nn.Module], str] = {
+    nn.TransformerEncoderLayer: "activation_relu_or_gelu",
+    nn.TransformerEncoder: "use_nested_tensor",
 }
-"""Attributes that let torch take a fused path, which would pass the staircases by."""
 
 
-def _fused_class(module: nn.Module) -> type[nn.Module] | None:
-    return next((c for c in FUSED if c is not None and isinstance(module, c)), None)
-
-
-def has_fused_path(module: nn.Module) -> bool:
-    """Return whether torch may compute module by a fused path around its activations."""
-    return _fused_class(module) is not None
+def fused_paths(module: nn.Module) -> list[str]:
+    """Return the attributes that let torch compute module by a path around its activations."""
+    return [name for cls, name in _FUSED.items() if isinstance(module, cls)]
 
 
 def _closed(name: str) -> property:

@@ -38,17 +38,10 @@ def run(model: nn.Module, inputs: Any, where: str = "") -> Any:
 
 def _held(model: nn.Module) -> Iterator[Tensor]:
     """Yield every tensor that model's modules hold in attributes, and in containers there."""
-    def within(value: Any) -> Iterator[Tensor]:
-        if isinstance(value, Tensor):
-            yield value
-        elif isinstance(value, (dict, list, tuple)):
-            for part in value.values() if isinstance(value, dict) else value:
-                yield from within(part)
-
     for module in model.modules():
         for name, value in vars(module).items():
             if name != "_modules":
-                yield from within(value)
+                yield from tensors_in(value)
 
 
 def duplicate(model: nn.Module) -> nn.Module:
@@ -173,6 +166,15 @@ def usable_device(device: str | torch.device) -> torch.device:
         raise SpecError(f"device {str(device)!r} cannot be used",
                         why=str(error).strip().splitlines()[0]) from None
     return found
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """Yield the tensors of a value: itself, or those in dicts, lists and tuples."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (dict, list, tuple)):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from tensors_in(part)
 
 
 def changed(inputs: Any, change: Callable[[Tensor], Tensor]) -> Any:

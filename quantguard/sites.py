@@ -14,7 +14,7 @@ import torch
 from torch import fx, nn
 
 from .activation import QuantActivation
-from .calls import Identity, is_gate, named_calls
+from .calls import Identity, is_gate, named_calls, own_name
 from .discovery import Intercepted, discover
 from .errors import ConversionError
 from .example import find_example
@@ -39,14 +39,14 @@ _PASS_THROUGH = (nn.Dropout, nn.Dropout2d, nn.Identity)
 class _Reader:
     """Read a model module by module; holds the graphs, which several questions share."""
 
-    def __init__(self, model: nn.Module, graphs: bool = True) -> None:
+    def __init__(self, model: nn.Module, graphs: bool, unread: Mapping[str, str]) -> None:
         self.model = model
         self.traced: dict[str, list[Traced]] = {}
-        self.unread: dict[str, str] = {}
+        self.unread = dict(unread)
         for path, module in model.named_modules():
-            if type(module) in MODULE_KINDS or not _has_own_code(module):
+            if type(module) in MODULE_KINDS or not _has_own_code(module) or path in unread:
                 continue
-            if not graphs and not type(module).__module__.startswith("torch.nn."):
+            if not graphs and not _is_torchs(module):
                 self.unread[path] = "its graph is not what it computes"
                 continue
             try:
@@ -135,8 +135,7 @@ def _has_own_code(module: nn.Module) -> bool:
     forward = getattr(type(module), "forward", None)
     if forward is None or forward is nn.Module.forward or isinstance(module, _CLOSED):
         return False
-    ours = type(module).__module__.startswith("torch.nn.")
-    return not ours or type(module) is nn.PReLU or next(module.children(), None) is not None
+    return not _is_torchs(module) or type(module) is nn.PReLU or bool(list(module.children()))
 
 
 def _is_batchnorm(module: nn.Module) -> bool:
@@ -147,50 +146,56 @@ def _is_batchnorm(module: nn.Module) -> bool:
 
 
 def find_sites(model: nn.Module, example: Any = None,
-               known: Mapping[str, list[Intercepted]] | None = None, graphs: bool = True) -> Plan:
+               known: Mapping[str, list[Intercepted]] | None = None,
+               unread: Mapping[str, str] | None = None, graphs: bool = True) -> Plan:
     """Find every site of model, none of them given a staircase yet.
 
     Args:
         example: an input, for forwards that cannot be traced; None: one that the model accepts is
             looked for.
         known: what such forwards call, where it was found before: by module.
+        unread: the forwards that were not traced then, and why; the others were.
         graphs: whether to trust graphs; False: every forward that is not torch's own is run.
     """
-    reader = _Reader(model, graphs)
+    reader = _Reader(model, graphs, unread or {})
     sites: list[Site] = []
     seen: set[str] = set()
     for path, traced in reader.traced.items():
         if path in reader.called:
             sites += _traced_sites(reader, path, traced, seen)
-    run_time = [path for path in reader.unread if not _is_layer(model.get_submodule(path))
-                and not type(model.get_submodule(path)).__module__.startswith("torch.nn.")]
+    foreign = {path: why for path, why in reader.unread.items()
+               if not _is_torchs(model.get_submodule(path))}
+    run_time = [path for path in foreign if not _is_layer(model.get_submodule(path))]
     if known is None and run_time:
-        known = {}
-        if example is None:
-            example = find_example(model)
+        example = find_example(model) if example is None else example
         if example is not None:
             known = discover(model, run_time, reader.outputs, example)
     for path, found in (known or {}).items():
         sites += _intercepted_sites(model, path, found, seen)
     for path in reader.unread:
-        layer: Any = model.get_submodule(path)
-        function = layer.__dict__.get("activation") if _is_layer(layer) else None
-        kind = kind_of(function) if function is not None else None
-        if function is not None and kind is not None:
-            module = module_of(kind, (None,), {}, ())
-            assert module is not None
-            sites.append(Site(join(path, "activation"), path, kind, "attribute", "activation", 1,
-                              _NO_CALL, "", module, axis=-1))
-    sites += _module_sites(model, reader, seen, known)
+        if _is_layer(model.get_submodule(path)):
+            sites += _layer_sites(model.get_submodule(path), path)
+    sites += _module_sites(model, reader, seen)
     order = {path: i for i, (path, _) in enumerate(model.named_modules())}
     sites.sort(key=lambda site: order[site.owner])
-    unread = {path: why for path, why in reader.unread.items()
-              if not type(model.get_submodule(path)).__module__.startswith("torch.nn.")}
-    return Plan(tuple(sites), unread)
+    return Plan(tuple(sites), foreign)
+
+
+def _is_torchs(module: nn.Module) -> bool:
+    return type(module).__module__.startswith("torch.nn.")
 
 
 def _is_layer(module: nn.Module) -> bool:
     return isinstance(module, _LAYERS) and type(module).forward in [c.forward for c in _LAYERS]
+
+
+def _layer_sites(layer: nn.Module, path: str) -> Iterator[Site]:
+    """Yield the activation that a transformer layer keeps as a function in an attribute."""
+    kind = kind_of(layer.__dict__.get("activation"))
+    module = module_of(kind, (None,), {}, ()) if kind is not None else None
+    if kind is not None and module is not None:
+        yield Site(join(path, "activation"), path, kind, "attribute", "activation", 1, _NO_CALL,
+                   "", module, axis=-1)
 
 
 def _traced_sites(reader: _Reader, path: str, traced: list[Traced],
@@ -198,10 +203,10 @@ def _traced_sites(reader: _Reader, path: str, traced: list[Traced],
     """Yield the sites of a forward that torch.fx has traced."""
     model = reader.model
     owner = model.get_submodule(path)
-    for call, own_name, number in named_calls(owner, traced):
+    for call, called, number in named_calls(owner, traced):
         node, source = call.node, call.source
         child = model.get_submodule(join(path, call.target)) if call.target else None
-        name = _free_name(path, own_name, call.target, seen)
+        name = _free_name(path, called, call.target, seen)
         returned = bool(node.users) and all(user.op == "output" for user in node.users)
         writes = bool(getattr(child, "inplace", False)) if child is not None else \
             overwrites(node.target, node.args, node.kwargs)
@@ -226,16 +231,16 @@ def _reason(kind: str, returned: bool, is_output: bool, gate: bool) -> str:
     return "gate, perhaps: its caller gets it" if kind in GATES and returned else ""
 
 
-def _free_name(path: str, own_name: str, target: str, seen: set[str]) -> str:
+def _free_name(path: str, name: str, target: str, seen: set[str]) -> str:
     """Return the full name of a staircase, and take it."""
-    name = join(path, own_name)
-    if name in seen:  # somebody else's forward calls the very same child
+    full = join(path, name)
+    if full in seen:  # somebody else's forward calls the very same child
         # It stands in this module: others may go through that child's siblings.
-        name = join(path, f"{own_name.replace('.', '_')}_by_{path.replace('.', '_') or 'model'}")
-    seen.add(name)
+        full = join(path, f"{name.replace('.', '_')}_by_{path.replace('.', '_') or 'model'}")
+    seen.add(full)
     if target:
         seen.add(join(path, target))
-    return name
+    return full
 
 
 def _intercepted_sites(model: nn.Module, path: str, found: list[Intercepted],
@@ -244,15 +249,11 @@ def _intercepted_sites(model: nn.Module, path: str, found: list[Intercepted],
     counts: dict[str, int] = {}
     owner = model.get_submodule(path)
     for call in found:
-        stem = call.target.replace(".", "_") or call.kind
+        stem = call.target or call.kind
         counts[stem] = number = counts.get(stem, 0) + 1
-        own_name = call.target
-        if not call.target or number > 1:
-            own_name = f"{stem}_{number}" if number > 1 else stem
-            while hasattr(owner, own_name):
-                own_name += "_q"
+        name = own_name(owner, call.target, call.kind, number)
         child: Any = owner.get_submodule(call.target) if call.target else None
-        yield Site(_free_name(path, own_name, call.target, seen), path, call.kind, call.form,
+        yield Site(_free_name(path, name, call.target, seen), path, call.kind, call.form,
                    call.target, number, call.identity, call.where, call.function if child is None
                    else child, call.inplace if child is None else
                    bool(getattr(child, "inplace", False)),
@@ -260,22 +261,21 @@ def _intercepted_sites(model: nn.Module, path: str, found: list[Intercepted],
                    parts=call.parts)
 
 
-def _module_sites(model: nn.Module, reader: _Reader, seen: set[str],
-                  known: Mapping[str, list[Intercepted]] | None) -> Iterator[Site]:
+def _module_sites(model: nn.Module, reader: _Reader, seen: set[str]) -> Iterator[Site]:
     """Yield the modules that no forward was seen to call, and those that are closed."""
     for path, module in model.named_modules():
         kind = MODULE_KINDS.get(type(module))
-        owner, _, own_name = path.rpartition(".")
+        owner, _, name = path.rpartition(".")
         if isinstance(module, _CLOSED):
             attention = isinstance(module, nn.MultiheadAttention)
-            yield Site(path, owner, "attention" if attention else "rnn", "module", own_name, 1,
+            yield Site(path, owner, "attention" if attention else "rnn", "module", name, 1,
                        _NO_CALL, "", nn.Identity(),
                        reason="attention softmax" if attention else "fused cell")
         if kind is None or path in seen:
             continue
         # A forward that was run and did not call it may do so for other inputs.
         opaque = any(not above or path.startswith(above + ".") for above in reader.unread)
-        yield Site(path, owner, kind, "opaque", own_name, 1, _NO_CALL, "", module,
+        yield Site(path, owner, kind, "opaque", name, 1, _NO_CALL, "", module,
                    bool(getattr(module, "inplace", False)),
                    reason=ALWAYS_KEPT.get(kind, "") if opaque else "never called")
 

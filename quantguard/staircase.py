@@ -113,11 +113,7 @@ def _count(x: Tensor, bounds: Tensor, axis: int | None) -> Tensor:
         for bound in rest:
             count.add_(torch.gt(x, bound, out=above))
         return count
-    if axis is None:
-        return torch.bucketize(x, bounds).float()
-    rows = x.movedim(axis, 0)
-    counts = torch.searchsorted(bounds, rows.reshape(rows.shape[0], -1).contiguous())
-    return counts.reshape(rows.shape).movedim(0, axis).float()
+    return plain.count_by_search(x, bounds, axis)
 
 
 def _values(count: Tensor, x: Tensor, step: Any, zero: Tensor, out: Tensor) -> None:

@@ -178,6 +178,31 @@ def test_an_architecture_of_ones_own_is_named_but_not_run(
     assert not Path("imported").exists() and "qg_side_effect" not in sys.modules
 
 
+class AsksTheType(nn.Module):
+    """Ask what torch.fx answers wrongly: its graph is not what the forward computes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.last = nn.Linear(6, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        return self.last(F.relu(x) if isinstance(x, Tensor) else x.tanh())
+
+
+def test_a_model_that_was_converted_without_graphs_comes_back(tmp_path: Path) -> None:
+    x = torch.randn(4, 6)
+    converted = convert(AsksTheType(), example=x)
+    assert [q.spec.bits for q in staircases(converted).values()] == [2]
+    done = conversion_of(converted)
+    assert done is not None and "" in done.plan.unread
+    save(converted, tmp_path / "m.qg")
+    loaded = load(tmp_path / "m.qg", model=AsksTheType())
+    assert conversion_of(loaded) == done
+    assert torch.equal(loaded(x), converted(x))
+
+
 class Decides(nn.Module):
     def __init__(self) -> None:
         super().__init__()
