@@ -21,7 +21,8 @@ from .running import changed, evaluating, modes_kept, run, seeded
 # Values that place one staircase (or one channel of it); more change the step by under a percent.
 _SAMPLES = 16384
 _SAMPLES_PER_CHANNEL = 1024
-_BATCHES = 16
+_FEW = 32
+_AT_ONCE = 1 << 18  # values worked on at once: they stay in the cache
 # A seeded probe: images of this many values or more give enough of them one by one.
 _PROBE_IMAGES = 8
 _LARGE = 1 << 15
@@ -38,21 +39,24 @@ def mse_step(samples: Tensor, m: int) -> tuple[Tensor, float]:
     """
     peak = samples.abs().amax(1)
     peak = torch.where(peak > 0, peak, torch.ones_like(peak))
-    shares = torch.logspace(-1.4, 0.2, 33).tolist()
+    shares = torch.logspace(-1.4, 0.2, 33).unsqueeze(1)
 
-    def errors(values: Tensor, zero: float) -> Tensor:
+    def errors(values: Tensor, shares: Tensor, zero: float) -> Tensor:
         """Return (shares, rows): the error of each step tried."""
-        top = max(m - zero, zero, 0.5)
-        return torch.stack([_error(values, peak * c / top, m, zero) for c in shares])
+        steps = peak * shares / max(m - zero, zero, 0.5)
+        parts = torch.split(steps, max(1, _AT_ONCE // values.numel()))
+        return torch.cat([_error(values, some, m, zero) for some in parts])
 
     zero = 0.0
     few = samples[:, :: max(1, samples.shape[1] // 2048)]
     if samples.min() < -1e-6 * max(float(samples.max()), 1e-12):
-        zero = min(_zeros(m, samples), key=lambda z: float(errors(few, z).amin(0).sum()))
-    top = max(m - zero, zero, 0.5)
-    near = torch.tensor(shares)[errors(few, zero).argmin(0)]
+        # All rows together choose it: a few values of each will do.
+        sparse = samples[:, :: max(1, samples.shape[1] // max(2048 // len(samples), 64))]
+        zero = min(_zeros(m, samples), key=lambda z: float(errors(sparse, shares, z).amin(0).sum()))
+    near = shares[errors(few, shares, zero).argmin(0), 0]
     fine = torch.linspace(0.9, 1.1, 11).unsqueeze(1) * near
-    best = torch.stack([_error(samples, peak * c / top, m, zero) for c in fine]).argmin(0)
+    best = errors(samples, fine, zero).argmin(0)
+    top = max(m - zero, zero, 0.5)
     return peak * fine.gather(0, best.unsqueeze(0)).squeeze(0) / top, zero
 
 
@@ -66,9 +70,11 @@ def _zeros(m: int, samples: Tensor) -> list[float]:
     return sorted({0.0, m / 2, float(m)} | {float(z) for z in near})
 
 
-def _error(samples: Tensor, step: Tensor, m: int, zero: float) -> Tensor:
-    level = (samples / step.unsqueeze(1) + zero).round_().clamp_(0, m).sub_(zero)
-    return level.mul_(step.unsqueeze(1)).sub_(samples).square_().mean(1)
+def _error(samples: Tensor, steps: Tensor, m: int, zero: float) -> Tensor:
+    """Return the mean squared error of each step: samples (rows, n), steps (tried, rows)."""
+    steps = steps.unsqueeze(2)
+    level = (samples / steps + zero).round_().clamp_(0, m).sub_(zero)
+    return level.mul_(steps).sub_(samples).square_().mean(2)
 
 
 def place(module: QuantActivation, samples: Tensor) -> None:
@@ -146,6 +152,8 @@ def from_batches(model: nn.Module, batches: Iterable[Any], names: Iterable[str],
         samples = torch.cat(parts, 1)
         if not torch.isfinite(samples).all():
             raise DataError(f"activation {name!r} puts out NaN or infinity on the calibration data")
+        if samples.shape[1] < _FEW:  # of a channel: all channels together
+            samples = samples.reshape(1, -1).expand(len(samples), -1)
         place(modules[name], samples)
     return set(seen)
 
@@ -166,10 +174,10 @@ def probe(model: nn.Module, example: Any, names: set[str], seed: int = 0) -> set
     """Place the named staircases from seeded normal inputs; return those that ran.
 
     BatchNorms normalise by the probe's own statistics, so that what they put out is distributed
-    as on real data, whatever the inputs are.
+    as on real data, whatever the inputs are. Of large images one is tried at half its height and
+    width first: of noise an eighth of the values says as much.
     """
     generator = torch.Generator().manual_seed(seed)
-
     norms = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
 
     def normal(x: Tensor) -> Tensor:
@@ -181,17 +189,22 @@ def probe(model: nn.Module, example: Any, names: set[str], seed: int = 0) -> set
         return torch.randn(shape, generator=generator).to(x.device, x.dtype)
 
     inputs = changed(example, normal)
+    runs = [(inputs, False), (inputs, True)]
+    if isinstance(inputs, Tensor) and inputs.dim() > 3 and inputs[:1].numel() >= _LARGE:
+        runs.insert(0, (inputs[:1, ..., ::2, ::2], False))
     ran: set[str] = set()
     with modes_kept(model), _buffers_kept(model), seeded(seed):
-        for training in (False, True):  # auxiliary heads run in train mode only
+        for number, (some, training) in enumerate(runs):
+            if not names - ran or (ran and not training):
+                continue
             model.train(training)
             for module in model.modules():
                 if isinstance(module, nn.modules.batchnorm._BatchNorm):
                     module.training = True
-            # In train mode some want targets, too: what runs there only starts from a unit normal.
-            with suppress(DataError) if training else nullcontext():
-                if names - ran:
-                    ran |= from_batches(model, [inputs], names - ran, seed, "example")
+            # Auxiliary heads run in train mode only, where some models want targets, too: what is
+            # not reached so only starts from a unit normal.
+            with suppress(DataError) if training or number < len(runs) - 2 else nullcontext():
+                ran |= from_batches(model, [some], names - ran, seed, "example")
     return ran
 
 

@@ -10,13 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from .running import (
+    accepts,
     changed,
     device_of,
     duplicate,
-    evaluating,
     on_meta,
-    run,
-    seeded,
     to_device,
 )
 
@@ -35,39 +33,37 @@ def find_example(model: nn.Module) -> Any:
     Returns:
         A tensor, or a dict of tensors by argument name; the same every time.
     """
-    shadow, device = on_meta(model), device_of(model)
-    names = _required(model)
-    generator = torch.Generator().manual_seed(0)
+    names, device = _required(model), device_of(model)
     parameter = next((p for p in model.parameters() if p.is_floating_point()), None)
     kind = torch.float32 if parameter is None else parameter.dtype
-    real: nn.Module | None = None
-    for one in _inputs(model, generator):
+
+    def ready(one: Tensor) -> Any:
         one = one.to(kind) if one.is_floating_point() else one
-        example: Any = one if len(names) < 2 else dict.fromkeys(names, one)
-        if _runs(shadow, to_device(example, torch.device("meta"))):
+        return one if len(names) < 2 else dict.fromkeys(names, one)
+
+    examples = [ready(one) for one in _inputs(model, torch.Generator().manual_seed(0))]
+    shadow = on_meta(model)
+    for example in examples:
+        if accepts(shadow, to_device(example, torch.device("meta"))):
             return to_device(example, device)
-        if device.type != "meta":
-            # One image will do: these are the models that take seconds.
-            example = changed(example, lambda x: x[:1].to(device))
-            real = real or duplicate(model)
-            if _runs(real, example):
-                return example
-    return None
+    if device.type == "meta" or not examples:
+        return None
+    # These are the models that take seconds: one image will do.
+    examples = [changed(example, lambda x: x[:1].to(device)) for example in examples]
+    if isinstance(examples[0], Tensor) and examples[0].dim() == 4:
+        # Detectors enlarge an image until its short side is 800 pixels or its long one is 1,333:
+        # of a strip they make a tenth of what they make of a square.
+        strip = torch.randn(1, examples[0].shape[1], 64, 1344,
+                            generator=torch.Generator().manual_seed(0))
+        examples.insert(0, strip.to(device, kind))
+    real = duplicate(model)
+    return next((example for example in examples if accepts(real, example)), None)
 
 
 def _required(model: nn.Module) -> list[str]:
     parameters = inspect.signature(model.forward).parameters.values()
     return [p.name for p in parameters if p.default is p.empty
             and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
-
-
-def _runs(model: nn.Module, example: Any) -> bool:
-    try:
-        with torch.no_grad(), evaluating(model), seeded(0):
-            run(model, example)
-    except Exception:  # whatever a forward raises on what it was not made for
-        return False
-    return True
 
 
 def _inputs(model: nn.Module, generator: torch.Generator) -> Iterator[Tensor]:

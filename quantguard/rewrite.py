@@ -138,14 +138,15 @@ def _generated(module: nn.Module, cls: type[nn.Module], names: Names) -> Any:
             why="Its source has changed since the model was converted.",
             fix="Convert the float model again, then load the converted one's state_dict.")
     forwards: dict[Variant, Any] = {}
-    sources: set[str] = set()
+    compiled: dict[int, Any] = {}
     for variant, one in traced.items():
-        _redirect(module, one, dict(names))
-        sources.add(one.graph.python_code("self").src)
-        forwards[variant] = _compile(one, cls)
+        if id(one) not in compiled:
+            _redirect(module, one, dict(names))
+            compiled[id(one)] = _compile(one, cls)
+        forwards[variant] = compiled[id(one)]
     if optional_arguments(cls):
         return _by_arguments(cls, names, forwards)
-    if len(sources) == 1:
+    if len(compiled) == 1:
         return next(iter(forwards.values()))
     return _by_mode({variant.training: one for variant, one in forwards.items()})
 

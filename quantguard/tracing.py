@@ -114,10 +114,30 @@ class Variant(NamedTuple):
 
 
 class Traced(NamedTuple):
-    """Hold a forward's graph, and the tensors that it made up and wants as attributes."""
+    """Hold a forward's graph, and what goes with it.
+
+    Attributes:
+        constants: tensors that the forward made up and wants as attributes.
+        by_mode: whether the forward asked for its mode.
+    """
 
     graph: fx.Graph
     constants: dict[str, torch.Tensor]
+    by_mode: bool
+
+
+class _Mode:
+    """Stand in for a module's ``training``, noting whether anybody asks."""
+
+    def __init__(self, training: bool) -> None:
+        self.training, self.asked = training, False
+
+    def __get__(self, module: nn.Module, cls: type[nn.Module]) -> bool:
+        self.asked = True
+        return self.training
+
+    def __set__(self, module: nn.Module, value: Any) -> None:
+        raise fx.proxy.TraceError("forward sets self.training, which a graph cannot hold")
 
 
 def optional_arguments(cls: type[nn.Module]) -> dict[str, Any]:
@@ -164,14 +184,15 @@ def inputs_of(cls: type[nn.Module], variant: Variant, args: tuple[Any, ...],
     return positional, named
 
 
-def _held_at(cls: type[nn.Module], variant: Variant) -> type[nn.Module]:
-    """Return cls, or a subclass whose forward lacks the arguments that the variant holds.
+def _held_at(cls: type[nn.Module], variant: Variant, mode: _Mode) -> type[nn.Module]:
+    """Return a subclass of cls in that mode, whose forward lacks what the variant holds.
 
     torch.fx's own concrete_args renames arguments, asserts on them, and takes no tuples.
     """
     held = dict(variant.static)
+    body = {"training": mode, "__module__": cls.__module__, "__qualname__": cls.__qualname__}
     if not held:
-        return cls
+        return type(cls.__name__, (cls,), body)
     taken, passed, star = ["self"], ["self"], False
     for parameter in list(inspect.signature(cls.forward).parameters.values())[1:]:
         name = parameter.name
@@ -187,7 +208,7 @@ def _held_at(cls: type[nn.Module], variant: Variant) -> type[nn.Module]:
         star = star or keyword or mark == "*"
     space: dict[str, Any] = {"_held": held, "_forward": cls.forward}
     exec(f"def forward({', '.join(taken)}): return _forward({', '.join(passed)})", space)
-    return type(cls.__name__, (cls,), {"forward": space["forward"], "__module__": cls.__module__})
+    return type(cls.__name__, (cls,), body | {"forward": space["forward"]})
 
 
 def planned_variants(cls: type[nn.Module]) -> list[Variant]:
@@ -207,9 +228,9 @@ def trace(module: nn.Module, cls: type[nn.Module], variant: Variant,
     Raises:
         Exception: whatever torch.fx or the forward raises on symbolic values.
     """
-    probe = object.__new__(_held_at(cls, variant))
-    probe.__dict__.update({k: _copied(v) for k, v in module.__dict__.items()})
-    probe.__dict__["training"] = variant.training
+    mode = _Mode(variant.training)
+    probe = object.__new__(_held_at(cls, variant, mode))
+    probe.__dict__.update({k: _copied(v) for k, v in module.__dict__.items() if k != "training"})
     children = probe.__dict__["_modules"]
     for name in hidden:
         children.pop(name, None)
@@ -235,7 +256,7 @@ def trace(module: nn.Module, cls: type[nn.Module], variant: Variant,
     changed += [k for k, v in constants.items() if not isinstance(v, torch.Tensor)]
     if changed:
         raise fx.proxy.TraceError(f"forward sets self.{changed[0]}, which a graph cannot hold")
-    return Traced(graph, constants)
+    return Traced(graph, constants, mode.asked)
 
 
 def _stand_in(module: nn.Module | None, seen: dict[int, Any]) -> Any:
@@ -324,17 +345,27 @@ def planned_graphs(module: nn.Module, cls: type[nn.Module] | None = None,
                    hidden: Iterable[str] = ()) -> dict[Variant, Traced]:
     """Trace the planned variants; cls where module's class is not the user's.
 
+    Both modes share the graph of a forward that never asks for its mode.
+
     Children named in hidden are ours: a forward that goes through its children must not see them.
 
     Raises:
         Exception: a variant with optional arguments left out cannot be traced.
     """
     cls = cls or type(module)
+    graphs: dict[Variant, Traced] = {}
+
+    def add(variant: Variant) -> None:
+        other = graphs.get(variant._replace(training=not variant.training))
+        graphs[variant] = trace(module, cls, variant, hidden) if other is None or other.by_mode \
+            else other
+
     first, second, *given = planned_variants(cls)
-    graphs = {variant: trace(module, cls, variant, hidden) for variant in (first, second)}
+    add(first)
+    add(second)
     for variant in given:
         # Given, an optional argument may be anything: what cannot be traced now is tried again
         # when a caller gives it.
         with contextlib.suppress(Exception):
-            graphs[variant] = trace(module, cls, variant, hidden)
+            add(variant)
     return graphs
