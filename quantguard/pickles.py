@@ -110,7 +110,9 @@ def _allowed(path: str) -> Any:
         return None
     if issubclass(value, nn.Module):
         writes_code = issubclass(value, (torch.fx.GraphModule, torch.jit.ScriptModule))
-        restores = getattr(value.__setstate__, "__module__", "").startswith("torch.nn.modules.")
+        # torch.compile replaces nn.Module's own by a watched one.
+        restores = value.__setstate__ is nn.Module.__setstate__ or \
+            getattr(value.__setstate__, "__module__", "").startswith("torch.nn.modules.")
         return value if value.__new__ is object.__new__ and restores and not writes_code else None
     if issubclass(value, Enum):
         return None if hasattr(value, "get_state_dict") else value

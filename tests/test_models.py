@@ -182,6 +182,14 @@ def test_a_whole_model_comes_back_exactly(tmp_path: Path, content: object) -> No
     assert torch.equal(net(x), original(x))
 
 
+def test_a_whole_model_comes_back_after_torch_compile_was_used(tmp_path: Path) -> None:
+    path = saved(small(), tmp_path / "m.pt")
+    own = nn.Module.__setstate__
+    torch.compile(nn.Linear(2, 2), backend="eager")(torch.zeros(1, 2))
+    assert nn.Module.__setstate__ is not own or "dynamo" in own.__module__  # what it watches
+    assert isinstance(load_model(path), nn.Sequential)
+
+
 def test_what_models_hold_besides_modules(tmp_path: Path) -> None:
     import torchvision
 
