@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from quantguard.activation import QuantActivation, staircases
-from quantguard.calibrate import mse_step, place
-from quantguard.conversion import convert
+from quantguard.calibrate import calibrate, mse_step, place
+from quantguard.conversion import carry_out, convert, make_plan
 from quantguard.errors import ConversionError, DataError
 from quantguard.spec import QuantSpec
 
@@ -268,6 +268,38 @@ def test_the_probe_normalises_by_its_own_statistics() -> None:
         model[1].running_var.fill_(variance)
         found.append(convert(model, 3)[3].thresholds)
     assert torch.equal(*found)
+
+
+@pytest.mark.parametrize(("fits_half", "shapes"), [
+    (True, [(1, 3, 56, 64)]), (False, [(1, 3, 56, 64), (2, 3, 112, 128)])])
+def test_large_images_are_probed_at_half_their_size_where_the_model_takes_that(
+        fits_half: bool, shapes: list[tuple[int, ...]]) -> None:
+    head = nn.AdaptiveAvgPool2d(2) if fits_half else nn.Identity()
+    model = nn.Sequential(nn.Conv2d(3, 2, 3), nn.BatchNorm2d(2), nn.GELU(), nn.Conv2d(2, 2, 1),
+                          nn.GELU(), head, nn.Flatten(),
+                          nn.Linear(8 if fits_half else 2 * 110 * 126, 2))
+    example = torch.zeros(1, 3, 112, 128)
+    plan = make_plan(model, 3, example=example)
+    converted = carry_out(model, plan)
+    seen = []
+    converted[0].register_forward_pre_hook(lambda _, inputs: seen.append(tuple(inputs[0].shape)))
+    calibrate(converted, plan.converted, None, example)
+    assert seen == shapes
+    with torch.no_grad():
+        model[1].train()
+        values = model[:5](normal(2, 3, 112, 128))
+    module = converted[4]
+    assert error(values, float(module.step), 7, module.zero) <= 1.1 * best(
+        values, 7, [module.zero])
+
+
+def test_channels_with_few_values_are_placed_together() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Conv2d(4, 6, 1),
+                          nn.ReLU(), nn.Conv2d(6, 2, 1))
+    few = convert(model, 2, data=[normal(8, 3, 9, 9)], per_channel=True)[3]
+    many = convert(model, 2, data=[normal(64, 3, 9, 9)], per_channel=True)[3]
+    assert few.step.shape == many.step.shape == (6,)
+    assert few.step.unique().numel() == 1 < many.step.unique().numel()
 
 
 def test_the_probe_is_reproducible_whatever_the_random_numbers_and_modes() -> None:

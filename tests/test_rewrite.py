@@ -19,6 +19,7 @@ from torchvision.models.resnet import BasicBlock, ResNet
 from quantguard.activation import QuantActivation, backward, bypass, soften, staircases
 from quantguard.conversion import conversion_of, convert, restore
 from quantguard.errors import ConversionError, DataError, SpecError
+from quantguard.running import duplicate
 
 X = torch.randn(8, 6, generator=torch.Generator().manual_seed(1))
 
@@ -796,3 +797,17 @@ def test_a_forward_that_cannot_be_reproduced_is_an_error_not_a_wrong_model() -> 
 
     with pytest.raises(ConversionError, match="does not reproduce"):
         convert(Calls(unsteady))
+
+
+def test_a_copy_has_memory_of_its_own_and_is_else_the_same() -> None:
+    net = nn.Sequential(nn.Conv2d(2, 3, 3), nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3))
+    net[1].weight = net[0].weight
+    net[1].bias = nn.Parameter(torch.zeros(3), requires_grad=False)
+    net = net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    twin = duplicate(net)
+    assert twin[0].weight is twin[1].weight is not net[0].weight
+    assert [p.requires_grad for p in twin.parameters()] == [True, True, False, True, True]
+    for (name, one), (again, other) in zip(net.state_dict().items(), twin.state_dict().items(),
+                                           strict=True):
+        assert name == again and torch.equal(one, other) and one.stride() == other.stride()
+        assert one.data_ptr() != other.data_ptr()
