@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -102,8 +102,8 @@ def convert(model: nn.Module, bits: Bits = 2, dynamic: bool = False, *,
                     raise DataError(f"batch {number} of data holds NaN or infinite values")
         if not batches:
             raise DataError("data is empty", fix="Pass at least one batch of model inputs.")
-    if example is None:
-        example = batches[0] if batches else find_example(original)
+    if example is None and batches:
+        example = batches[0]
     converted, plan, found = _converted(original, batches, example, bits, dynamic, per_channel,
                                         keep, gates)
     converted.__dict__["quantguard"] = Conversion(plan, found)
@@ -126,9 +126,15 @@ def _converted(model: nn.Module, batches: list[Any] | None, example: Any, bits: 
         except QuantguardError as error:
             if best is not None:
                 return best  # what was asked for has no name without graphs
-            if not graphs or example is None or not isinstance(error, ConversionError):
+            if not graphs or not isinstance(error, ConversionError):
+                raise
+            example = find_example(model) if example is None else example
+            if example is None:
                 raise
             continue
+        if example is None:
+            example = plan.example if plan.example is not None else find_example(model)
+        plan = replace(plan, example=None)  # it does not travel with the model
         converted = carry_out(model, plan)
         # A forward may count or remember: what is run to look at it is never the model itself.
         tried = stand_in(converted)

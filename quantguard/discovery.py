@@ -14,8 +14,17 @@ from torch import Tensor, nn
 
 from .activation import QuantActivation
 from .calls import RESHAPES, Identity
+from .example import find_example
 from .interception import CALL, Inside
-from .kinds import ALWAYS_KEPT, GATES, MODULE_KINDS, kind_of, module_of, overwrites
+from .kinds import (
+    ALWAYS_KEPT,
+    GATES,
+    MODULE_KINDS,
+    always_kept,
+    kind_of,
+    module_of,
+    overwrites,
+)
 from .running import changed, device_of, duplicate, on_meta, run, seeded, to_device
 from .shadow import Spelled, TensorShadows, operation
 
@@ -63,6 +72,11 @@ class _Log:
         self.passed: set[tuple[str, str]] = set()  # operation, function and line
         self.decides = False  # a tensor became a plain value, which may decide on a branch
 
+    @property
+    def could_convert(self) -> bool:
+        """Return whether anything was seen that is not kept anyway."""
+        return any(not always_kept(call.kind, call.where) for call in self.seen.values())
+
 
 class _Recorder(Inside):
     """Note the activation calls of one forward, letting everything run in float."""
@@ -101,12 +115,12 @@ class _Recorder(Inside):
             function = None if kind in ALWAYS_KEPT else module_of(kind, args, kwargs, Tensor)
             found = Intercepted(identity, kind, "spelled" if function is None else "function", "",
                                 function or nn.Identity(), where, 0 if args else None,
-                                overwrites(func, args, kwargs), ALWAYS_KEPT.get(kind, ""))
+                                overwrites(func, args, kwargs))
         else:
             assert spelled is not None
             found = self._spelled(identity, where, spelled, func, args, kwargs)
-        if found.kind in GATES:
-            found = found._replace(reason=_UNSEEN)
+        found = found._replace(reason=always_kept(found.kind, where) or (
+            _UNSEEN if found.kind in GATES else ""))
         if _in_checkpoint(self.frame):
             found = found._replace(reason=found.reason or "inside a checkpoint, run again later")
         self.seen.setdefault(identity, found)
@@ -176,27 +190,40 @@ def _in_checkpoint(last: types.FrameType) -> bool:
 
 
 def discover(model: nn.Module, paths: Iterable[str], outputs: Iterable[str], inputs: Any,
-             ) -> dict[str, list[Intercepted]]:
-    """Run a copy of model and return the activation calls in the forwards named by paths.
+             ) -> tuple[dict[str, list[Intercepted]], Any]:
+    """Run a copy of model; return the activation calls in the forwards named by paths, and inputs.
 
     Run in both modes; with the inputs negated, zero and larger, too, where data decides on branches
     and loops of a forward with activations in it. A copy without numbers is tried first: it costs
     nothing, but cannot decide on branches.
+
+    Args:
+        inputs: what model accepts; None: that is looked for, and what must be run to be tried is
+            watched at once.
     """
-    paths, outputs = list(paths), set(outputs)
+    classes = {path: type(model.get_submodule(path)) for path in paths}
+    outputs = set(outputs)
     logs: dict[str, _Log] = {}
-    for copied, device in ((on_meta, torch.device("meta")), (duplicate, device_of(model))):
-        logs = {path: _Log() for path in paths}
-        if _watched(copied(model), logs, outputs, to_device(inputs, device)):
-            break
+
+    def look(twin: nn.Module, inputs: Any) -> bool:
+        logs.update((path, _Log()) for path in classes)
+        return _watched(twin, classes, logs, outputs, inputs)
+
+    if inputs is None:
+        inputs = find_example(model, look)
+        if inputs is None:
+            return {}, None
+    if not logs:
+        on_nothing = to_device(inputs, torch.device("meta"))
+        if not look(on_meta(model), on_nothing):
+            look(duplicate(model), to_device(inputs, device_of(model)))
     return {path: [*log.seen.values(), *_named_unreached(model.get_submodule(path), log)]
-            for path, log in logs.items()}
+            for path, log in logs.items()}, inputs
 
 
-def _watched(twin: nn.Module, logs: Mapping[str, _Log], outputs: set[str], inputs: Any) -> bool:
+def _watched(twin: nn.Module, classes: Mapping[str, type[nn.Module]], logs: Mapping[str, _Log],
+             outputs: set[str], inputs: Any) -> bool:
     """Run twin, filling the logs; return whether it could be run."""
-    classes = {path: type(twin.get_submodule(path)) for path in logs}
-
     def recording(cls: type[nn.Module], path: str) -> Callable[..., Any]:
         def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
             recorder = _Recorder(self, sys._getframe(0), logs[path])
@@ -219,7 +246,7 @@ def _watched(twin: nn.Module, logs: Mapping[str, _Log], outputs: set[str], input
                 run(twin, changed(inputs, change))
                 ran = ran or not training
         # Elsewhere the data decides on nothing that matters here.
-        if not any(log.decides and (log.seen or any(_unreached(
+        if not ran or not any(log.decides and (log.could_convert or any(_unreached(
                 twin.get_submodule(path), classes[path], log))) for path, log in logs.items()):
             break
     return ran

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -22,13 +22,17 @@ _SIDES = (224, 299, 32, 28, 64, 96, 8)
 _FIRST = (nn.modules.conv._ConvNd, nn.Linear, nn.Embedding, nn.RNNBase)
 
 
-def find_example(model: nn.Module) -> Any:
+def find_example(model: nn.Module,
+                 runs: Callable[[nn.Module, Any], bool] = accepts) -> Any:
     """Return an input of one or two images that model accepts in eval mode, or None.
 
     Tried: what the architecture says of itself, then the channels of its first convolution at
     usual sizes, the features of its first linear or recurrent layer, or token numbers. A forward
     that wants several inputs gets the same for each. Shapes are tried on the meta device, which
     costs next to nothing; on the real one only where the forward does not run there.
+
+    Args:
+        runs: says whether a copy of model, which it may change, runs on the real device.
 
     Returns:
         A tensor, or a dict of tensors by argument name; the same every time.
@@ -57,7 +61,7 @@ def find_example(model: nn.Module) -> Any:
                             generator=torch.Generator().manual_seed(0))
         examples.insert(0, strip.to(device, kind))
     real = duplicate(model)
-    return next((example for example in examples if accepts(real, example)), None)
+    return next((example for example in examples if runs(real, example)), None)
 
 
 def _required(model: nn.Module) -> list[str]:

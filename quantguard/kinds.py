@@ -43,6 +43,7 @@ _KINDS: dict[str, tuple[type[nn.Module], tuple[Callable[..., Any], ...], tuple[s
 GATES = ("sigmoid", "hardsigmoid")
 ALWAYS_KEPT = {"glu": "gate", "softmax": "attention softmax", "attention": "attention softmax"}
 """kind -> why it is listed and never converted."""
+_COORDINATES = "torchvision/ops/boxes.py:"
 
 # A PReLU has a parameter, an attention has children: their own forward is read instead.
 MODULE_KINDS = {row[0]: kind for kind, row in _KINDS.items() if kind not in ("prelu", "attention")}
@@ -53,6 +54,14 @@ _INPLACE = {"relu": 1, "relu6": 1, "leaky_relu": 2, "rrelu": 4, "threshold": 3, 
             "celu": 2, "silu": 1, "mish": 1, "hardswish": 1, "hardtanh": 3, "hardsigmoid": 1}
 # Those of Python's operators that have an in-place form.
 _OPERATORS = ("add", "sub", "mul", "truediv", "pow")
+
+
+def always_kept(kind: str, where: str) -> str:
+    """Return why a call of a kind at a place in the source is never converted, or nothing.
+
+    Boxes that are clipped to the image are coordinates: in four levels they would be lost.
+    """
+    return ALWAYS_KEPT.get(kind) or ("box coordinates" if where.startswith(_COORDINATES) else "")
 
 
 def kind_of(function: Any) -> str | None:

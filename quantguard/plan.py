@@ -75,6 +75,8 @@ class Plan:
     sites: tuple[Site, ...]
     unread: Mapping[str, str] = field(default_factory=dict)
     """Modules whose forward torch.fx could not trace, and why."""
+    example: Any = field(default=None, repr=False, compare=False)
+    """The input that was run to find those modules' calls, if one was."""
 
     @property
     def converted(self) -> tuple[Site, ...]:

@@ -17,8 +17,15 @@ from .activation import QuantActivation
 from .calls import Identity, is_gate, named_calls, own_name
 from .discovery import Intercepted, discover
 from .errors import ConversionError
-from .example import find_example
-from .kinds import ALWAYS_KEPT, GATES, MODULE_KINDS, kind_of, module_of, overwrites
+from .kinds import (
+    ALWAYS_KEPT,
+    GATES,
+    MODULE_KINDS,
+    always_kept,
+    kind_of,
+    module_of,
+    overwrites,
+)
 from .plan import Plan, Site, join
 from .tracing import Traced, planned_graphs
 
@@ -167,9 +174,7 @@ def find_sites(model: nn.Module, example: Any = None,
                if not _is_torchs(model.get_submodule(path))}
     run_time = [path for path in foreign if not _is_layer(model.get_submodule(path))]
     if known is None and run_time:
-        example = find_example(model) if example is None else example
-        if example is not None:
-            known = discover(model, run_time, reader.outputs, example)
+        known, example = discover(model, run_time, reader.outputs, example)
     for path, found in (known or {}).items():
         sites += _intercepted_sites(model, path, found, seen)
     for path in reader.unread:
@@ -178,7 +183,7 @@ def find_sites(model: nn.Module, example: Any = None,
     sites += _module_sites(model, reader, seen)
     order = {path: i for i, (path, _) in enumerate(model.named_modules())}
     sites.sort(key=lambda site: order[site.owner])
-    return Plan(tuple(sites), foreign)
+    return Plan(tuple(sites), foreign, example)
 
 
 def _is_torchs(module: nn.Module) -> bool:
@@ -211,21 +216,22 @@ def _traced_sites(reader: _Reader, path: str, traced: list[Traced],
         writes = bool(getattr(child, "inplace", False)) if child is not None else \
             overwrites(node.target, node.args, node.kwargs)
         known = source is not None and type(call.function) is not nn.Identity
+        where = node.meta.get("where", "")
         yield Site(
             name, path, call.kind, call.form, call.target, number, call.identity,
-            node.meta.get("where", ""), call.function,
+            where, call.function,
             writes and not reader.is_private(path, call.overwritten, node),
             reader.statistics(path, source) if source is not None and known else (),
             reader.axis(path, source) if source is not None else 1, None,
-            _reason(call.kind, returned, path in reader.outputs, is_gate(node)))
+            _reason(call.kind, where, returned, path in reader.outputs, is_gate(node)))
 
 
-def _reason(kind: str, returned: bool, is_output: bool, gate: bool) -> str:
+def _reason(kind: str, where: str, returned: bool, is_output: bool, gate: bool) -> str:
     """Return why a call is kept, or nothing."""
     if returned and is_output:
         return "model output"
-    if kind in ALWAYS_KEPT:
-        return ALWAYS_KEPT[kind]
+    if always_kept(kind, where):
+        return always_kept(kind, where)
     if kind in GATES and gate:
         return "gate"
     return "gate, perhaps: its caller gets it" if kind in GATES and returned else ""

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import plain
+from . import fused, plain
 
 MODES = ("ramp", "ste", "sigmoid", "parent")
 # Up to here a comparison per boundary beats a binary search per element.
@@ -138,6 +138,7 @@ def _sum_to(x: Tensor, axis: int | None) -> Tensor:
 
 def _histogram(weights: Tensor, code: Tensor, codes: int, axis: int | None) -> Tensor:
     """Sum weights by code: (codes,), or (C, codes) per channel."""
+    weights = weights.double()
     if axis is None:
         return torch.bincount(code.reshape(-1), weights.reshape(-1), minlength=codes)
     rows = code.movedim(axis, 0).flatten(1).long()
@@ -177,11 +178,12 @@ class _Windowed(torch.autograd.Function):
         edges, widths = windows(t, width)
         # edge, threshold, edge, ...: code 2i - 1 is window i left of t_i, 2i right of it.
         code = torch.empty_like(x, dtype=_code_type(m))
-        for xs, ys, cs in _blocks(x, out, code, axis=axis):
-            xs = xs.float()
-            level = _count(xs, t, axis)
-            cs.copy_(_count(xs, edges, axis).add_(level))
-            _values(level, xs, one_step, zero, ys)
+        if not fused.encode(x, t, edges, step, zero, axis, out, code):
+            for xs, ys, cs in _blocks(x, out, code, axis=axis):
+                xs = xs.float()
+                level = _count(xs, t, axis)
+                cs.copy_(_count(xs, edges, axis).add_(level))
+                _values(level, xs, one_step, zero, ys)
         derivative = None
         if mode == "parent" and gate is not None:
             derivative = (x > gate[0]) & (x < gate[1])
@@ -193,47 +195,60 @@ class _Windowed(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         code, derivative, step, widths, edges = ctx.saved_tensors
         axis, m = ctx.axis, widths.shape[-1]
-        codes = 2 * m + 2
         needs_x, needs_t, needs_step, *_ = ctx.needs_input_grad
         grad = _like(grads[0], code)
         slopes = step.unsqueeze(-1) / widths
         if ctx.mode != "ramp":
             slopes = (m * step / (edges[..., -1] - edges[..., 0])).unsqueeze(-1).expand_as(widths)
         everywhere = ctx.mode == "parent"  # its slope does not end at the outer edges
-        table = torch.cat([slopes[..., :1] * everywhere, slopes.repeat_interleave(2, -1),
-                           slopes[..., -1:] * everywhere], -1)
-        one_slope = None  # a table with one slope needs no look-up
-        if axis is None and grad.device.type == "cpu" and bool((slopes == slopes[0]).all()):
-            one_slope = float(slopes[0])
-        grad_x = torch.empty_like(grad)
-        through, plain = (torch.zeros(*step.shape, codes, dtype=torch.float64, device=step.device)
-                          for _ in range(2))
-        blocks = [grad, code, grad_x] + ([] if derivative is None else [derivative])
-        for gs, cs, outs, *ds in _blocks(*blocks, axis=axis):
-            gs = gs.float()
-            if needs_step:
-                plain += _histogram(gs, cs, codes, axis)
-            if ds:
-                gs = gs * ds[0]
-            if needs_t:
-                through += _histogram(gs, cs, codes, axis)
-            if not needs_x:
-                continue
-            if one_slope is None:
-                outs.copy_(gs * _look_up(table, cs, axis))
-            elif everywhere:
-                torch.mul(gs, one_slope, out=outs)
-            else:
-                wide = cs.float()
-                inside = torch.gt(wide, 0, out=torch.empty_like(wide))
-                inside.sub_(wide.gt_(2 * m)).mul_(one_slope)
-                outs.copy_(inside.mul_(gs))
-        by_window = through[..., 1:-1].reshape(*step.shape, m, 2).sum(-1)
-        level = torch.arange(codes, device=step.device) // 2 - ctx.zero
-        return (grad_x if needs_x else None,
-                (-by_window * slopes).to(widths.dtype) if needs_t else None,
-                (plain * level).sum(-1).to(step.dtype) if needs_step else None,
+        table = torch.cat([slopes[..., :1] * everywhere, slopes, slopes[..., -1:] * everywhere], -1)
+        rows: Any = {"dtype": torch.float64, "device": step.device}
+        grad_x = torch.empty_like(grad) if needs_x else None
+        by_window = torch.zeros(*widths.shape, **rows) if needs_t else None
+        by_level = torch.zeros(step.shape, **rows) if needs_step else None
+        if derivative is not None or not fused.decode(grad, code, table, ctx.zero, axis, grad_x,
+                                                      by_window, by_level):
+            _decode(grad, code, derivative, table, ctx.zero, axis, grad_x, by_window, by_level)
+        return (grad_x,
+                None if by_window is None else (-by_window * slopes).to(widths.dtype),
+                None if by_level is None else by_level.to(step.dtype),
                 None, None, None, None, None)
+
+
+def _decode(grad: Tensor, code: Tensor, derivative: Tensor | None, table: Tensor, zero: Tensor,
+            axis: int | None, out: Tensor | None, by_window: Tensor | None,
+            by_level: Tensor | None) -> None:
+    """Do block by block what ``fused.decode`` does; out and by_window see grad times derivative."""
+    m = table.shape[-1] - 2
+    codes = 2 * m + 2
+    one_slope = None  # a table with one slope needs no look-up
+    if axis is None and grad.device.type == "cpu" and bool((table[1:-1] == table[1]).all()):
+        one_slope = float(table[1])
+    everywhere = bool((table[..., 0] == table[..., 1]).all())
+    by_code = torch.cat([table[..., :1], table[..., 1:-1].repeat_interleave(2, -1),
+                         table[..., -1:]], -1)
+    level = torch.arange(codes, device=grad.device) // 2 - zero
+    blocks = [v for v in (grad, code, out, derivative) if v is not None]
+    for gs, cs, *rest in _blocks(*blocks, axis=axis):
+        gs = gs.float()
+        if by_level is not None:
+            by_level += (_histogram(gs, cs, codes, axis) * level).sum(-1)
+        if derivative is not None:
+            gs = gs * rest[-1]
+        if by_window is not None:
+            through = _histogram(gs, cs, codes, axis)[..., 1:-1]
+            by_window += through.reshape((*by_window.shape, 2)).sum(-1)
+        if out is None:
+            continue
+        if one_slope is None:
+            rest[0].copy_(gs * _look_up(by_code, cs, axis))
+        elif everywhere:
+            torch.mul(gs, one_slope, out=rest[0])
+        else:
+            wide = cs.float()
+            inside = torch.gt(wide, 0, out=torch.empty_like(wide))
+            inside.sub_(wide.gt_(2 * m)).mul_(one_slope)
+            rest[0].copy_(inside.mul_(gs))
 
 
 def _reach(t: Tensor, sharpness: Tensor) -> int:

@@ -474,3 +474,25 @@ def test_a_resnet_is_left_as_it_was(resnet: nn.Module) -> None:
     assert torch.equal(torch.get_rng_state(), state)
     assert plan.sites[0].name == "relu" and plan.sites[1].name == "layer1.0.relu"
     assert names(plan)[2] == "layer1.0.relu_2"
+
+
+@pytest.mark.parametrize("traced", [True, False])
+def test_boxes_clipped_to_the_image_are_no_activations(traced: bool) -> None:
+    from torchvision.ops import clip_boxes_to_image
+
+    class Boxes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            boxes = self.head(x).relu()
+            if not traced and boxes.sum() < -1:  # which torch.fx cannot follow
+                boxes = -boxes
+            return clip_boxes_to_image(boxes, (30, 40)) + 1
+
+    converted = convert(Boxes(), 2, example=torch.randn(5, 4))
+    plan = converted.quantguard.plan
+    assert [(site.kind, site.reason) for site in plan.sites] == [
+        ("relu", ""), ("relu", "box coordinates"), ("relu", "box coordinates")]
+    assert converted.quantguard.audit.left == ()

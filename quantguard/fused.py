@@ -1,0 +1,162 @@
+"""The staircase's passes over memory, each compiled into one loop by torch.compile.
+
+The same numbers as block by block: every element of a result is one comparison and one product,
+and sums are taken in double, so that their order does not show in float32. Where nothing can be
+compiled (no C++ compiler; torch.compile switched off), block by block is the only way.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import math
+import types
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Smaller tensors take less time than a call saves; compiling takes seconds, once a machine.
+WORTH = 1 << 18
+# More thresholds than this are found faster by a search.
+_MOST = 15
+_log = logging.getLogger("quantguard")
+_failed: set[Any] = set()  # what could not be compiled
+
+
+def encode(x: Tensor, t: Tensor, edges: Tensor, step: Tensor, zero: Tensor, axis: int | None,
+           out: Tensor, code: Tensor) -> bool:
+    """Write ``step * (#{i: x > t_i} - zero)`` into out and the number of bounds below x into code.
+
+    Args:
+        x, out, code: of one shape and one gapless memory order.
+        t: (m,), or (C, m) where axis is the channel dimension; edges: (m + 1,) or (C, m + 1).
+
+    Returns:
+        Whether it was done: False where it is not worth compiling, or cannot be.
+    """
+    if not _usable(x, t.shape[-1]):
+        return False
+    views, rows, _ = _in_memory_order(x, axis, x, out, code)
+    numbers = [_aligned(v, rows) for v in (t, edges, step.unsqueeze(-1))]
+    variant = x.dtype, t.shape[-1], views[0].dim()
+    return _run(_encode, variant, *views, *numbers, zero)
+
+
+def decode(grad: Tensor, code: Tensor, table: Tensor, zero: Tensor, axis: int | None,
+           out: Tensor | None, by_window: Tensor | None, by_level: Tensor | None) -> bool:
+    """Write grad times its window's slope into out; add up grad by window, and times its level.
+
+    Args:
+        grad, code, out: of one shape and one gapless memory order.
+        table: (m + 2,), or (C, m + 2): the slope below all windows, in each, above all.
+        by_window: (m,) or (C, m), float64.
+        by_level: () or (C,), float64.
+
+    Returns:
+        Whether it was done.
+    """
+    m = table.shape[-1] - 2
+    if not _usable(grad, m):
+        return False
+    wanted = [v for v in (out,) if v is not None]
+    views, rows, sums = _in_memory_order(grad, axis, grad, code, *wanted)
+    targets = (views[2] if wanted else None, by_window, by_level)
+    variant = (grad.dtype, m, views[0].dim(), *(v is None for v in targets))
+    return _run(_decode, variant, *views[:2], _aligned(table, rows), zero, sums, *targets)
+
+
+def _usable(x: Tensor, m: int) -> bool:
+    return x.numel() >= WORTH and m <= _MOST and x.device.type in ("cpu", "cuda") \
+        and not _switched_off()
+
+
+@functools.cache
+def _switched_off() -> bool:
+    from torch._dynamo import config
+    return bool(config.disable)
+
+
+def _in_memory_order(x: Tensor, axis: int | None, *tensors: Tensor,
+                     ) -> tuple[list[Tensor], int, tuple[int, ...]]:
+    """Return views of tensors: (n,), or (outer, C, inner), or (outer, C) where inner is 1.
+
+    And the number of dimensions after C; and those over which sums of a channel go.
+    """
+    order = sorted(range(x.dim()), key=x.stride, reverse=True)
+    shape = [x.shape[d] for d in order]
+    if axis is None:
+        view = [x.numel()]
+    else:
+        at = order.index(axis)
+        view = [math.prod(shape[:at]), shape[at]]
+        if math.prod(shape[at + 1:]) > 1:
+            view.append(math.prod(shape[at + 1:]))
+    sums = (0,) if len(view) < 3 else (0, 2)
+    stride = [math.prod(view[d + 1:]) for d in range(len(view))]
+    # No views of theirs: torch.compile would compile again for other shapes of what they view.
+    return [v.new_empty(0).set_(v.untyped_storage(), v.storage_offset(), view, stride)
+            for v in tensors], len(view) - 2, sums
+
+
+def _aligned(values: Tensor, rows: int) -> Tensor:
+    """Return a copy of (C, m) values: (C, 1, m) where a dimension follows that of the channels."""
+    return (values.unsqueeze(1) if rows == 1 else values).detach().clone()
+
+
+def _run(function: Callable[..., Any], variant: tuple[Any, ...], *args: Any) -> bool:
+    """Run a compiled function; what cannot be compiled is not tried again."""
+    key = function, args[0].device.type, *variant
+    if key in _failed:
+        return False
+    try:
+        # Modes that watch a model's calls are for the model's calls.
+        with torch._C.DisableTorchFunction(), torch.no_grad():
+            _compiled(*key)(*args)
+    except Exception as error:
+        if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            raise
+        _failed.add(key)
+        _log.info("%s is not compiled: %s", function.__name__, str(error).partition("\n")[0])
+        return False
+    return True
+
+
+@functools.cache
+def _compiled(function: Callable[..., Any], *variant: Any) -> Callable[..., Any]:
+    """Compile a copy of function for each variant: torch.compile compiles one only so often."""
+    assert isinstance(function, types.FunctionType)
+    name = "_".join(map(str, (function.__name__, *variant)))
+    twin = types.FunctionType(function.__code__.replace(co_name=name), function.__globals__, name)
+    return torch.compile(twin, dynamic=True, fullgraph=True)
+
+
+def _encode(x: Tensor, out: Tensor, code: Tensor, t: Tensor, edges: Tensor, step: Tensor,
+            zero: Tensor) -> None:
+    wide = x.float()
+    # Sums of comparisons are vectorised as floats; as integers they take five times as long.
+    count = (wide > t[..., 0]).float()
+    for i in range(1, t.shape[-1]):
+        count = count + (wide > t[..., i]).float()
+    out.copy_(torch.where(wide != wide, wide, (count - zero) * step[..., 0]))
+    for i in range(edges.shape[-1]):
+        count = count + (wide > edges[..., i]).float()
+    code.copy_(count)
+
+
+def _decode(grad: Tensor, code: Tensor, table: Tensor, zero: Tensor, sums: tuple[int, ...],
+            out: Tensor | None, by_window: Tensor | None, by_level: Tensor | None) -> None:
+    wide, place = grad.float(), code.float()
+    m = table.shape[-1] - 2
+    if out is not None:
+        slope = torch.where(place > 0, table[..., 1], table[..., 0])
+        for i in range(1, m + 1):
+            slope = torch.where(place > 2 * i, table[..., i + 1], slope)
+        out.copy_(wide * slope)
+    if by_window is not None:
+        parts = [torch.where((place > 2 * i) & (place <= 2 * i + 2), wide, 0.0).double().sum(sums)
+                 for i in range(m)]
+        by_window.copy_(torch.stack(parts, -1))
+    if by_level is not None:
+        by_level.copy_((wide.double() * ((place * 0.5).floor() - zero).double()).sum(sums))

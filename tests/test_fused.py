@@ -1,0 +1,191 @@
+"""Compiled passes: the same numbers as block by block, and no trouble where nothing compiles."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from quantguard import fused
+from quantguard.activation import QuantActivation, backward
+from quantguard.spec import QuantSpec
+from quantguard.staircase import Surrogate, staircase
+
+SHAPE = (4, 6, 9, 5)
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[str, bool]]]:
+    """Compile for tensors of any size; yield which passes were asked for, and done."""
+    seen: list[tuple[str, bool]] = []
+    run = fused._run
+
+    def noted(function: Any, *args: Any) -> bool:
+        seen.append((function.__name__, run(function, *args)))
+        return seen[-1][1]
+
+    monkeypatch.setattr(fused, "_run", noted)
+    monkeypatch.setattr(fused, "WORTH", 2)
+    yield seen
+
+
+def numbers(bits: int, channels: int | None) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(bits)
+    rows = () if channels is None else (channels,)
+    t = (0.1 + torch.rand(*rows, 2**bits - 1, generator=generator)).cumsum(-1) - 0.4
+    return t, 0.3 + torch.rand(rows, generator=generator), torch.tensor(0.5)
+
+
+def run(x: Tensor, upstream: Tensor, t: Tensor, step: Tensor, zero: Tensor, how: Surrogate,
+        gate: tuple[float, float] | None, axis: int | None) -> list[Tensor]:
+    leaves = [v.detach().clone().requires_grad_() for v in (x, t, step)]
+    y = staircase(leaves[0], *leaves[1:], step.clone(), zero, how, gate, axis)
+    y.backward(upstream)
+    return [y.detach(), *(leaf.grad for leaf in leaves if leaf.grad is not None)]
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "flat"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("bits", "mode", "per_channel"), [
+    (1, "ramp", False), (2, "ramp", False), (2, "ste", True), (2, "parent", False),
+    (3, "ramp", True)])
+def test_the_same_numbers_as_block_by_block(calls: list[tuple[str, bool]], bits: int, mode: str,
+                                            per_channel: bool, dtype: torch.dtype,
+                                            layout: str) -> None:
+    shape = SHAPE if layout != "flat" else (17, 6)
+    generator = torch.Generator().manual_seed(0)
+    t, step, zero = numbers(bits, 6 if per_channel else None)
+    t = t.to(dtype).float()  # so that ties are met
+    x = 2 * torch.randn(shape, generator=generator)
+    x.view(-1)[:8] = torch.tensor([torch.nan, torch.inf, -torch.inf, 0.0, -0.0,
+                                   *t.flatten()[:1].expand(3).tolist()])
+    x = x.to(dtype)
+    if layout == "channels_last":
+        x = x.to(memory_format=torch.channels_last)
+    upstream = torch.randn(shape, generator=generator).to(dtype)
+    args = (x, upstream, t, step, zero, Surrogate(mode), None, 1 if per_channel else None)
+    compiled = run(*args)
+    assert [done for _, done in calls] == [True, True]
+    fused_size, fused.WORTH = fused.WORTH, sys.maxsize
+    try:
+        plain = run(*args)
+    finally:
+        fused.WORTH = fused_size
+    assert len(calls) == 2
+    for one, two in zip(compiled, plain, strict=True):
+        assert one.stride() == two.stride() and one.dtype == two.dtype
+        torch.testing.assert_close(one, two, rtol=0, atol=0, equal_nan=True)
+
+
+def test_a_wrong_pass_would_be_seen(calls: list[tuple[str, bool]],
+                                    monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(x: Tensor, out: Tensor, code: Tensor, t: Tensor, *rest: Any) -> None:
+        fused_encode(x, out, code, t.nextafter(t + 1), *rest)
+
+    fused_encode = fused._encode
+    t = numbers(2, None)[0]
+    x = t.nextafter(t + 1).repeat(9)
+    args = (x, torch.ones(27), *numbers(2, None), Surrogate(), None, None)
+    right = run(*args)
+    monkeypatch.setattr(fused, "_encode", wrong)
+    monkeypatch.setattr(fused, "_compiled", lambda function, *_: function)
+    assert not torch.equal(run(*args)[0], right[0])
+
+
+def test_few_are_worth_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused, "_run", lambda *_: pytest.fail("compiled"))
+    small, large = torch.zeros(100), torch.zeros(fused.WORTH)
+    for x, bits in ((small, 2), (large, 5)):
+        t, step, zero = numbers(bits, None)
+        run(x, torch.ones_like(x), t, step, zero, Surrogate(), None, None)
+    t, step, zero = numbers(2, None)
+    staircase(large, t, step, step, zero)  # without a gradient nothing is worth a compilation
+
+
+@pytest.mark.parametrize("error", ["compiler", "other"])
+def test_what_does_not_compile_runs_block_by_block(calls: list[tuple[str, bool]], error: str,
+                                                   monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._inductor.exc import InvalidCxxCompiler
+    raised = InvalidCxxCompiler() if error == "compiler" else ZeroDivisionError("ours")
+    tries = []
+
+    def refuse(*key: Any) -> Any:
+        tries.append(key)
+        raise raised
+
+    monkeypatch.setattr(fused, "_compiled", refuse)
+    monkeypatch.setattr(fused, "_failed", set())
+    x = torch.randn(50)
+    args = (x, torch.ones(50), *numbers(2, None), Surrogate(), None, None)
+    if error == "other":
+        with pytest.raises(ZeroDivisionError):
+            run(*args)
+        return
+    first, second = run(*args), run(*args)
+    assert [done for _, done in calls] == [False] * 4 and len(tries) == 2
+    assert all(map(torch.equal, first, second))
+
+
+def test_nothing_is_compiled_where_torch_compile_is_switched_off(
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused, "WORTH", 2)
+    monkeypatch.setattr(fused, "_run", lambda *_: pytest.fail("compiled"))
+    monkeypatch.setattr(fused, "_switched_off", lambda: True)
+    run(torch.randn(50), torch.ones(50), *numbers(2, None), Surrogate(), None, None)
+
+
+def test_modes_that_watch_a_model_do_not_see_the_passes(calls: list[tuple[str, bool]]) -> None:
+    names = []
+
+    class Watches(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None,
+                               ) -> Any:
+            names.append(getattr(func, "__name__", ""))
+            return func(*args, **(kwargs or {}))
+
+    module = QuantActivation(QuantSpec(2, True), nn.ReLU())
+    x = torch.randn(4, 3, 5, requires_grad=True)
+    expected = module(x)
+    with Watches():
+        y = module(x)
+    y.sum().backward()
+    assert torch.equal(y, expected) and all(done for _, done in calls)
+    assert "copy_" not in names
+
+
+def test_many_sizes_share_a_compilation(calls: list[tuple[str, bool]]) -> None:
+    from torch._dynamo.utils import counters
+    module = QuantActivation(QuantSpec(2, True, True), nn.ReLU(), channels=7)
+
+    def use(*shape: int) -> None:
+        module.base = module.base[:1].expand(shape[1], -1).contiguous()
+        module._start_from(module.base, torch.ones(shape[1]), torch.ones(shape[1]),
+                           module.zero_level)
+        module(torch.randn(shape, requires_grad=True)).sum().backward()
+
+    for shape in ((5, 7, 9, 10), (6, 8, 11, 12)):
+        use(*shape)
+    before = counters["stats"]["unique_graphs"]
+    for n in range(5, 12):
+        use(n + 1, n + 6, n + 13, n)
+    assert counters["stats"]["unique_graphs"] == before and all(done for _, done in calls)
+
+
+def test_a_whole_step_is_the_same_bits(calls: list[tuple[str, bool]]) -> None:
+    found = []
+    for worth in (2, sys.maxsize):
+        fused.WORTH = worth
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Conv2d(3, 6, 3), QuantActivation(QuantSpec(2, True), nn.ReLU()),
+                            nn.Conv2d(6, 6, 3), QuantActivation(QuantSpec(3), nn.GELU()),
+                            nn.Flatten(), nn.Linear(6 * 5 * 5, 4))
+        x = torch.randn(8, 3, 9, 9, requires_grad=True)
+        with backward(net, "ste"):
+            net(x).square().sum().backward()
+        found.append([x.grad, *(p.grad for p in net.parameters())])
+    assert all(one is two is None or torch.equal(one, two) for one, two in zip(*found, strict=True))
