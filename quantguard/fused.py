@@ -21,6 +21,8 @@ from torch import Tensor
 WORTH = 1 << 18
 # More thresholds than this are found faster by a search.
 _MOST = 15
+# Elements of a vector register, at most, and then some.
+_VECTOR = 64
 _log = logging.getLogger("quantguard")
 _failed: set[Any] = set()  # what could not be compiled
 
@@ -67,6 +69,28 @@ def decode(grad: Tensor, code: Tensor, table: Tensor, zero: Tensor, axis: int | 
     return _run(_decode, variant, *views[:2], _aligned(table, rows), zero, sums, *targets)
 
 
+def bell(x: Tensor, t: Tensor, sharpness: Tensor, step: Tensor, zero: Tensor, hard: bool,
+         out: Tensor, slope: Tensor) -> int:
+    """Write the staircase (hard) or its softened twin into out, and the twin's slope into slope.
+
+    Args:
+        x, out, slope: of one shape and one gapless memory order.
+        t, sharpness: (m,); step: ().
+
+    Returns:
+        How many elements were done, in memory order. The last few are left over: what is no whole
+        vector would be computed by another exponential function.
+    """
+    if not _usable(x, 2 * t.shape[-1]):
+        return 0
+    views, *_ = _in_memory_order(x, None, x, out, slope)
+    done = x.numel() // _VECTOR * _VECTOR
+    numbers = [v.detach().clone() for v in (t, sharpness, step)]
+    ran = _run(_bell, (x.dtype, t.shape[-1], hard), *(_alias(v, [done]) for v in views), *numbers,
+               zero, hard)
+    return done if ran else 0
+
+
 def _usable(x: Tensor, m: int) -> bool:
     return x.numel() >= WORTH and m <= _MOST and x.device.type in ("cpu", "cuda") \
         and not _switched_off()
@@ -94,10 +118,16 @@ def _in_memory_order(x: Tensor, axis: int | None, *tensors: Tensor,
         if math.prod(shape[at + 1:]) > 1:
             view.append(math.prod(shape[at + 1:]))
     sums = (0,) if len(view) < 3 else (0, 2)
-    stride = [math.prod(view[d + 1:]) for d in range(len(view))]
-    # No views of theirs: torch.compile would compile again for other shapes of what they view.
-    return [v.new_empty(0).set_(v.untyped_storage(), v.storage_offset(), view, stride)
-            for v in tensors], len(view) - 2, sums
+    return [_alias(v, view) for v in tensors], len(view) - 2, sums
+
+
+def _alias(x: Tensor, shape: list[int]) -> Tensor:
+    """Return the start of x's memory in another shape.
+
+    It is no view: torch.compile would compile again for other shapes of what is viewed.
+    """
+    stride = [math.prod(shape[d + 1:]) for d in range(len(shape))]
+    return x.new_empty(0).set_(x.untyped_storage(), x.storage_offset(), shape, stride)
 
 
 def _aligned(values: Tensor, rows: int) -> Tensor:
@@ -143,6 +173,22 @@ def _encode(x: Tensor, out: Tensor, code: Tensor, t: Tensor, edges: Tensor, step
     for i in range(edges.shape[-1]):
         count = count + (wide > edges[..., i]).float()
     code.copy_(count)
+
+
+def _bell(x: Tensor, out: Tensor, slope: Tensor, t: Tensor, sharpness: Tensor, step: Tensor,
+          zero: Tensor, hard: bool) -> None:
+    wide = x.float()
+    value, total, count = (torch.zeros_like(wide) for _ in range(3))
+    for i in range(t.shape[-1]):
+        s = torch.sigmoid((wide - t[i]) * sharpness[i])
+        value = value + s
+        total = total + (s - s * s) * sharpness[i]
+        count = count + (wide > t[i]).float()
+    slope.copy_(total * step)
+    if hard:
+        out.copy_(torch.where(wide != wide, wide, (count - zero) * step))
+    else:
+        out.copy_((value - zero) * step)
 
 
 def _decode(grad: Tensor, code: Tensor, table: Tensor, zero: Tensor, sums: tuple[int, ...],

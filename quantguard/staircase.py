@@ -60,12 +60,17 @@ def windows(t: Tensor, width: Tensor) -> Windows:
     return Windows(edges, edges[..., 1:] - edges[..., :-1])
 
 
+def _in_memory_order(*tensors: Tensor) -> list[Tensor]:
+    """Return tensors of one gapless layout with their dimensions in memory order."""
+    order = sorted(range(tensors[0].dim()), key=tensors[0].stride, reverse=True)
+    return [x.permute(order) for x in tensors]
+
+
 def _blocks(*tensors: Tensor, axis: int | None) -> Iterator[tuple[Tensor, ...]]:
     """Cut tensors of one layout into pieces that stay in cache; flat where no channel matters."""
     first = tensors[0]
     if axis is None:
-        order = sorted(range(first.dim()), key=first.stride, reverse=True)
-        flat = [x.permute(order).reshape(-1) for x in tensors]
+        flat = [x.reshape(-1) for x in _in_memory_order(*tensors)]
         size = _BLOCK if first.device.type == "cpu" else max(first.numel(), 1)
         for start in range(0, first.numel(), size):
             yield tuple(x[start : start + size] for x in flat)
@@ -292,11 +297,8 @@ def _sigmoids(wide: Tensor, t: Tensor, sharpness: Tensor, axis: int | None,
 
 
 def _add_bell(total: Tensor, s: Tensor, sharp: Any) -> None:
-    """Add ``sharp * s (1 - s)`` to total; a plain number costs two passes, a tensor three."""
-    if isinstance(sharp, float):
-        total.add_(s, alpha=sharp).addcmul_(s, s, value=-sharp)
-    else:
-        total.addcmul_(torch.addcmul(s, s, s, value=-1), sharp)
+    """Add ``sharp * s (1 - s)`` to total, rounding after each operation as compiled code does."""
+    total.add_((s - s * s).mul_(sharp))
 
 
 class _Bell(torch.autograd.Function):
@@ -317,7 +319,12 @@ class _Bell(torch.autograd.Function):
         slope = torch.empty_like(x) if keep_slope else None
         sharpness = k / widths
         one_step = _spread(step.unsqueeze(-1), x, axis)[0]
-        for xs, ys, *ss in _blocks(*([x, out] if slope is None else [x, out, slope]), axis=axis):
+        passed = [x, out] if slope is None else [x, out, slope]
+        if slope is not None and axis is None:
+            done = fused.bell(x, t, sharpness, step, zero, hard, out, slope)
+            if done:
+                passed = [v.reshape(-1)[done:] for v in _in_memory_order(*passed)]
+        for xs, ys, *ss in _blocks(*passed, axis=axis):
             wide = xs.float()
             if keep_slope or not hard:
                 value, below, bells = (torch.zeros_like(wide) for _ in range(3))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -14,14 +13,14 @@ from torch.overrides import TorchFunctionMode
 from quantguard import fused
 from quantguard.activation import QuantActivation, backward
 from quantguard.spec import QuantSpec
-from quantguard.staircase import Surrogate, staircase
+from quantguard.staircase import Surrogate, soft_staircase, staircase
 
 SHAPE = (4, 6, 9, 5)
 
 
 @pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[str, bool]]]:
-    """Compile for tensors of any size; yield which passes were asked for, and done."""
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, bool]]:
+    """Compile for tensors of any size; return which passes were asked for, and done."""
     seen: list[tuple[str, bool]] = []
     run = fused._run
 
@@ -31,7 +30,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[str, bool]]]:
 
     monkeypatch.setattr(fused, "_run", noted)
     monkeypatch.setattr(fused, "WORTH", 2)
-    yield seen
+    return seen
 
 
 def numbers(bits: int, channels: int | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -49,11 +48,14 @@ def run(x: Tensor, upstream: Tensor, t: Tensor, step: Tensor, zero: Tensor, how:
     return [y.detach(), *(leaf.grad for leaf in leaves if leaf.grad is not None)]
 
 
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "flat"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("bits", "mode", "per_channel"), [
-    (1, "ramp", False), (2, "ramp", False), (2, "ste", True), (2, "parent", False),
-    (3, "ramp", True)])
+FULL, HALF = torch.float32, torch.bfloat16
+
+
+@pytest.mark.parametrize(("bits", "mode", "per_channel", "dtype", "layout"), [
+    (1, "ramp", False, FULL, "contiguous"), (2, "ramp", False, FULL, "channels_last"),
+    (2, "parent", False, FULL, "contiguous"), (2, "ramp", False, HALF, "channels_last"),
+    (2, "ste", True, FULL, "contiguous"), (2, "ramp", True, FULL, "channels_last"),
+    (2, "ramp", True, FULL, "flat"), (3, "ramp", True, HALF, "contiguous")])
 def test_the_same_numbers_as_block_by_block(calls: list[tuple[str, bool]], bits: int, mode: str,
                                             per_channel: bool, dtype: torch.dtype,
                                             layout: str) -> None:
@@ -79,6 +81,32 @@ def test_the_same_numbers_as_block_by_block(calls: list[tuple[str, bool]], bits:
     assert len(calls) == 2
     for one, two in zip(compiled, plain, strict=True):
         assert one.stride() == two.stride() and one.dtype == two.dtype
+        torch.testing.assert_close(one, two, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize(("bits", "soft", "k", "dtype", "layout"), [
+    (1, True, 2.0, FULL, "contiguous"), (2, True, 16.0, FULL, "channels_last"),
+    (2, False, 8.0, FULL, "contiguous"), (3, False, 3.0, HALF, "channels_last")])
+def test_bells_are_the_same_numbers_as_block_by_block(
+        calls: list[tuple[str, bool]], bits: int, soft: bool, k: float, dtype: torch.dtype,
+        layout: str) -> None:
+    x = 2 * torch.randn(3, 5, 7, 11, generator=torch.Generator().manual_seed(0))
+    x.view(-1)[:4] = torch.tensor([torch.nan, torch.inf, -torch.inf, 0.0])
+    x = x.to(dtype)
+    if layout == "channels_last":
+        x = x.to(memory_format=torch.channels_last)
+    t, step, zero = numbers(bits, None)
+    found = []
+    for worth in (2, sys.maxsize):
+        fused.WORTH = worth
+        leaf = x.clone().requires_grad_()
+        y = soft_staircase(leaf, t, step, step, zero, k) if soft else \
+            staircase(leaf, t, step, step, zero, Surrogate("sigmoid", k))
+        y.backward(torch.ones_like(y))
+        found.append((y.detach(), leaf.grad))
+    assert calls == [("_bell", True)]
+    for one, two in zip(*found, strict=True):
+        assert one.stride() == two.stride() == x.stride()
         torch.testing.assert_close(one, two, rtol=0, atol=0, equal_nan=True)
 
 
