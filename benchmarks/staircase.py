@@ -71,7 +71,8 @@ def peers() -> dict[str, Callable[[Tensor], Tensor]]:
     fake = torch.ao.quantization.FakeQuantize(  # its observer off, as in the later part of training
         torch.ao.quantization.MovingAverageMinMaxObserver, 0, 3)
     fake(torch.rand(8))
-    found["torch FakeQuantize, 2 bits"] = fake.disable_observer()
+    fake.disable_observer()
+    found["torch FakeQuantize, 2 bits"] = fake
     try:
         import brevitas.nn
     except ImportError:
