@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Smaller tensors take less time than a call saves; compiling takes seconds, once a machine.
-WORTH = 1 << 18
+# Smaller tensors take too little time; compiling takes seconds, once a machine.
+WORTH = 1 << 20
 # More thresholds than this are found faster by a search.
 _MOST = 15
 # Elements of a vector register, at most, and then some.
