@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 # Smaller tensors take too little time; compiling takes seconds, once a machine.
 WORTH = 1 << 20
@@ -95,8 +95,9 @@ def bell(x: Tensor, t: Tensor, sharpness: Tensor, step: Tensor, zero: Tensor, ha
 
 
 def _usable(x: Tensor, m: int) -> bool:
-    return x.numel() >= WORTH and m <= _MOST and x.device.type in ("cpu", "cuda") \
-        and not _switched_off()
+    """Return whether passes over x are compiled; a subclass of Tensor may have no memory."""
+    return type(x) in (Tensor, nn.Parameter) and x.numel() >= WORTH and m <= _MOST \
+        and x.device.type in ("cpu", "cuda") and not _switched_off()
 
 
 @functools.cache

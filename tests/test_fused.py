@@ -186,6 +186,16 @@ def test_modes_that_watch_a_model_do_not_see_the_passes(calls: list[tuple[str, b
     assert "copy_" not in names
 
 
+def test_tensors_without_memory_are_left_alone(calls: list[tuple[str, bool]]) -> None:
+    from torch._subclasses import FakeTensorMode
+    t, step, zero = numbers(2, None)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        x = mode.from_tensor(torch.randn(4, 3))
+        assert not fused.encode(x, t, torch.arange(4.0), step, zero, None, x.clone(),
+                                torch.empty_like(x, dtype=torch.uint8))
+    assert not calls
+
+
 def test_many_sizes_share_a_compilation(calls: list[tuple[str, bool]]) -> None:
     from torch._dynamo.utils import counters
     module = QuantActivation(QuantSpec(2, True, True), nn.ReLU(), channels=7)
