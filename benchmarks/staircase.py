@@ -10,10 +10,10 @@ converted over float, the bytes that autograd keeps, and peak memory.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -168,14 +168,22 @@ def training() -> list[dict[str, Any]]:
 
 
 def peak(bits: int, dynamic: bool) -> float:
-    """Return by how much two training steps raise this process's peak memory, in MiB."""
+    """Return how far two training steps raise this process's memory at their peak, in MiB."""
     net, images = resnet(bits, dynamic), torch.rand(64, 3, 32, 32)
     labels = torch.zeros(64, dtype=torch.long)
-    step(net, images[:1].expand(2, -1, -1, -1), labels[:2])
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    step(net, images, labels)  # compiles
+    net.zero_grad()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)  # what that step has left behind
+    before = status("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts from here (Linux)
     for _ in range(2):
         step(net, images, labels)
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    return (status("VmHWM") - before) / 1024
+
+
+def status(key: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith(key)).split()[1])
 
 
 def installed(name: str) -> str | None:
