@@ -21,7 +21,7 @@ from .running import changed, evaluating, modes_kept, run, seeded
 # Values that place one staircase (or one channel of it); more change the step by under a percent.
 _SAMPLES = 16384
 _SAMPLES_PER_CHANNEL = 1024
-_FEW = 32
+_FEW = 32  # values of a channel, as behind a pooling layer: too few to place it by itself
 _AT_ONCE = 1 << 18  # values worked on at once: they stay in the cache
 # A seeded probe: images of this many values or more give enough of them one by one.
 _PROBE_IMAGES = 8

@@ -40,7 +40,7 @@ def encode(x: Tensor, t: Tensor, edges: Tensor, step: Tensor, zero: Tensor, axis
     """
     if not _usable(x, t.shape[-1]):
         return False
-    views, rows, _ = _in_memory_order(x, axis, x, out, code)
+    views, rows, _ = _flattened(x, axis, x, out, code)
     numbers = [_aligned(v, rows) for v in (t, edges, step.unsqueeze(-1))]
     variant = x.dtype, t.shape[-1], views[0].dim()
     return _run(_encode, variant, *views, *numbers, zero)
@@ -63,7 +63,7 @@ def decode(grad: Tensor, code: Tensor, table: Tensor, zero: Tensor, axis: int | 
     if not _usable(grad, m):
         return False
     wanted = [v for v in (out,) if v is not None]
-    views, rows, sums = _in_memory_order(grad, axis, grad, code, *wanted)
+    views, rows, sums = _flattened(grad, axis, grad, code, *wanted)
     targets = (views[2] if wanted else None, by_window, by_level)
     # One slope between two flat ends needs no choice. To look would wait for another device.
     flat = grad.device.type == "cpu" and axis is None and bool(
@@ -86,7 +86,7 @@ def bell(x: Tensor, t: Tensor, sharpness: Tensor, step: Tensor, zero: Tensor, ha
     """
     if not _usable(x, 2 * t.shape[-1]):
         return 0
-    views, *_ = _in_memory_order(x, None, x, out, slope)
+    views, *_ = _flattened(x, None, x, out, slope)
     done = x.numel() // _VECTOR * _VECTOR
     numbers = [v.detach().clone() for v in (t, sharpness, step)]
     ran = _run(_bell, (x.dtype, t.shape[-1], hard), *(_alias(v, [done]) for v in views), *numbers,
@@ -106,9 +106,9 @@ def _switched_off() -> bool:
     return bool(config.disable)
 
 
-def _in_memory_order(x: Tensor, axis: int | None, *tensors: Tensor,
-                     ) -> tuple[list[Tensor], int, tuple[int, ...]]:
-    """Return views of tensors: (n,), or (outer, C, inner), or (outer, C) where inner is 1.
+def _flattened(x: Tensor, axis: int | None, *tensors: Tensor,
+               ) -> tuple[list[Tensor], int, tuple[int, ...]]:
+    """Return aliases of tensors in memory order: (n,), or (outer, C, inner), or (outer, C) where inner is 1.
 
     And the number of dimensions after C; and those over which sums of a channel go.
     """
