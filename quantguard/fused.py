@@ -108,7 +108,7 @@ def _switched_off() -> bool:
 
 def _flattened(x: Tensor, axis: int | None, *tensors: Tensor,
                ) -> tuple[list[Tensor], int, tuple[int, ...]]:
-    """Return aliases of tensors in memory order: (n,), or (outer, C, inner), or (outer, C) where inner is 1.
+    """Return aliases of tensors in memory order: (n,), (outer, C, inner), or (outer, C) without it.
 
     And the number of dimensions after C; and those over which sums of a channel go.
     """
