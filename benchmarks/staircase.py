@@ -52,11 +52,12 @@ def stairs(bits: int, dynamic: bool, per_channel: bool = False) -> qg.QuantActiv
 @contextmanager
 def eagerly() -> Any:
     """Switch the compiled passes off, as where no compiler is present."""
-    before, fused.WORTH = fused.WORTH, sys.maxsize
+    before = fused.WORTH, fused._CALL
+    fused.WORTH = fused._CALL = sys.maxsize
     try:
         yield
     finally:
-        fused.WORTH = before
+        fused.WORTH, fused._CALL = before
 
 
 def timed(function: Callable[[Tensor], Tensor], x: Tensor, grad: Tensor) -> float:

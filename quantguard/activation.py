@@ -172,10 +172,10 @@ class QuantActivation(nn.Module):
         """Return the thresholds, (m,) or (C, m), ascending."""
         if not self.spec.dynamic:
             return self.base
-        gaps = self.base[..., 1:] - self.base[..., :-1]
-        gaps = gaps * (GAP_FLOOR + (1 - GAP_FLOOR) * self.log_gaps.exp())
-        first = (self.base[..., 0] + self.base_step * self.shift).unsqueeze(-1)
-        return torch.cat([first, first + gaps.cumsum(-1)], -1)
+        # What is learned is added, so that untrained thresholds are those it starts from, exactly.
+        grown = (1 - GAP_FLOOR) * (self.base[..., 1:] - self.base[..., :-1]) * self.log_gaps.expm1()
+        shift = (self.base_step * self.shift).unsqueeze(-1)
+        return self.base + torch.cat([shift, shift + grown.cumsum(-1)], -1)
 
     @property
     def step(self) -> Tensor:

@@ -17,33 +17,41 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# Smaller tensors take too little time; compiling takes seconds, once a machine.
+# Smaller tensors take too little time for what compiling takes: seconds, once a machine.
 WORTH = 1 << 20
+# From here on what has been compiled already is faster than block by block.
+_CALL = 1 << 13
 # More thresholds than this are found faster by a search.
 _MOST = 15
 # Elements of a vector register, at most, and then some.
 _VECTOR = 64
 _log = logging.getLogger("quantguard")
-_failed: set[Any] = set()  # what could not be compiled
+_ready: set[Any] = set()  # what has been compiled
+_failed: set[Any] = set()  # what could not be
 
 
 def encode(x: Tensor, t: Tensor, edges: Tensor, step: Tensor, zero: Tensor, axis: int | None,
-           out: Tensor, code: Tensor) -> bool:
+           computed: bool, out: Tensor, code: Tensor) -> bool:
     """Write ``step * (#{i: x > t_i} - zero)`` into out and the number of bounds below x into code.
 
     Args:
         x, out, code: of one shape and one gapless memory order.
         t: (m,), or (C, m) where axis is the channel dimension; edges: (m + 1,) or (C, m + 1).
+        computed: whether t_i is ``step * (i - 1/2 - zero)`` to the bit.
 
     Returns:
         Whether it was done: False where it is not worth compiling, or cannot be.
     """
-    if not _usable(x, t.shape[-1]):
+    m = t.shape[-1]
+    if not _usable(x) or (m > _MOST and not computed):
         return False
-    views, rows, _ = _flattened(x, axis, x, out, code)
-    numbers = [_aligned(v, rows) for v in (t, edges, step.unsqueeze(-1))]
-    variant = x.dtype, t.shape[-1], views[0].dim()
-    return _run(_encode, variant, *views, *numbers, zero)
+    views = _flattened(x, axis, x, out, code)
+    if computed:
+        numbers = [_aligned(v, views[0]) for v in (edges[..., [0, m]], step.unsqueeze(-1))]
+        return _run(_encode_computed, (x.dtype, code.dtype, views[0].dim()), *views, *numbers,
+                    zero, m)
+    numbers = [_aligned(v, views[0]) for v in (t, edges, step.unsqueeze(-1))]
+    return _run(_encode, (x.dtype, m, views[0].dim()), *views, *numbers, zero)
 
 
 def decode(grad: Tensor, code: Tensor, table: Tensor, zero: Tensor, axis: int | None,
@@ -60,16 +68,17 @@ def decode(grad: Tensor, code: Tensor, table: Tensor, zero: Tensor, axis: int | 
         Whether it was done.
     """
     m = table.shape[-1] - 2
-    if not _usable(grad, m):
-        return False
-    wanted = [v for v in (out,) if v is not None]
-    views, rows, sums = _flattened(grad, axis, grad, code, *wanted)
-    targets = (views[2] if wanted else None, by_window, by_level)
     # One slope between two flat ends needs no choice. To look would wait for another device.
-    flat = grad.device.type == "cpu" and axis is None and bool(
-        (table[1:-1] == table[1]).all() and (table[[0, -1]] == 0).all())
-    variant = (grad.dtype, m, views[0].dim(), flat, *(v is None for v in targets))
-    return _run(_decode, variant, *views[:2], _aligned(table, rows), zero, sums, flat, *targets)
+    flat = grad.device.type == "cpu" and axis is None and _flat(table.tolist())
+    simple = flat and by_window is None
+    if not _usable(grad) or (m > _MOST and not simple):
+        return False
+    views = _flattened(grad, axis, grad, code, *([] if out is None else [out]))
+    targets = (None if out is None else views[2], by_window, by_level)
+    sums = (0,) if views[0].dim() < 3 else (0, 2)
+    variant = (grad.dtype, code.dtype, 0 if simple else m, views[0].dim(), flat,
+               *(v is None for v in targets))
+    return _run(_decode, variant, *views[:2], _aligned(table, views[0]), zero, sums, flat, *targets)
 
 
 def bell(x: Tensor, t: Tensor, sharpness: Tensor, step: Tensor, zero: Tensor, hard: bool,
@@ -84,20 +93,23 @@ def bell(x: Tensor, t: Tensor, sharpness: Tensor, step: Tensor, zero: Tensor, ha
         How many elements were done, in memory order. The last few are left over: what is no whole
         vector would be computed by another exponential function.
     """
-    if not _usable(x, 2 * t.shape[-1]):
+    if not _usable(x) or 2 * t.shape[-1] > _MOST:
         return 0
-    views, *_ = _flattened(x, None, x, out, slope)
     done = x.numel() // _VECTOR * _VECTOR
     numbers = [v.detach().clone() for v in (t, sharpness, step)]
-    ran = _run(_bell, (x.dtype, t.shape[-1], hard), *(_alias(v, [done]) for v in views), *numbers,
-               zero, hard)
+    ran = _run(_bell, (x.dtype, t.shape[-1], hard), *(_alias(v, [done]) for v in (x, out, slope)),
+               *numbers, zero, hard)
     return done if ran else 0
 
 
-def _usable(x: Tensor, m: int) -> bool:
+def _usable(x: Tensor) -> bool:
     """Return whether passes over x are compiled; a subclass of Tensor may have no memory."""
-    return type(x) in (Tensor, nn.Parameter) and x.numel() >= WORTH and m <= _MOST \
+    return type(x) in (Tensor, nn.Parameter) and x.numel() >= min(WORTH, _CALL) \
         and x.device.type in ("cpu", "cuda") and not _switched_off()
+
+
+def _flat(table: list[float]) -> bool:
+    return table[0] == table[-1] == 0 and min(table[1:-1]) == max(table[1:-1])
 
 
 @functools.cache
@@ -106,23 +118,16 @@ def _switched_off() -> bool:
     return bool(config.disable)
 
 
-def _flattened(x: Tensor, axis: int | None, *tensors: Tensor,
-               ) -> tuple[list[Tensor], int, tuple[int, ...]]:
-    """Return aliases of tensors in memory order: (n,), (outer, C, inner), or (outer, C) without it.
-
-    And the number of dimensions after C; and those over which sums of a channel go.
-    """
-    order = sorted(range(x.dim()), key=x.stride, reverse=True)
-    shape = [x.shape[d] for d in order]
-    if axis is None:
-        view = [x.numel()]
-    else:
-        at = order.index(axis)
+def _flattened(x: Tensor, axis: int | None, *tensors: Tensor) -> list[Tensor]:
+    """Return aliases of tensors in memory order: (n,), (outer, C, inner), or (outer, C)."""
+    view = [x.numel()]
+    if axis is not None:
+        order = sorted(range(x.dim()), key=x.stride, reverse=True)
+        shape, at = [x.shape[d] for d in order], order.index(axis)
         view = [math.prod(shape[:at]), shape[at]]
         if math.prod(shape[at + 1:]) > 1:
             view.append(math.prod(shape[at + 1:]))
-    sums = (0,) if len(view) < 3 else (0, 2)
-    return [_alias(v, view) for v in tensors], len(view) - 2, sums
+    return [_alias(v, view) for v in tensors]
 
 
 def _alias(x: Tensor, shape: list[int]) -> Tensor:
@@ -134,15 +139,15 @@ def _alias(x: Tensor, shape: list[int]) -> Tensor:
     return x.new_empty(0).set_(x.untyped_storage(), x.storage_offset(), shape, stride)
 
 
-def _aligned(values: Tensor, rows: int) -> Tensor:
+def _aligned(values: Tensor, x: Tensor) -> Tensor:
     """Return a copy of (C, m) values: (C, 1, m) where a dimension follows that of the channels."""
-    return (values.unsqueeze(1) if rows == 1 else values).detach().clone()
+    return (values.unsqueeze(1) if x.dim() == 3 else values).detach().clone()
 
 
 def _run(function: Callable[..., Any], variant: tuple[Any, ...], *args: Any) -> bool:
     """Run a compiled function; what cannot be compiled is not tried again."""
     key = function, args[0].device.type, *variant
-    if key in _failed:
+    if key in _failed or (key not in _ready and args[0].numel() < WORTH):
         return False
     try:
         # Modes that watch a model's calls are for the model's calls.
@@ -154,6 +159,7 @@ def _run(function: Callable[..., Any], variant: tuple[Any, ...], *args: Any) -> 
         _failed.add(key)
         _log.info("%s is not compiled: %s", function.__name__, str(error).partition("\n")[0])
         return False
+    _ready.add(key)
     return True
 
 
@@ -178,6 +184,18 @@ def _encode(x: Tensor, out: Tensor, code: Tensor, t: Tensor, edges: Tensor, step
     out.copy_(torch.where(wide != wide, wide, (count - zero) * step[..., 0]))
     # Between two thresholds there is one edge: left or right of it.
     code.copy_(2 * count + (wide > edge).float())
+
+
+def _encode_computed(x: Tensor, out: Tensor, code: Tensor, ends: Tensor, step: Tensor,
+                     zero: Tensor, m: int) -> None:
+    wide, size = x.float(), step[..., 0]
+    guess = (wide / size + (zero + 0.5)).floor().clamp(0, m)  # right, or one off
+    up, down = wide > size * (guess + 0.5 - zero), wide <= size * (guess - 0.5 - zero)
+    count = (guess + up.float() - down.float()).clamp(0, m)
+    edge = (size * (count - 0.5 - zero) + size * (count + 0.5 - zero)) / 2
+    edge = torch.where(count > m - 1, ends[..., 1], torch.where(count < 1, ends[..., 0], edge))
+    out.copy_(torch.where(wide != wide, wide, (count - zero) * size))
+    code.copy_(torch.where(wide != wide, 0.0, 2 * count + (wide > edge).float()))
 
 
 def _bell(x: Tensor, out: Tensor, slope: Tensor, t: Tensor, sharpness: Tensor, step: Tensor,

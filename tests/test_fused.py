@@ -14,6 +14,7 @@ from quantguard import fused
 from quantguard.activation import QuantActivation, backward
 from quantguard.spec import QuantSpec
 from quantguard.staircase import Surrogate, soft_staircase, staircase
+from quantguard.windows import placed, windows
 
 SHAPE = (4, 6, 9, 5)
 
@@ -30,6 +31,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, bool]]:
 
     monkeypatch.setattr(fused, "_run", noted)
     monkeypatch.setattr(fused, "WORTH", 2)
+    monkeypatch.setattr(fused, "_ready", set())
     return seen
 
 
@@ -108,6 +110,45 @@ def test_bells_are_the_same_numbers_as_block_by_block(
     for one, two in zip(*found, strict=True):
         assert one.stride() == two.stride() == x.stride()
         torch.testing.assert_close(one, two, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("way", ["compiled", "eager"])
+@pytest.mark.parametrize("axis", [None, 1])
+@pytest.mark.parametrize("bits", range(4, 9))
+def test_equally_spaced_thresholds_are_computed_to_the_bit(
+        calls: list[tuple[str, bool]], monkeypatch: pytest.MonkeyPatch, bits: int,
+        axis: int | None, way: str) -> None:
+    generator, m = torch.Generator().manual_seed(bits), 2**bits - 1
+    if way == "eager":
+        monkeypatch.setattr(fused, "WORTH", sys.maxsize)
+    for zero in (0.0, 0.5, float(m // 3)):
+        step = 10 ** (6 * torch.rand(() if axis is None else (4,), generator=generator) - 3)
+        t = step.unsqueeze(-1) * (torch.arange(1, m + 1) - 0.5 - zero)
+        assert placed(t, step, step, torch.tensor(zero), "ramp").computed
+        edges = windows(t, step).edges
+        special = torch.tensor([torch.nan, torch.inf, -torch.inf, 0.0, -0.0, 1e38, -1e38])
+        near = [t, t.nextafter(t + 1), t.nextafter(t - 1), edges, edges.nextafter(edges + 1),
+                special.expand(*step.shape, 7),
+                step.unsqueeze(-1) * (m * torch.randn(*step.shape, 200, generator=generator))]
+        x = torch.cat(near, -1)
+        grad = torch.randn(x.shape, generator=generator)
+        level, bounds = torch.searchsorted(t, x), torch.searchsorted(edges, x)
+        value = torch.where(x.isnan(), x, (level - zero) * step.unsqueeze(-1))
+        slope = torch.cat([torch.zeros_like(edges[..., :1]), step.unsqueeze(-1) / windows(
+            t, step).widths, torch.zeros_like(edges[..., :1])], -1).gather(
+                -1, bounds.where(~x.isnan(), 0))
+        if axis is not None:
+            x, grad, value, slope = (v.T.contiguous() for v in (x, grad, value, slope))
+        y, dx, *_ = run(x, grad, t, step, torch.tensor(zero), Surrogate(), None, axis)
+        torch.testing.assert_close(y, value, rtol=0, atol=0, equal_nan=True)
+        torch.testing.assert_close(dx, grad * slope, rtol=0, atol=0)
+        alone = x.clone().requires_grad_()
+        staircase(alone, t, step, step, torch.tensor(zero), axis=axis).backward(grad)
+        assert torch.equal(alone.grad, dx)  # type: ignore[arg-type]
+        # one bit off, and they are compared with one by one
+        t[..., m // 2] = t[..., m // 2].nextafter(t[..., -1])
+        assert not placed(t, step, step, torch.tensor(zero), "ramp").computed
+    assert ("_encode_computed", True) in calls if way == "compiled" else not calls
 
 
 def test_a_wrong_pass_would_be_seen(calls: list[tuple[str, bool]],
@@ -191,7 +232,7 @@ def test_tensors_without_memory_are_left_alone(calls: list[tuple[str, bool]]) ->
     t, step, zero = numbers(2, None)
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         x = mode.from_tensor(torch.randn(4, 3))
-        assert not fused.encode(x, t, torch.arange(4.0), step, zero, None, x.clone(),
+        assert not fused.encode(x, t, torch.arange(4.0), step, zero, None, False, x.clone(),
                                 torch.empty_like(x, dtype=torch.uint8))
     assert not calls
 

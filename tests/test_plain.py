@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from quantguard import backward, bypass, convert, plain, soften
 from quantguard.activation import QuantActivation
 from quantguard.spec import QuantSpec
-from quantguard.staircase import Surrogate, soft_staircase, staircase, windows
+from quantguard.staircase import Surrogate, soft_staircase, staircase
+from quantguard.windows import windows
 
 THRESHOLDS = {1: [0.4], 2: [0.2, 0.9, 1.3], 6: (torch.arange(63) / 20 - 1).tolist()}
 

@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from quantguard import staircase as room
-from quantguard.staircase import MODES, Surrogate, soft_staircase, staircase, windows
+from quantguard import blockwise
+from quantguard.staircase import MODES, Surrogate, soft_staircase, staircase
+from quantguard.windows import windows
 
 SURROGATES = [Surrogate(mode) for mode in MODES]
 
@@ -466,7 +467,7 @@ def test_tensors_larger_than_a_block_agree_with_one_block(
         return [y, *gradients(run, x, s, upstream)]
 
     whole = everything()
-    monkeypatch.setattr(room, "_BLOCK", 7)
+    monkeypatch.setattr(blockwise, "_BLOCK", 7)
     for ours, expected in zip(everything(), whole, strict=True):
         close(ours, expected)
 
@@ -502,3 +503,37 @@ def test_inputs_and_thresholds_are_not_written_to() -> None:
                   x, s, torch.ones(50))
     soft_staircase(x, *s, 4.0)
     assert all(torch.equal(a, b) for a, b in zip(before, (x, *s), strict=True))
+
+
+@pytest.mark.parametrize("bits", [6, 7, 8])
+@pytest.mark.parametrize("spread", ["equal", "learned", "tanh", "crowded"])
+def test_many_thresholds_are_looked_up_to_the_bit(bits: int, spread: str) -> None:
+    generator, m = torch.Generator().manual_seed(bits), 2**bits - 1
+    gaps = torch.ones(m) if spread == "equal" else 0.1 + torch.rand(m, generator=generator)
+    t = gaps.cumsum(0) - 20
+    if spread == "tanh":
+        t = torch.atanh(torch.linspace(-0.999, 0.999, m))
+    if spread == "crowded":  # half of them in a thousandth of the range: no grid helps
+        t[: m // 2] = t[0] + torch.arange(m // 2) * 1e-4
+    cells = blockwise.Cells.of(t)
+    assert (cells is None) == (spread == "crowded")
+    special = torch.tensor([torch.nan, torch.inf, -torch.inf, 0.0, -0.0, 3e38, -3e38])
+    x = torch.cat([t, t.nextafter(t + 1), t.nextafter(t - 1), special,
+                   t[0] - 5 + (t[-1] - t[0] + 10) * torch.rand(500, generator=generator)])
+    if cells is not None:
+        found = cells.below(x)
+        assert torch.equal(found[~x.isnan()], torch.searchsorted(t, x)[~x.isnan()].float())
+        wrong = cells._replace(before=(cells.before - 1).clamp(min=0), most=0)  # a broken twin
+        assert not torch.equal(wrong.below(x)[~x.isnan()], found[~x.isnan()])
+    x.requires_grad_()
+    step, zero = torch.tensor(0.5), torch.tensor(0.0)
+    y = staircase(x, t, step, step, zero)
+    y.sum().backward()
+    expected = (x.detach().unsqueeze(1) > t).sum(1) * 0.5
+    torch.testing.assert_close(y.detach(), torch.where(x.isnan(), x, expected).detach(), rtol=0,
+                               atol=0, equal_nan=True)
+    edges, widths = windows(t, step)
+    inside = torch.cat([torch.zeros(1), step / widths, torch.zeros(1)])
+    slope = inside[(x.detach().unsqueeze(1) > edges).sum(1)]
+    assert x.grad is not None
+    torch.testing.assert_close(x.grad, slope, rtol=0, atol=0)

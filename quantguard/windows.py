@@ -1,0 +1,90 @@
+"""Where a staircase has slope: each threshold's window, and what its passes need of them."""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# More equally spaced thresholds than this are computed, not compared with one by one.
+_COMPARE_UP_TO = 7
+# Steps below this lose digits when they are multiplied.
+_TINY = 1e-30
+
+
+class Windows(NamedTuple):
+    """Hold each threshold's window: edges (..., m + 1) ascending, widths (..., m) positive."""
+
+    edges: Tensor
+    widths: Tensor
+
+
+def windows(t: Tensor, width: Tensor) -> Windows:
+    """Return the windows of thresholds t.
+
+    Window i runs from midpoint to midpoint of neighbouring thresholds, the end gaps repeated
+    outwards, so that w_i is the mean of the two adjacent gaps; one threshold alone has ``width``.
+
+    Args:
+        t: (..., m), ascending.
+        width: (...), used only where m is 1.
+    """
+    if t.shape[-1] == 1:
+        half = (width / 2).unsqueeze(-1)
+        return Windows(torch.cat([t - half, t + half], -1), width.unsqueeze(-1).expand_as(t))
+    middles = (t[..., 1:] + t[..., :-1]) / 2
+    gaps = t[..., 1:] - t[..., :-1]
+    first, last = t[..., :1] - gaps[..., :1] / 2, t[..., -1:] + gaps[..., -1:] / 2
+    edges = torch.cat([first, middles, last], -1)
+    widths = edges[..., 1:] - edges[..., :-1]
+    # Equally spaced thresholds have one width, which rounding hides: one slope needs no look-up.
+    mean = widths.mean(-1, keepdim=True)
+    equal = ((widths - mean).abs() <= 1e-5 * mean).all(-1, keepdim=True)
+    return Windows(edges, torch.where(equal, mean, widths))
+
+
+class Placed(NamedTuple):
+    """Hold what the passes of one staircase need.
+
+    Attributes:
+        edges: (..., m + 1), between them the windows.
+        slopes: (..., m), dq/dx in each window.
+        table: (..., m + 2), the slopes between that below all windows and that above.
+        computed: whether t_i is ``step * (i - 1/2 - zero)`` to the bit, i = 1..m, m > 7.
+    """
+
+    edges: Tensor
+    slopes: Tensor
+    table: Tensor
+    computed: bool
+
+
+def placed(t: Tensor, step: Tensor, width: Tensor, zero: Tensor, mode: str) -> Placed:
+    """Work out the windows and slopes of a staircase; the last ones are kept, by their values."""
+    if t.device.type == "cpu" and t.dim() == 1 and t.dtype == torch.float32:
+        return _kept(tuple(t.tolist()), step.item(), width.item(), zero.item(), mode)
+    return _worked_out(t, step, width, zero, mode)
+
+
+@functools.lru_cache(256)
+def _kept(t: tuple[float, ...], step: float, width: float, zero: float, mode: str) -> Placed:
+    with torch.inference_mode(False), torch.no_grad():
+        size, window, level = map(torch.tensor, (step, width, zero))
+        return _worked_out(torch.tensor(t), size, window, level, mode)
+
+
+def _worked_out(t: Tensor, step: Tensor, width: Tensor, zero: Tensor, mode: str) -> Placed:
+    edges, widths = windows(t, width)
+    m, size = t.shape[-1], step.unsqueeze(-1)
+    slopes = size / widths
+    if mode != "ramp":
+        slopes = (m * step / (edges[..., -1] - edges[..., 0])).unsqueeze(-1).expand_as(widths)
+    everywhere = mode == "parent"  # its slope does not end at the outer edges
+    table = torch.cat([slopes[..., :1] * everywhere, slopes, slopes[..., -1:] * everywhere], -1)
+    computed = False
+    if m > _COMPARE_UP_TO and t.device.type == "cpu":
+        regular = size * (torch.arange(1, m + 1) - 0.5 - zero)
+        computed = torch.equal(t, regular) and bool(step.min() > _TINY)
+    return Placed(edges, slopes, table, computed)
