@@ -231,6 +231,13 @@ class QuantActivation(nn.Module):
                               self.gate, axis)
         return x.copy_(y) if self.inplace else y
 
+    @torch.no_grad()
+    def levels(self, z: Tensor) -> Tensor:
+        """Return the number of the level that each element of z is quantized to, 0 to m."""
+        t, ones = self.thresholds, torch.ones_like(self.step)
+        zero = torch.zeros_like(self.zero_level)
+        return staircase(z.detach().float(), t, ones, ones, zero, axis=self.axis).long()
+
     def _float(self, x: Tensor) -> Tensor:
         if type(self.function) is nn.RReLU:
             self.function.training = self.training

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from .activation import bypass, staircases
+from .activation import bypass, listening, staircases
 from .attacks import PGD, FoolboxModel, PixelModel
 from .batches import check_images, check_labels, to_pixels, unpack
 from .batching import Source
@@ -60,15 +60,23 @@ class PixelBatches:
         return pixels, labels.to(self.device).long()
 
 
+class Probed(NamedTuple):
+    """Hold clean and attacked accuracy on the held-out slice; None where there is no slice."""
+
+    clean: float | None
+    attacked: float | None
+    images: int
+
+
 def probe(model: PixelModel, val: Iterable[Any] | None, batches: PixelBatches, threat: Threat,
-          attacked: bool, seed: int) -> tuple[float | None, float | None]:
-    """Return clean and attacked accuracy on the held-out slice; None where there is no slice.
+          attacked: bool, seed: int) -> Probed:
+    """Look at the held-out slice: all of it, or where it is attacked some 512 images.
 
     Attacked under ``sigmoid(8)`` and through the twin: the surrogate that trains would flatter a
     model that masks it.
     """
     if val is None:
-        return None, None
+        return Probed(None, None, 0)
     attacks = [PGD("margin", 10, mode="sigmoid(8)", norm=threat.norm, seed=seed)]
     if staircases(model):
         attacks.append(PGD("margin", 10, twin=(2, 16), norm=threat.norm, seed=seed))
@@ -87,18 +95,42 @@ def probe(model: PixelModel, val: Iterable[Any] | None, batches: PixelBatches, t
                                               epsilons=threat.eps)
                     standing = standing[~fooled]
             robust += len(standing)
-            if total >= _PROBE_IMAGES:
+            if attacked and total >= _PROBE_IMAGES:
                 break
     if not total:
         raise DataError("val is empty", fix="Give at least one batch, or leave val= out.")
-    return clean / total, robust / total
+    return Probed(clean / total, robust / total, total)
 
 
 def parent_accuracy(model: PixelModel, val: Iterable[Any] | None,
                     batches: PixelBatches) -> float | None:
     """Return the float parent's clean accuracy on the held-out slice."""
     with bypass(model):
-        return probe(model, val, batches, model.threat, False, 0)[0]
+        return probe(model, val, batches, model.threat, False, 0).clean
+
+
+def levels_used(model: PixelModel, val: Iterable[Any], batches: PixelBatches) -> dict[str, int]:
+    """Return how many of its levels each staircase takes on the held-out slice."""
+    modules = staircases(model.model)
+    seen = {name: torch.zeros(m.spec.thresholds + 1, dtype=torch.bool)
+            for name, m in modules.items()}
+
+    def listener(name: str) -> Callable[[Tensor], None]:
+        def listen(z: Tensor) -> None:
+            levels = modules[name].levels(z)[~z.isnan()]
+            seen[name] |= torch.bincount(levels.flatten(), minlength=len(seen[name])).bool().cpu()
+        return listen
+
+    total = 0
+    with evaluating(model), torch.no_grad(), \
+            listening(model.model, {name: listener(name) for name in modules}):
+        for number, batch in enumerate(val):
+            x, _ = batches(batch, number, "val")
+            model(x)
+            total += len(x)
+            if total >= _PROBE_IMAGES:
+                break
+    return {name: int(levels.sum()) for name, levels in seen.items()}
 
 
 def auto_lr(model: nn.Module, source: Source, batches: PixelBatches,

@@ -21,7 +21,15 @@ from .attacks import PixelModel
 from .batching import Source, hold_out
 from .errors import DataError, Interrupted, SpecError
 from .files import replacing
-from .probing import LR_RANGE, PixelBatches, auto_lr, copied, parent_accuracy, probe
+from .probing import (
+    LR_RANGE,
+    PixelBatches,
+    auto_lr,
+    copied,
+    levels_used,
+    parent_accuracy,
+    probe,
+)
 from .progress import Progress
 from .recipes import Recipe, craft, stability_term
 from .running import modes_kept, uninterrupted
@@ -50,15 +58,18 @@ class History:
         epochs: what each epoch did; epoch 0 is the start.
         chosen: the epoch whose weights were returned.
         lr: peak learning rate of weights.
+        levels: how many of its levels each staircase took on the held-out slice, at the end.
     """
 
     epochs: tuple[Epoch, ...]
     chosen: int
     lr: float
+    levels: dict[str, int]
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON types."""
-        return {"epochs": [vars(e) for e in self.epochs], "chosen": self.chosen, "lr": self.lr}
+        return {"epochs": [vars(e) for e in self.epochs], "chosen": self.chosen, "lr": self.lr,
+                "levels": self.levels}
 
 
 def parameter_groups(model: nn.Module, recipe: Recipe, lr: float,
@@ -152,12 +163,25 @@ class Trainer:
                     self._warn()
                     self._write()
                     interrupt()
+                self.model.load_state_dict(self.best)
+                levels = self._levels()
         except KeyboardInterrupt:
             raise self._interrupted() from None
-        self.model.load_state_dict(self.best)
         self.bar.note = self._said().lstrip(", ") + f", kept epoch {self.chosen}"
         self.bar.close()
-        return History(tuple(self.history), self.chosen, self.lr)
+        return History(tuple(self.history), self.chosen, self.lr, levels)
+
+    def _levels(self) -> dict[str, int]:
+        """Count the levels in use, and say where some are not."""
+        if self.source.val is None:
+            return {}
+        used = levels_used(self.pixel_model, self.source.val, self.batches)
+        for name, module in staircases(self.model).items():
+            every = module.spec.thresholds + 1
+            if used[name] < every:
+                self.bar.say(f"{name} takes {used[name]} of its {every} levels on the held-out "
+                             "images: fewer bits would do there")
+        return used
 
     def _begin(self, told: dict[str, Any] | None) -> None:
         """Take up what a run directory told, or look at the model as it comes."""
@@ -234,16 +258,22 @@ class Trainer:
                             f"loss {self.total_loss / self.number:.3f}{self._said()}")
 
     def _score(self, epoch: int, loss: float | None, seconds: float) -> None:
-        """Probe the model, note the epoch, and keep its weights if none were better."""
-        clean, robust = probe(self.pixel_model, self.source.val, self.batches, self.threat,
-                              self.recipe.attacks, self.seed)
+        """Probe the model, note the epoch, and keep its weights unless others were better.
+
+        Better by more than the standard error of the best: among epochs that so few images cannot
+        tell apart the latest is kept, whose learning rate was lowest.
+        """
+        clean, robust, images = probe(self.pixel_model, self.source.val, self.batches, self.threat,
+                                      self.recipe.attacks, self.seed)
         self.history.append(Epoch(epoch, loss, clean, robust, self.lr, seconds))
         if self.run_dir is not None:
             with open(self.run_dir / "metrics.jsonl", "a", encoding="utf-8") as file:
                 file.write(json.dumps(vars(self.history[-1])) + "\n")
         score = -1.0 if robust is None else robust
-        if score >= self.best_score:
-            self.best, self.chosen, self.best_score = copied(self.model), epoch, score
+        best = (max(self.best_score, 0.0) * images + 1) / (images + 2)  # 0 and 1 have errors, too
+        if score >= self.best_score - math.sqrt(best * (1 - best) / (images + 2)):
+            self.best, self.chosen = copied(self.model), epoch
+        self.best_score = max(self.best_score, score)
 
     def _wrecked(self) -> bool:
         """Return whether the first epoch cost the model most of its clean accuracy."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 import json
 import signal
@@ -17,14 +18,17 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
 
 from quantguard import training
-from quantguard.activation import staircases
+from quantguard.activation import QuantActivation, listening, staircases
 from quantguard.attacks import PixelModel
 from quantguard.batching import SeededBatches, hold_out
+from quantguard.conversion import convert
 from quantguard.errors import DataError, SpecError
+from quantguard.probing import Probed
 from quantguard.progress import Progress
 from quantguard.recipes import Recipe
 from quantguard.spec import Threat
 from quantguard.training import History, Interrupted, Trainer, fit
+from quantguard.windows import windows
 
 Untouched = Callable[[nn.Module], AbstractContextManager[None]]
 Digits = tuple[Tensor, Tensor]
@@ -250,7 +254,7 @@ def test_a_run_dir_of_other_settings_is_refused(change: str, cnn: nn.Module, qua
 
 def test_thresholds_only_changes_staircases_and_nothing_else(
         quantized: nn.Module, small: TensorDataset, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(training, "probe", lambda *_: (None, None))  # the last epoch is kept
+    monkeypatch.setattr(training, "probe", lambda *_: Probed(None, None, 0))  # keeps the last
     model, _ = trained(quantized, loader_of(small), train="thresholds")
     own = {f"{name}.{p}" for name, m in staircases(model).items() for p, _ in m.named_parameters()}
     before, after = quantized.state_dict(), model.state_dict()
@@ -290,23 +294,29 @@ def test_every_recipe_trains_logs_and_leaves_modes_and_random_numbers(
     assert torch.equal(model[0].weight, quantized[0].weight)
     assert [e.epoch for e in history.epochs] == [0, 1] and history.chosen in (0, 1)
     told = history.to_dict()
-    assert json.loads(json.dumps(told)).keys() == told.keys() == {"epochs", "chosen", "lr"}
+    assert json.loads(json.dumps(told)).keys() == told.keys() == {"epochs", "chosen", "lr",
+                                                                     "levels"}
 
 
-def test_the_best_epoch_on_the_slice_is_what_is_returned(quantized: nn.Module,
-                                                         small: TensorDataset,
-                                                         monkeypatch: pytest.MonkeyPatch) -> None:
-    scores = iter([0.3, 0.5, 0.4, 0.5, 0.1])
-    states = []
+@pytest.mark.parametrize(("scores", "images", "chosen"), [
+    ([0.3, 0.5, 0.4, 0.5, 0.1], 512, 3),  # of equals the later one
+    ([0.3, 0.5, 0.48, 0.49, 0.1], 512, 3),  # within a standard error, 2.2 %: the later one
+    ([0.3, 0.5, 0.48, 0.47, 0.46], 512, 2),  # of the best, not of the one before
+    ([0.3, 0.5, 0.48, 0.47, 0.46], 100, 4),  # fewer images tell less apart
+    ([0.3, 0.5, 0.48, 0.49, 0.4], 100_000, 1)])
+def test_the_latest_epoch_that_is_not_worse_than_the_best_is_returned(
+        scores: list[float], images: int, chosen: int, quantized: nn.Module, small: TensorDataset,
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    left, states = iter(scores), []
 
-    def probe(model: PixelModel, *_: Any) -> tuple[float, float]:
+    def probe(model: PixelModel, *_: Any) -> Probed:
         states.append(copy.deepcopy(model.model.state_dict()))
-        return 0.9, next(scores)
+        return Probed(0.9, next(left), images)
 
     monkeypatch.setattr(training, "probe", probe)
     model, history = trained(quantized, loader_of(small), epochs=4)
-    assert history.chosen == 3  # of equals the later one
-    assert all(torch.equal(v, states[3][k]) for k, v in model.state_dict().items())
+    assert history.chosen == chosen
+    assert all(torch.equal(v, states[chosen][k]) for k, v in model.state_dict().items())
 
 
 def test_a_learning_rate_that_wrecks_the_model_is_lowered_and_said(
@@ -428,3 +438,55 @@ def test_a_model_in_train_mode_trains_without_a_warning(quantized: nn.Module, sm
                                                         recwarn: pytest.WarningsRecorder) -> None:
     model, _ = trained(copy.deepcopy(quantized).train(), loader_of(small), epochs=1)
     assert model.training and not [str(w.message) for w in recwarn]
+
+
+# --- what thresholds do ---
+
+
+@pytest.mark.parametrize("train", ["all", "thresholds"])
+@pytest.mark.parametrize(("bits", "per_channel"), [(2, False), (3, True), (4, False)])
+def test_thresholds_move_stay_ordered_and_inside_the_data(
+        cnn: nn.Module, train_digits: TensorDataset, bits: int, per_channel: bool, train: str,
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training, "probe", lambda *_: Probed(None, None, 0))  # the last is kept
+    images = train_digits.tensors[0]
+    converted = convert(cnn, bits, dynamic=True, per_channel=per_channel, data=[images[:512]])
+    before = {name: m.thresholds.detach() for name, m in staircases(converted).items()}
+    touched = {name: torch.zeros_like(t, dtype=torch.bool) for name, t in before.items()}
+
+    def note(name: str, module: QuantActivation, z: Tensor) -> None:
+        t = module.thresholds.detach()  # one has a gradient where something is in its window
+        edges = windows(t, module.base_width).edges
+        values = z.detach().movedim(1, -1).reshape(-1, len(t)) if per_channel else z.reshape(-1)
+        values = values.unsqueeze(-1)
+        touched[name] |= ((values > edges[..., :-1]) & (values <= edges[..., 1:])).any(0)
+
+    for name, module in staircases(converted).items():
+        module.register_forward_pre_hook(functools.partial(
+            lambda module, args, name: note(name, module, args[0]), name=name))
+    loader = DataLoader(Subset(train_digits, range(640)), batch_size=8)
+    model, history = trained(converted, loader, epochs=4, recipe=Recipe("clean"), train=train)
+    assert history.chosen == 4 and 4 * hold_out(loader, None, None, 0).count() >= 200
+    seen: dict[str, Tensor] = {}
+    with torch.no_grad(), listening(model, {name: lambda z, name=name: seen.update({name: z})
+                                            for name in before}):
+        model.eval()(images[:1000])
+    assert history.levels.keys() == before.keys()
+    for name, module in staircases(model).items():
+        t, z = module.thresholds.detach(), seen[name]
+        moved = t != before[name]
+        assert moved[touched[name]].all(), name
+        assert (t[..., 1:] > t[..., :-1]).all()
+        assert t.max() <= z.max() and t.min() >= z.min()
+
+
+def test_levels_that_nothing_takes_are_said(cnn: nn.Module, small: TensorDataset,
+                                            capsys: pytest.CaptureFixture[str]) -> None:
+    converted = convert(cnn, 2, dynamic=False)
+    name, module = next(iter(staircases(converted).items()))
+    module.set_thresholds([0.1, 0.2, 1e6], 0.1)  # nothing reaches the last level
+    _, history = trained(converted, loader_of(small), epochs=1, recipe=Recipe("clean", lr=1e-5),
+                         progress=True)
+    said = [line for line in capsys.readouterr().err.splitlines() if "levels" in line]
+    assert history.levels[name] == 3 and set(list(history.levels.values())[1:]) == {4}
+    assert len(said) == 1 and said[0].startswith(f"{name} takes 3 of its 4 levels")
