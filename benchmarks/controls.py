@@ -1,4 +1,4 @@
-"""Does the twin attack see through networks that are known to mask their gradients?
+"""Does the standard suite see through networks that are known to mask their gradients?
 
 Takes a folder with `fixed2.safetensors` and `fixed1.safetensors`: LeNets (5x5 convolutions 1-32-64
 with padding 2, max-pooling by 2, linear 3136-256-10) with staircases `a{j}.thresholds`, `a{j}.step`
@@ -18,12 +18,10 @@ from safetensors.torch import load_file
 from torch import nn
 
 import quantguard as qg
-from quantguard.attacks import PGD, Entry
 from quantguard.data import load_data
 from quantguard.files import write_text
 
 HERE = Path(__file__).parent / "results" / "controls"
-STEPS = 40
 
 
 def network(path: Path) -> nn.Module:
@@ -42,18 +40,10 @@ def network(path: Path) -> nn.Module:
     return model.eval()
 
 
-def suite() -> list[Entry]:
-    entries = [Entry(f"PGD-{STEPS} {loss}", PGD(loss, STEPS), "pgd", True)
-               for loss in ("ce", "margin")]
-    return entries + [
-        Entry(f"twin-{STEPS} {loss} k {a:g}-{b:g}", PGD(loss, STEPS, twin=(a, b)), "twin")
-        for a, b in ((2, 16), (4, 32), (8, 8)) for loss in ("ce", "margin")]
-
-
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--networks", nargs="*", default=["fixed2", "fixed1"])
+    parser.add_argument("--networks", nargs="*", default=["fixed2", "fixed1", "float"])
     parser.add_argument("--images", type=int, default=500)
     parser.add_argument("--threads", type=int)
     args = parser.parse_args()
@@ -63,11 +53,13 @@ def main() -> None:
     for name in args.networks:
         result = qg.evaluate(network(args.folder / f"{name}.safetensors"),
                              load_data("fashion-mnist", "test"), qg.Threat(eps=0.1),
-                             images=args.images, suite=suite())
+                             images=args.images, suite="standard", run_dir=HERE / "work" / name)
         write_text(HERE / f"{name}.json", json.dumps(result.to_dict()))
-        print(f"{name}: clean {result.clean_accuracy:.1%}, PGD (ce, margin) "
-              f"{result.surviving('pgd').mean():.1%}, with the twin {result.robust_accuracy:.1%} "
-              f"of {result.images} images; upper bounds")
+        default, twin = ("noise", "fgsm", "pgd", "cw"), ("modes", "transfer", "twin")
+        print(f"{name}, {result.images} images, upper bounds: clean {result.clean_accuracy:.1%}, "
+              f"default attacks {result.surviving(*default).mean():.1%}, with every backward mode, "
+              f"transfer and the twin {result.surviving(*default, *twin).mean():.1%}, with "
+              f"escalation {result.robust_accuracy:.1%}; {result.verdict}; {result.seconds:.0f} s")
 
 
 if __name__ == "__main__":

@@ -21,9 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from . import masking
-from .attacks import Entry, FoolboxModel, PixelModel, build_suite
+from .attacks import Entry, FoolboxModel, PixelModel, build_suite, escalation
 from .attacks.noise import image_noise
-from .attacks.pgd import input_gradient, project
+from .attacks.pgd import input_gradient, margin, project
 from .batches import check_images, check_labels, require_reiterable, snap, to_pixels, unpack
 from .errors import ConversionError, DataError, Interrupted, SpecError
 from .files import replacing
@@ -164,7 +164,9 @@ class _State:
         self.path, self.settings = path, settings
         self.survived = correct.copy()
         self.results: list[AttackResult] = []
+        # What broke an image; of one that stands, what came nearest.
         self.adversarials = images.pixels.cpu().numpy().copy()
+        self.margins = np.full(len(correct), -np.inf)
         if path is not None and path.exists():
             self._read(path, len(correct))
 
@@ -177,7 +179,7 @@ class _State:
                 raise SpecError(f"{path.parent} holds an evaluation of other settings",
                                 why=f"Different: {', '.join(different)}.",
                                 fix="Use another run directory, or delete this one.")
-            self.adversarials = file["adversarials"]
+            self.adversarials, self.margins = file["adversarials"], file["margins"]
         for row in told["results"]:
             row |= {k: mask_of(row[k], n) for k in ("attacked", "broke")}
             self.results.append(AttackResult(**row))
@@ -191,7 +193,7 @@ class _State:
         rows = [{**vars(r), "attacked": indices(r.attacked), "broke": indices(r.broke)}
                 for r in self.results]
         with replacing(self.path) as beside:
-            np.savez(beside, adversarials=self.adversarials,
+            np.savez(beside, adversarials=self.adversarials, margins=self.margins,
                      state=json.dumps({"settings": self.settings, "results": rows}))
 
 
@@ -256,10 +258,12 @@ def _evaluate(model: nn.Module, loader: Iterable[Any], threat: Threat, suite: st
     check_labels(data.labels, logits.shape[1], "the loader")
     correct = (logits.argmax(1) == data.labels).cpu().numpy()
     entries = build_suite(suite, threat, seed=seed, quantized=pixel_model.quantized)
+    rounds = escalation(suite, threat, seed=seed)
     digest = hashlib.blake2b(data.pixels.cpu().numpy().tobytes()
                              + data.labels.cpu().numpy().tobytes(), digest_size=16).hexdigest()
     settings = {"threat": json.loads(json.dumps(threat.to_dict())), "seed": seed,
-                "suite": [e.settings() for e in entries], "images": digest,
+                "suite": [e.settings() for e in [*entries, *rounds]],
+                "images": digest,
                 "predictions": hashlib.blake2b(logits.cpu().numpy().tobytes(),
                                                digest_size=16).hexdigest()}
     settings = json.loads(json.dumps(settings))
@@ -271,18 +275,22 @@ def _evaluate(model: nn.Module, loader: Iterable[Any], threat: Threat, suite: st
     bar = Progress("evaluate", sum(e.cost for e in entries) * int(correct.sum()), show)
     try:
         _run_entries(entries, pixel_model, data, threat, batch, correct, state, bar)
+        _escalate(rounds, len(entries), pixel_model, data, threat, batch, state, bar)
     except KeyboardInterrupt:
         bar.close()
-        done = f"interrupted after {len(state.results)} of {len(entries)} attacks"
+        many = f"{len(entries)} attacks or more" if rounds else f"{len(entries)} attacks"
+        done = f"interrupted after {len(state.results)} of {many}"
         if path is None:
             raise Interrupted(f"{done}; nothing was kept", fix="With run_dir= (--run-dir DIR) the "
                               "next run goes on from where it stopped.") from None
         raise Interrupted(f"{done}; saved in {path.parent}",
                           fix="Run the same command again to go on.") from None
-    flags = _flags(pixel_model, data, threat, batch, seed, correct, state)
+    flags = _flags(pixel_model, data, threat, batch, seed, correct, state, len(rounds))
     bar.close()
     name = suite if isinstance(suite, str) else "list"
-    return Evaluation(correct, state.survived, tuple(state.results), flags, state.adversarials,
+    broken = (correct & ~state.survived).reshape(-1, *[1] * (data.pixels.dim() - 1))
+    adversarials = np.where(broken, state.adversarials, data.pixels.cpu().numpy())
+    return Evaluation(correct, state.survived, tuple(state.results), flags, adversarials,
                       data.labels.cpu().numpy(), threat, name, seed,
                       environment(data.pixels.device), digest, time.monotonic() - start)
 
@@ -298,6 +306,23 @@ def _run_entries(entries: list[Entry], model: PixelModel, data: Images, threat: 
                          correct if entry.everywhere else state.survived, state, bar)
         bar.skip(entry.cost * (int(correct.sum()) - int(result.attacked.sum())))
         state.add(result)
+
+
+def _escalate(rounds: list[Entry], first: int, model: PixelModel, data: Images, threat: Threat,
+              batch: int, state: _State, bar: Progress) -> None:
+    """Run round after round, until two in a row each break less than half a point of the images."""
+    idle, n = 0, len(data.labels)
+    for number, entry in enumerate(rounds, first):
+        if number == len(state.results):
+            standing = int(state.survived.sum())
+            if not standing:
+                return
+            bar.extend(entry.cost * standing)
+            state.add(_attack(FoolboxModel(model, threat), entry, data, threat, batch,
+                              state.survived, state, bar))
+        idle = idle + 1 if state.results[number].broke.sum() < masking.PAYS * n else 0
+        if idle == 2:
+            return
 
 
 def _attack(fmodel: FoolboxModel, entry: Entry, data: Images, threat: Threat, batch: int,
@@ -323,7 +348,11 @@ def _attack(fmodel: FoolboxModel, entry: Entry, data: Images, threat: Threat, ba
             norms += (raw - x)[:size][found].flatten(1).norm(dim=1).tolist()
             raw = torch.where(_like(found, raw, size), raw, x)
         else:
-            raw = entry.attack.run(fmodel, x, criterion, epsilon=threat.eps)
+            options = {}
+            if getattr(entry.attack, "restart", False):
+                near = torch.from_numpy(state.adversarials[rows]).to(x)
+                options["starting_points"] = _padded(near, batch)[0]
+            raw = entry.attack.run(fmodel, x, criterion, epsilon=threat.eps, **options)
         raw = torch.where(raw.isfinite(), raw.detach(), x)
         trial = project(raw, x, threat.eps, threat.norm, threat.bounds)
         with torch.no_grad():
@@ -331,8 +360,10 @@ def _attack(fmodel: FoolboxModel, entry: Entry, data: Images, threat: Threat, ba
         # NaN would pass for class 0
         fooled = ((logits.argmax(1) != y) & logits.isfinite().all(1))[:size].cpu().numpy()
         broke[rows] = fooled
-        new = fooled & state.survived[rows]
+        height = margin(logits, y)[:size].cpu().numpy()
+        new = state.survived[rows] & (fooled | (height > state.margins[rows]))
         state.adversarials[rows[new]] = trial[:size].cpu().numpy()[new]
+        state.margins[rows[new]] = height[new]
         standing = int((state.survived & ~broke).sum())
         bar.advance(entry.cost * size, f"{entry.label}, {standing} of {len(mask)} standing")
     return AttackResult(entry.settings(), mask.copy(), broke, own if minimum else None,
@@ -347,8 +378,8 @@ def _like(found: Tensor, raw: Tensor, size: int) -> Tensor:
 
 
 def _flags(model: PixelModel, data: Images, threat: Threat, batch: int, seed: int,
-           correct: np.ndarray, state: _State) -> tuple[Flag, ...]:
-    """Check the evaluation's own evidence."""
+           correct: np.ndarray, state: _State, rounds: int) -> tuple[Flag, ...]:
+    """Check the evaluation's own evidence; rounds: how many of escalation there could have been."""
     n = len(correct)
     by_group: dict[str, np.ndarray] = {}
     for result in state.results:
@@ -372,6 +403,9 @@ def _flags(model: PixelModel, data: Images, threat: Threat, batch: int, seed: in
     flags += [masking.blind_beats_seeing(name, int((by_group[name] & stand).sum()),
                                          int(stand.sum())) for name in blind if name in by_group]
     flags.append(masking.unseen(model.quantized, set(by_group)))
+    last = [int(r.broke.sum()) for r in state.results if r.group == "escalation"]
+    if rounds:
+        flags.append(masking.escalation_pays(last, rounds, n))
     zeros, tried = _zero_gradients(model, data, threat, batch, seed, state.survived)
     flags.append(masking.zero_gradients(zeros, tried))
     return tuple(flags)

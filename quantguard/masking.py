@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from statistics import NormalDist
 
 _Z = NormalDist().inv_cdf(0.975)
+# A round of attacks pays where it breaks this share of the images.
+PAYS = 0.005
 
 
 @dataclass(frozen=True)
@@ -149,6 +151,23 @@ def blind_beats_seeing(name: str, broken: int, standing: int) -> Flag:
     return _share(f"{name} beats white-box", broken, standing, 0.005, 0.02,
                   f"images that {name} broke and no white-box attack did",
                   "A stronger white-box attack exists; the figure is not the worst case.")
+
+
+def escalation_pays(broken: list[int], rounds: int, n: int) -> Flag:
+    """Say whether ever stronger attacks still broke images when there were no more of them.
+
+    Args:
+        broken: images that each round broke which the ones before had left standing.
+        rounds: how many there could have been.
+        n: all images.
+    """
+    pays = len(broken) == rounds and max(broken[-2:]) >= PAYS * n
+    value = 100 * max(broken[-2:], default=0) / n if n else 0.0
+    reason = f"{len(broken)} rounds of escalation broke {sum(broken)} images"
+    return Flag("escalation still pays", "unresolved", pays, value, 100 * PAYS,
+                f"two rounds in a row each break less than {100 * PAYS:g} % of the images",
+                f"{reason}, the last two {broken[-2:]}: more would break more." if pays else
+                f"{reason}; the last two broke next to none.")
 
 
 def unseen(quantized: bool, groups: set[str]) -> Flag:

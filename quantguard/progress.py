@@ -54,6 +54,10 @@ class Progress:
         self._skipped += units
         self.advance(units)
 
+    def extend(self, units: float) -> None:
+        """Count more units towards the total."""
+        self.total += units
+
     def say(self, text: str) -> None:
         """Print one line of its own."""
         if self.show:

@@ -91,7 +91,7 @@ def problem(request: pytest.FixtureRequest) -> Problem:
 
 @pytest.mark.parametrize("loss", ["ce", "margin"])
 @pytest.mark.parametrize("options", [
-    {}, {"random_start": False}, {"decay": True, "rel_step": 0.2}, {"twin": (2, 16)},
+    {}, {"noise": 0.0}, {"decay": True, "rel_step": 0.2}, {"twin": (2, 16)},
     {"mode": "sigmoid(8)"}, {"mode": "ste"}, {"parent": True}], ids=str)
 def test_pgd_breaks_a_linear_model_up_to_its_margin(problem: Problem, loss: str,
                                                     options: dict[str, Any]) -> None:
@@ -147,7 +147,7 @@ def test_twin_finds_what_ramp_misses_behind_a_narrow_window(problem: Problem) ->
     """No image lies in the window, so ramp's gradient is 0 everywhere; the twin's never is."""
     model = problem.staircase(width=0.03)
     fmodel, criterion = FoolboxModel(model), fb.criteria.Misclassification(problem.y)
-    options: dict[str, Any] = {"rel_step": 0.1, "norm": problem.norm, "random_start": False}
+    options: dict[str, Any] = {"rel_step": 0.1, "norm": problem.norm, "noise": 0.0}
     for loss in ("ce", "margin"):
         ramp = PGD(loss, 60, **options).run(fmodel, problem.x, criterion, epsilon=problem.eps)
         assert torch.equal(ramp, problem.x)
@@ -161,7 +161,7 @@ def test_an_image_that_fell_is_kept_as_it_fell(problem: Problem) -> None:
     x = problem.x.clone()
     wrong = problem.y.clone()
     wrong[~weak] = 1 - wrong[~weak]  # as good as misclassified from the start
-    found = PGD("ce", 5, norm=problem.norm, random_start=False).run(
+    found = PGD("ce", 5, norm=problem.norm, noise=0.0).run(
         FoolboxModel(model, Threat()), x, fb.criteria.Misclassification(wrong),
         epsilon=problem.eps)
     assert torch.equal(found[~weak], x[~weak])

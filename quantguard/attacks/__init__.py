@@ -9,6 +9,7 @@ Example:
 from .bridge import FoolboxModel, PixelModel, logits_of
 from .noise import Noise
 from .pgd import PGD
-from .suites import Entry, build_suite
+from .suites import Entry, build_suite, escalation
 
-__all__ = ["PGD", "Entry", "FoolboxModel", "Noise", "PixelModel", "build_suite", "logits_of"]
+__all__ = ["PGD", "Entry", "FoolboxModel", "Noise", "PixelModel", "build_suite", "escalation",
+           "logits_of"]

@@ -13,11 +13,11 @@ from ._foolbox import fb
 
 
 def image_noise(x: Tensor, norm: str, seed: int, tag: str) -> Tensor:
-    """Return a random point of the unit ball for each image: uniform in Linf, and in L2.
+    """Return a random point for each image: uniform in the unit ball of Linf or L2, or normal.
 
     Args:
         x: (N, ...) images; the noise of each is drawn from a hash of its bytes, seed and tag.
-        norm: ``linf`` or ``l2``.
+        norm: ``linf`` or ``l2``, or ``normal``: N(0, 1) an entry.
     """
     out = torch.empty(x.shape, dtype=torch.float32)
     salt = f"{seed}:{tag}:{norm}".encode()
@@ -26,8 +26,9 @@ def image_noise(x: Tensor, norm: str, seed: int, tag: str) -> Tensor:
         generator = torch.Generator().manual_seed(int.from_bytes(digest, "little"))
         if norm == "linf":
             row.uniform_(-1, 1, generator=generator)
-        else:
-            row.normal_(generator=generator)
+            continue
+        row.normal_(generator=generator)
+        if norm == "l2":
             radius = torch.rand((), generator=generator) ** (1 / row.numel())
             row.mul_(radius / row.norm())
     return out.to(x.device)

@@ -14,7 +14,23 @@ from .noise import Noise
 from .pgd import PGD
 
 MODES = ("ramp", "ste", "sigmoid(8)", "parent")
-TWINS: tuple[tuple[float, float], ...] = ((2, 16), (4, 32), (8, 8))
+TWINS: tuple[tuple[float, float], ...] = ((2, 16), (4, 32))
+# Through the twin a few long steps that shrink find more than many short ones.
+_STRIDE: dict[str, Any] = {"rel_step": 0.4, "decay": True}
+# What is tried once the suite is through, one after the other while it pays. ``steps``: how many
+# times the suite's own.
+_ROUNDS: tuple[dict[str, Any], ...] = (
+    {"loss": "ce", "twin": (4, 64)},
+    {"loss": "margin", "twin": (4, 64), "target": 1},
+    {"loss": "ce", "twin": (1, 64), "steps": 2},
+    {"loss": "margin", "twin": (4, 64), "target": 2},
+    {"loss": "ce", "twin": (8, 128), "restart": True, "noise": 0.5},
+    {"loss": "margin", "twin": (4, 64), "target": 3},
+    {"loss": "ce", "twin": (4, 64), "average": 4},
+    {"loss": "scaled", "twin": (4, 128), "restart": True, "noise": 0.25, "steps": 2},
+    {"loss": "margin", "twin": (2, 256), "steps": 4},
+    {"loss": "ce", "twin": (4, 64), "steps": 4},
+)
 
 
 @dataclass(frozen=True)
@@ -25,7 +41,7 @@ class Entry:
         label: its name in tables and JSON.
         attack: any ``foolbox.attacks.Attack``.
         group: what it stands for: ``noise``, ``fgsm``, ``pgd`` (what people run by default),
-            ``modes``, ``twin``, ``cw``, ``transfer`` or ``other``.
+            ``modes``, ``twin``, ``escalation``, ``cw``, ``transfer`` or ``other``.
         everywhere: whether it is run on every correctly classified image, so that its own figure
             can be shown; otherwise only on images that still stand.
     """
@@ -41,7 +57,7 @@ class Entry:
         values = vars(self.attack)
         if "binary_search_steps" in values:
             return float(values["binary_search_steps"] * values["steps"])
-        return float(values.get("steps", values.get("repeats", 1)))
+        return float(values.get("steps", values.get("repeats", 1)) * values.get("average", 1))
 
     def settings(self) -> dict[str, Any]:
         """Return every hyper-parameter as plain JSON types."""
@@ -77,7 +93,7 @@ def _entries(threat: Threat, seed: int, quantized: bool, *, steps: int, cw: tupl
     for twin in twins:
         name = f"{twin[0]:g}" if twin[0] == twin[1] else f"{twin[0]:g}-{twin[1]:g}"
         entries += [Entry(f"twin-{steps} {loss} k {name}",
-                          PGD(loss, steps, twin=twin, norm=norm, seed=seed), "twin")
+                          PGD(loss, steps, twin=twin, norm=norm, seed=seed, **_STRIDE), "twin")
                     for loss in ("ce", "margin")]
     if transfer:
         # A float model is its own parent: there the budget goes to another start.
@@ -136,3 +152,23 @@ def build_suite(suite: str | Sequence[Any], threat: Threat, *, seed: int,
     if not entries:
         raise SpecError("the suite holds no attack")
     return entries
+
+
+def escalation(suite: str | Sequence[Any], threat: Threat, *, seed: int) -> list[Entry]:
+    """Return the rounds that follow a named suite while they pay; none follow a list of attacks.
+
+    On a float model, which is its own twin, they are further restarts with longer steps.
+    """
+    if not isinstance(suite, str):
+        return []
+    rounds = []
+    for number, settings in enumerate(_ROUNDS, 1):
+        options = {**_STRIDE, **settings,
+                   "steps": settings.get("steps", 1) * int(_SUITES[suite]["steps"])}
+        attack = PGD(options.pop("loss"), norm=threat.norm, seed=seed + number, **options)
+        extra = [f"target {attack.target}"] * bool(attack.target) + \
+            [f"averaged {attack.average}"] * (attack.average > 1) + ["restart"] * attack.restart
+        name = " ".join([f"twin-{attack.steps} {attack.loss}",
+                         "k {:g}-{:g}".format(*settings["twin"]), *extra])
+        rounds.append(Entry(f"{number}. {name}", attack, "escalation"))
+    return rounds
