@@ -32,6 +32,8 @@ class _State(NamedTuple):
     action: str = "quantize"
     sharpness: float = 0.0
     surrogate: Surrogate = Surrogate()
+    # Is told what a staircase put out, which one, and what it was given (pooling.py).
+    noted: Callable[[Tensor, QuantActivation, Tensor], None] | None = None
 
 
 def absorbed_range(function: nn.Module) -> tuple[float, float] | None:
@@ -222,14 +224,19 @@ class QuantActivation(nn.Module):
                 z = self._float(x) if value is None else value
             if self._listener is not None:
                 self._listener(z)
-            t, step, axis = self.thresholds, self.step, self.axis
-            window = self._window(t)
-            if action == "soften":
-                y = soft_staircase(z, t, step, window, self.zero_level, self._state.sharpness, axis)
-            else:
-                y = staircase(z, t, step, window, self.zero_level, self._state.surrogate,
-                              self.gate, axis)
+            y = self.quantized(z)
+            if self._state.noted is not None and not self.inplace:
+                self._state.noted(y, self, z)
         return x.copy_(y) if self.inplace else y
+
+    def quantized(self, z: Tensor) -> Tensor:
+        """Return q(z), or its twin's value inside :func:`soften`."""
+        t, step, axis = self.thresholds, self.step, self.axis
+        window = self._window(t)
+        if self._state.action == "soften":
+            return soft_staircase(z, t, step, window, self.zero_level, self._state.sharpness, axis)
+        return staircase(z, t, step, window, self.zero_level, self._state.surrogate, self.gate,
+                         axis)
 
     @torch.no_grad()
     def levels(self, z: Tensor) -> Tensor:
@@ -289,7 +296,8 @@ def staircases(model: nn.Module) -> dict[str, QuantActivation]:
 
 
 @contextmanager
-def _switched(model: nn.Module, change: dict[str, Any]) -> Iterator[nn.Module]:
+def switched(model: nn.Module, change: dict[str, Any]) -> Iterator[nn.Module]:
+    """Change fields of every staircase's state, inside the context."""
     before = [(module, module._state) for module in staircases(model).values()]
     for module, state in before:
         module._state = state._replace(**change)
@@ -303,7 +311,7 @@ def _switched(model: nn.Module, change: dict[str, Any]) -> Iterator[nn.Module]:
 @contextmanager
 def bypass(model: nn.Module) -> Iterator[nn.Module]:
     """Make the converted model compute exactly what the float one would, inside the context."""
-    with _switched(model, {"action": "bypass"}):
+    with switched(model, {"action": "bypass"}):
         yield model
 
 
@@ -324,7 +332,7 @@ def backward(model: nn.Module, mode: str) -> Iterator[nn.Module]:
         raise SpecError(f"backward mode {mode!r} is unknown",
                         fix=f"Use one of {', '.join(MODES)}, or sigmoid(k).")
     surrogate = Surrogate(match[1], float(match[2] or 8.0))
-    with _switched(model, {"surrogate": surrogate}):
+    with switched(model, {"surrogate": surrogate}):
         yield model
 
 
@@ -341,7 +349,7 @@ def soften(model: nn.Module, k: float) -> Iterator[nn.Module]:
     """
     if not (isinstance(k, (int, float)) and 0 < k < math.inf):
         raise SpecError(f"sharpness k={k!r} must be a positive number")
-    with _switched(model, {"action": "soften", "sharpness": float(k)}):
+    with switched(model, {"action": "soften", "sharpness": float(k)}):
         yield model
 
 
@@ -363,5 +371,5 @@ def listening(model: nn.Module,
 def observing(model: nn.Module,
               listeners: Mapping[str, Callable[[Tensor], None]]) -> Iterator[nn.Module]:
     """Run in float, handing what each named activation f puts out to its listener."""
-    with listening(model, listeners), _switched(model, {"action": "observe"}):
+    with listening(model, listeners), switched(model, {"action": "observe"}):
         yield model

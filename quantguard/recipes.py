@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from .activation import listening, soften, staircases
 from .attacks.pgd import ascend, input_gradient, project
 from .errors import SpecError
+from .pooling import pools_first
 from .running import evaluating, frozen
 from .spec import Threat
 
@@ -167,7 +168,7 @@ def craft(model: nn.Module, pixels: Tensor, labels: Tensor, threat: Threat,
             twin: Any = nullcontext()
             if recipe.sharpness:
                 twin = soften(model, recipe.sharpness[min(step, len(recipe.sharpness) - 1)])
-            with twin:
+            with twin, pools_first(model):
                 gradient = input_gradient(model, x, labels, "ce")[0]
             x = x + rel_step * threat.eps * ascend(gradient, threat.norm)
             if recipe.name == "nfgsm":

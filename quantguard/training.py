@@ -21,6 +21,7 @@ from .attacks import PixelModel
 from .batching import Source, hold_out
 from .errors import DataError, Interrupted, SpecError
 from .files import replacing
+from .pooling import pools_first
 from .probing import (
     LR_RANGE,
     PixelBatches,
@@ -138,7 +139,8 @@ class Trainer:
         x = craft(self.pixel_model, pixels, labels, self.threat, self.recipe)
         # what is frozen keeps its BatchNorm statistics, too
         self.model.train(self.train == "all")
-        with stability_term(self.model, self.recipe.stability or 0.0) as term:
+        with stability_term(self.model, self.recipe.stability or 0.0) as term, \
+                pools_first(self.model):
             value = F.cross_entropy(self.pixel_model(x), labels)
             return value + term()
 

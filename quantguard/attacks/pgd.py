@@ -5,6 +5,7 @@ Madry et al. 2018, arXiv:1706.06083; margin loss as in Carlini & Wagner 2017, ar
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import eagerpy as ep
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from ..activation import backward, bypass, soften
 from ..errors import SpecError
+from ..pooling import pools_first
 from ..running import frozen
 from ._foolbox import fb
 from .bridge import PixelModel, module_of
@@ -119,6 +121,8 @@ class PGD(fb.attacks.base.FixedEpsilonAttack):
             among the wrong ones at the image; 0: towards whichever is nearest.
         average: gradients averaged at each step, over N(0, (eps / 4)^2) around the iterate.
         restart: start around ``starting_points`` where they are given, instead of the image.
+        pools_first: max-pool before a staircase instead of after it while climbing, see
+            :func:`quantguard.pooling.pools_first`.
         seed: of the start and the averaging.
 
     Raises:
@@ -129,7 +133,7 @@ class PGD(fb.attacks.base.FixedEpsilonAttack):
                  decay: bool = False, mode: str = "ramp",
                  twin: tuple[float, float] | None = None, parent: bool = False,
                  norm: str = "linf", noise: float = 1.0, target: int = 0, average: int = 1,
-                 restart: bool = False, seed: int = 0) -> None:
+                 restart: bool = False, pools_first: bool = True, seed: int = 0) -> None:
         if loss not in LOSSES:
             raise SpecError(f"loss {loss!r} is unknown", fix=f"Use one of {', '.join(LOSSES)}.")
         if steps < 1 or average < 1:
@@ -142,6 +146,7 @@ class PGD(fb.attacks.base.FixedEpsilonAttack):
         self.rel_step = 2.5 / steps if rel_step is None else rel_step
         self.decay, self.norm, self.noise, self.seed = decay, norm, noise, seed
         self.target, self.average, self.restart = target, average, restart
+        self.pools_first = pools_first
 
     @property
     def distance(self) -> Any:
@@ -211,7 +216,7 @@ class PGD(fb.attacks.base.FixedEpsilonAttack):
         elif self.twin is not None and module.quantized:
             low, high = self.twin
             soft = soften(module, low * (high / low) ** (step / max(self.steps - 1, 1)))
-        with soft:
+        with soft, pools_first(module) if self.pools_first else nullcontext():
             if self.average == 1:
                 gradient, logits = input_gradient(module, x, labels, self.loss, target)
                 return gradient, logits if hard else None

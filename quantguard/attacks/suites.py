@@ -13,7 +13,7 @@ from ._foolbox import fb
 from .noise import Noise
 from .pgd import PGD
 
-MODES = ("ramp", "ste", "sigmoid(8)", "parent")
+MODES = ("ramp", "sigmoid(8)", "ste", "parent")
 TWINS: tuple[tuple[float, float], ...] = ((2, 16), (4, 32))
 # Through the twin a few long steps that shrink find more than many short ones.
 _STRIDE: dict[str, Any] = {"rel_step": 0.4, "decay": True}
@@ -82,13 +82,16 @@ def _entries(threat: Threat, seed: int, quantized: bool, *, steps: int, cw: tupl
     entries = [
         Entry("noise", Noise(norm, seed=seed), "noise", True),
         Entry("FGSM", fgsm, "fgsm", True),
-        Entry(f"PGD-{steps}", PGD("ce", steps, norm=norm, seed=seed), "pgd", True),
-        Entry(f"PGD-{steps} margin", PGD("margin", steps, norm=norm, seed=seed), "pgd"),
+        # what people run by default climbs the model as it is
+        Entry(f"PGD-{steps}", PGD("ce", steps, norm=norm, pools_first=False, seed=seed), "pgd",
+              True),
+        Entry(f"PGD-{steps} margin",
+              PGD("margin", steps, norm=norm, pools_first=False, seed=seed), "pgd"),
         Entry("C&W L2", carlini, "cw", True),
     ]
-    for mode in modes:
+    for number, mode in enumerate(modes, 1):  # on a float model these are restarts
         entries += [Entry(f"PGD-{steps} {loss} {mode}",
-                          PGD(loss, steps, mode=mode, norm=norm, seed=seed), "modes")
+                          PGD(loss, steps, mode=mode, norm=norm, seed=seed + number), "modes")
                     for loss in ("ce", "margin")]
     for twin in twins:
         name = f"{twin[0]:g}" if twin[0] == twin[1] else f"{twin[0]:g}-{twin[1]:g}"
@@ -118,9 +121,9 @@ def _group(attack: Any) -> str:
 
 # A literal table: what each suite spends.
 _SUITES: dict[str, dict[str, Any]] = {
-    "quick": {"steps": 20, "cw": (3, 30), "twins": TWINS[:2], "modes": ("sigmoid(8)",),
+    "quick": {"steps": 20, "cw": (3, 30), "twins": TWINS[:2], "modes": MODES[:2],
               "transfer": True},
-    "standard": {"steps": 50, "cw": (5, 60), "twins": TWINS, "modes": MODES[1:],
+    "standard": {"steps": 50, "cw": (5, 60), "twins": TWINS, "modes": MODES,
                  "transfer": True},
 }
 
