@@ -9,7 +9,8 @@ Example:
 from .bridge import FoolboxModel, PixelModel, logits_of
 from .noise import Noise
 from .pgd import PGD
+from .square import Square
 from .suites import Entry, build_suite, escalation
 
-__all__ = ["PGD", "Entry", "FoolboxModel", "Noise", "PixelModel", "build_suite", "escalation",
-           "logits_of"]
+__all__ = ["PGD", "Entry", "FoolboxModel", "Noise", "PixelModel", "Square", "build_suite",
+           "escalation", "logits_of"]

@@ -12,6 +12,13 @@ from torch import Tensor
 from ._foolbox import fb
 
 
+def seed_of(image: Tensor, salt: str) -> int:
+    """Return a seed for one image's random numbers: a hash of its bytes and salt."""
+    data = image.detach().float().cpu().contiguous().numpy().tobytes()
+    digest = hashlib.blake2b(data + salt.encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little")
+
+
 def image_noise(x: Tensor, norm: str, seed: int, tag: str) -> Tensor:
     """Return a random point for each image: uniform in the unit ball of Linf or L2, or normal.
 
@@ -20,10 +27,8 @@ def image_noise(x: Tensor, norm: str, seed: int, tag: str) -> Tensor:
         norm: ``linf`` or ``l2``, or ``normal``: N(0, 1) an entry.
     """
     out = torch.empty(x.shape, dtype=torch.float32)
-    salt = f"{seed}:{tag}:{norm}".encode()
-    for row, image in zip(out, x.detach().float().cpu().contiguous(), strict=True):
-        digest = hashlib.blake2b(image.numpy().tobytes() + salt, digest_size=8).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest, "little"))
+    for row, image in zip(out, x.detach().float().cpu(), strict=True):
+        generator = torch.Generator().manual_seed(seed_of(image, f"{seed}:{tag}:{norm}"))
         if norm == "linf":
             row.uniform_(-1, 1, generator=generator)
             continue
