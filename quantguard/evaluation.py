@@ -21,16 +21,15 @@ import torch
 from torch import Tensor, nn
 
 from . import masking
-from .attacks import Entry, FoolboxModel, PixelModel, build_suite, escalation
-from .attacks.noise import image_noise
-from .attacks.pgd import input_gradient, margin, project
+from .attacks import Entry, FoolboxModel, PixelModel, Suite, build_suite
+from .attacks.pgd import margin, project
 from .batches import check_images, check_labels, require_reiterable, snap, to_pixels, unpack
-from .errors import ConversionError, DataError, Interrupted, SpecError
+from .errors import DataError, Interrupted, SpecError
+from .evidence import all_flags, are_probabilities, padded, predict, saturated
 from .files import replacing
-from .masking import Flag
 from .progress import Progress
 from .results import AttackResult, Evaluation, indices, mask_of
-from .running import device_of, evaluating, frozen, run, seeded, to_device, usable_device
+from .running import device_of, evaluating, frozen, seeded, to_device, usable_device
 from .spec import Threat
 
 
@@ -124,31 +123,6 @@ def check_images_shape(x: Tensor, where: str) -> None:
     """
     if x.dim() < 2 or not len(x):
         raise DataError(f"{where} has shape {tuple(x.shape)}", fix="Give images as (N, C, H, W).")
-
-
-def predict(model: PixelModel, x: Tensor, batch: int, where: str = "") -> Tensor:
-    """Return the logits of all images.
-
-    Raises:
-        DataError: the model does not accept images of this shape.
-        ConversionError: NaN logits.
-    """
-    parts = []
-    for start in range(0, len(x), batch):
-        part, size = _padded(x[start : start + batch], batch)
-        with torch.no_grad():
-            logits = run(model, part, where)[:size]
-        if torch.isnan(logits).any():
-            first = start + int(logits.isnan().any(1).nonzero()[0])
-            raise ConversionError("the model puts out NaN logits", why=f"First at image {first}.")
-        parts.append(logits)
-    return torch.cat(parts)
-
-
-def _padded(x: Tensor, batch: int) -> tuple[Tensor, int]:
-    """Fill a last batch up: how images are batched must not change what a kernel computes."""
-    size = len(x)
-    return (x if size == batch else torch.cat([x, x[-1:].expand(batch - size, *x.shape[1:])])), size
 
 
 def batch_size(x: Tensor) -> int:
@@ -255,15 +229,17 @@ def _evaluate(model: nn.Module, loader: Iterable[Any], threat: Threat, suite: st
     pixel_model = PixelModel(model, threat, data.key)
     batch = batch_size(data.pixels)
     logits = predict(pixel_model, data.pixels, batch)
+    if are_probabilities(logits):
+        pixel_model.probabilities = True
+        logits = predict(pixel_model, data.pixels, batch)
     check_labels(data.labels, logits.shape[1], "the loader")
     correct = (logits.argmax(1) == data.labels).cpu().numpy()
-    entries = build_suite(suite, threat, seed=seed, quantized=pixel_model.quantized)
-    rounds = escalation(suite, threat, seed=seed)
+    chosen = build_suite(suite, threat, seed=seed, quantized=pixel_model.quantized,
+                         saturated=saturated(logits, data.labels))
     digest = hashlib.blake2b(data.pixels.cpu().numpy().tobytes()
                              + data.labels.cpu().numpy().tobytes(), digest_size=16).hexdigest()
     settings = {"threat": json.loads(json.dumps(threat.to_dict())), "seed": seed,
-                "suite": [e.settings() for e in [*entries, *rounds]],
-                "images": digest,
+                "suite": [e.settings() for e in chosen.every], "images": digest,
                 "predictions": hashlib.blake2b(logits.cpu().numpy().tobytes(),
                                                digest_size=16).hexdigest()}
     settings = json.loads(json.dumps(settings))
@@ -272,20 +248,21 @@ def _evaluate(model: nn.Module, loader: Iterable[Any], threat: Threat, suite: st
         path = Path(run_dir) / "evaluation.npz"
         path.parent.mkdir(parents=True, exist_ok=True)
     state = _State(path, settings, data, correct)
-    bar = Progress("evaluate", sum(e.cost for e in entries) * int(correct.sum()), show)
+    certain = [*chosen.entries, *chosen.blind]
+    bar = Progress("evaluate", sum(e.cost for e in certain) * int(correct.sum()), show)
     try:
-        _run_entries(entries, pixel_model, data, threat, batch, correct, state, bar)
-        _escalate(rounds, len(entries), pixel_model, data, threat, batch, state, bar)
+        _Schedule(pixel_model, data, threat, batch, correct, state, bar).run(chosen)
+        flags = all_flags(pixel_model, data.pixels, data.labels, logits, threat, batch, seed,
+                          correct, state.survived, state.results, len(chosen.rounds))
     except KeyboardInterrupt:
         bar.close()
-        many = f"{len(entries)} attacks or more" if rounds else f"{len(entries)} attacks"
+        many = f"{len(certain)} attacks" + " or more" * bool(chosen.rounds)
         done = f"interrupted after {len(state.results)} of {many}"
         if path is None:
             raise Interrupted(f"{done}; nothing was kept", fix="With run_dir= (--run-dir DIR) the "
                               "next run goes on from where it stopped.") from None
         raise Interrupted(f"{done}; saved in {path.parent}",
                           fix="Run the same command again to go on.") from None
-    flags = _flags(pixel_model, data, threat, batch, seed, correct, state, len(rounds))
     bar.close()
     name = suite if isinstance(suite, str) else "list"
     broken = (correct & ~state.survived).reshape(-1, *[1] * (data.pixels.dim() - 1))
@@ -295,34 +272,45 @@ def _evaluate(model: nn.Module, loader: Iterable[Any], threat: Threat, suite: st
                       environment(data.pixels.device), digest, time.monotonic() - start)
 
 
-def _run_entries(entries: list[Entry], model: PixelModel, data: Images, threat: Threat, batch: int,
+class _Schedule:
+    """Run what is not done yet: cheap attacks first, the fallen are not attacked again."""
+
+    def __init__(self, model: PixelModel, data: Images, threat: Threat, batch: int,
                  correct: np.ndarray, state: _State, bar: Progress) -> None:
-    """Run what is not done yet; cheap attacks come first, the fallen are not attacked again."""
-    for number, entry in enumerate(entries):
-        if number < len(state.results):
-            bar.skip(entry.cost * int(correct.sum()))
-            continue
-        result = _attack(FoolboxModel(model, threat), entry, data, threat, batch,
-                         correct if entry.everywhere else state.survived, state, bar)
-        bar.skip(entry.cost * (int(correct.sum()) - int(result.attacked.sum())))
-        state.add(result)
+        self.model, self.data, self.threat, self.batch = model, data, threat, batch
+        self.correct, self.state, self.bar = correct, state, bar
+        self.number = 0
 
+    def run(self, suite: Suite) -> None:
+        for entry in suite.entries:
+            self._one(entry)
+        self._escalate(suite.rounds)
+        for entry in suite.blind:
+            self._one(entry)
 
-def _escalate(rounds: list[Entry], first: int, model: PixelModel, data: Images, threat: Threat,
-              batch: int, state: _State, bar: Progress) -> None:
-    """Run round after round, until two in a row each break less than half a point of the images."""
-    idle, n = 0, len(data.labels)
-    for number, entry in enumerate(rounds, first):
-        if number == len(state.results):
-            standing = int(state.survived.sum())
-            if not standing:
+    def _one(self, entry: Entry) -> AttackResult:
+        """Run the next attack, or take what a run directory holds of it."""
+        state, every = self.state, int(self.correct.sum())
+        if self.number == len(state.results):
+            mask = self.correct if entry.everywhere else state.survived
+            result = _attack(FoolboxModel(self.model, self.threat), entry, self.data, self.threat,
+                             self.batch, mask, state, self.bar)
+            self.bar.skip(entry.cost * (every - int(result.attacked.sum())))
+            state.add(result)
+        else:
+            self.bar.skip(entry.cost * every)
+        self.number += 1
+        return state.results[self.number - 1]
+
+    def _escalate(self, rounds: Sequence[Entry]) -> None:
+        """Run round after round, until two in a row each break less than half a point."""
+        idle = 0
+        for entry in rounds:
+            self.bar.extend(entry.cost * int(self.correct.sum()))
+            broke = int(self._one(entry).broke.sum())
+            idle = idle + 1 if broke < masking.PAYS * len(self.correct) else 0
+            if idle == 2:
                 return
-            bar.extend(entry.cost * standing)
-            state.add(_attack(FoolboxModel(model, threat), entry, data, threat, batch,
-                              state.survived, state, bar))
-        idle = idle + 1 if state.results[number].broke.sum() < masking.PAYS * n else 0
-        if idle == 2:
-            return
 
 
 def _attack(fmodel: FoolboxModel, entry: Entry, data: Images, threat: Threat, batch: int,
@@ -337,8 +325,8 @@ def _attack(fmodel: FoolboxModel, entry: Entry, data: Images, threat: Threat, ba
     chosen = np.flatnonzero(mask)
     for first in range(0, len(chosen), batch):
         rows = chosen[first : first + batch]
-        x, size = _padded(data.pixels[rows], batch)
-        y, _ = _padded(data.labels[rows], batch)
+        x, size = padded(data.pixels[rows], batch)
+        y, _ = padded(data.labels[rows], batch)
         criterion = fb.criteria.Misclassification(y)
         if minimum:
             raw = entry.attack.run(fmodel, x, criterion)
@@ -351,7 +339,7 @@ def _attack(fmodel: FoolboxModel, entry: Entry, data: Images, threat: Threat, ba
             options = {}
             if getattr(entry.attack, "restart", False):
                 near = torch.from_numpy(state.adversarials[rows]).to(x)
-                options["starting_points"] = _padded(near, batch)[0]
+                options["starting_points"] = padded(near, batch)[0]
             raw = entry.attack.run(fmodel, x, criterion, epsilon=threat.eps, **options)
         raw = torch.where(raw.isfinite(), raw.detach(), x)
         trial = project(raw, x, threat.eps, threat.norm, threat.bounds)
@@ -375,55 +363,3 @@ def _like(found: Tensor, raw: Tensor, size: int) -> Tensor:
     whole = torch.zeros(len(raw), dtype=torch.bool, device=raw.device)
     whole[:size] = found
     return whole.reshape(-1, *[1] * (raw.dim() - 1))
-
-
-def _flags(model: PixelModel, data: Images, threat: Threat, batch: int, seed: int,
-           correct: np.ndarray, state: _State, rounds: int) -> tuple[Flag, ...]:
-    """Check the evaluation's own evidence; rounds: how many of escalation there could have been."""
-    n = len(correct)
-    by_group: dict[str, np.ndarray] = {}
-    for result in state.results:
-        broken = by_group.setdefault(result.group, np.zeros(n, dtype=bool))
-        broken |= result.broke
-    blind = ("noise", "transfer")
-    seeing = np.zeros(n, dtype=bool)
-    for group, broken in by_group.items():
-        if group not in blind:
-            seeing |= broken
-    flags: list[Flag] = []
-    if "pgd" in by_group:
-        rest = correct & ~by_group["pgd"] & ~by_group.get("fgsm", np.zeros(n, dtype=bool))
-        flags.append(masking.overstated(int((rest & ~state.survived).sum()), n,
-                                        int(state.survived.sum())))
-        if "fgsm" in by_group:
-            one, many = by_group["fgsm"], by_group["pgd"]
-            flags.append(masking.one_step_beats_many(int((one & ~many).sum()),
-                                                     int((many & ~one).sum()), n))
-    stand = correct & ~seeing
-    flags += [masking.blind_beats_seeing(name, int((by_group[name] & stand).sum()),
-                                         int(stand.sum())) for name in blind if name in by_group]
-    flags.append(masking.unseen(model.quantized, set(by_group)))
-    last = [int(r.broke.sum()) for r in state.results if r.group == "escalation"]
-    if rounds:
-        flags.append(masking.escalation_pays(last, rounds, n))
-    zeros, tried = _zero_gradients(model, data, threat, batch, seed, state.survived)
-    flags.append(masking.zero_gradients(zeros, tried))
-    return tuple(flags)
-
-
-def _zero_gradients(model: PixelModel, data: Images, threat: Threat, batch: int, seed: int,
-                    survived: np.ndarray) -> tuple[int, int]:
-    """Count survivors whose input gradient is exactly zero, at the image and at a random point."""
-    chosen, zeros = np.flatnonzero(survived), 0
-    for first in range(0, len(chosen), batch):
-        rows = chosen[first : first + batch]
-        x, size = _padded(data.pixels[rows], batch)
-        y, _ = _padded(data.labels[rows], batch)
-        start = x + threat.eps * image_noise(x, threat.norm, seed, "zero gradients")
-        flat = torch.ones(size, dtype=torch.bool, device=x.device)
-        for point in (x, start.clamp(*threat.bounds)):
-            # the margin: a saturated softmax rounds cross-entropy's gradient to zero by itself
-            gradient = input_gradient(model, point, y, "margin")[0][:size]
-            flat &= (gradient == 0).flatten(1).all(1)
-        zeros += int(flat.sum())
-    return zeros, len(chosen)

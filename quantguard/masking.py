@@ -170,6 +170,79 @@ def escalation_pays(broken: list[int], rounds: int, n: int) -> Flag:
                 f"{reason}; the last two broke next to none.")
 
 
+def modes_disagree(broken: int, n: int) -> Flag:
+    """Say whether other surrogate gradients break what the default one does not.
+
+    Args:
+        broken: images that survive FGSM and PGD through the model's own gradient and fall to PGD
+            through another backward mode.
+        n: all images.
+    """
+    points = 100 * broken / n if n else 0.0
+    raised = points >= 2 and mcnemar(broken, 0) < 0.01
+    return Flag("backward modes disagree", "masked", raised, points, 2.0,
+                "at least 2 points and exact McNemar p < .01",
+                f"{broken} of {n} images survive the default gradient and fall to another one: the "
+                "default gradient hides where to go." if raised else
+                f"{broken} of {n} images survive the default gradient and fall to another one.")
+
+
+def saturated_logits(scaled_only: int, plain_only: int, n: int) -> Flag:
+    """Say whether large logits hide cross-entropy's gradient.
+
+    Args:
+        scaled_only: images that only PGD on rescaled logits broke.
+        plain_only: those that only PGD on the logits as they are broke.
+        n: all images.
+    """
+    points = 100 * (scaled_only - plain_only) / n if n else 0.0
+    raised = points >= 2 and mcnemar(scaled_only, plain_only) < 0.01
+    return Flag("saturated logits", "masked", raised, points, 2.0,
+                "at least 2 points and exact McNemar p < .01",
+                f"PGD on rescaled logits alone broke {scaled_only} images, on the logits as they "
+                f"are {plain_only}" + (": cross-entropy rounds to nothing." if raised else "."))
+
+
+def probabilities(found: bool) -> Flag:
+    """Say that the model puts out a softmax, which saturates before any attack sees it."""
+    return Flag("softmax outputs", "masked", found, 100.0 * found, 0.0,
+                "every row is non-negative and sums to 1",
+                "The model puts out probabilities. Their logarithm was attacked; attacks that take "
+                "them for logits overstate it." if found else "The model puts out logits.")
+
+
+def random_forward(differ: int, n: int) -> Flag:
+    """Say that the same image gets another answer the second time."""
+    return Flag("random forward", "unresolved", differ > 0, 100 * differ / n if n else 0.0, 0.0,
+                "the same images twice, to the bit",
+                f"{differ} of {n} images got other logits the second time: survival is partly "
+                "luck. Switch the randomness off, or average over it in the model." if differ else
+                "The same images get the same logits.")
+
+
+def looks_at_its_batch(differ: int, n: int) -> Flag:
+    """Say that an image's answer depends on the images beside it."""
+    raised = clopper_pearson(differ, n)[0] > 0.005
+    return Flag("depends on its batch", "unresolved", raised, 100 * differ / n if n else 0.0, 0.5,
+                "other arg max, or logits off by over 1e-4 of the largest; one-sided 95 % "
+                "Clopper-Pearson lower bound over 0.5 %",
+                f"{differ} of {n} images have another answer in another batch"
+                + (": BatchNorm in train mode, perhaps? An attacker may choose the other images."
+                   if raised else "."))
+
+
+def unbounded(standing: int, n: int) -> Flag:
+    """Say whether survivors stand even where every pixel may take any value.
+
+    Args:
+        standing: survivors that a white-box attack without a bound on eps left standing.
+        n: survivors.
+    """
+    return _share("survives without bounds", standing, n, 0.01, 0.02,
+                  "survivors that stand where every pixel may take any value",
+                  "Any image can be turned into another: the attack does not work on this model.")
+
+
 def unseen(quantized: bool, groups: set[str]) -> Flag:
     """Say that the suite lacks the attack that decides.
 

@@ -377,7 +377,7 @@ def test_impossible_suites_say_what_is_possible(suite: Any, message: str) -> Non
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 @pytest.mark.parametrize("quantized", [True, False])
 def test_settings_of_every_entry_are_json(suite: Any, norm: str, quantized: bool) -> None:
-    entries = build_suite(suite, Threat(norm), seed=5, quantized=quantized)
+    entries = build_suite(suite, Threat(norm), seed=5, quantized=quantized, saturated=True).every
     settings = [entry.settings() for entry in entries]
     assert json.loads(json.dumps(settings)) == settings
     assert len({s["label"] for s in settings}) == len(entries)
@@ -390,17 +390,22 @@ def test_settings_of_every_entry_are_json(suite: Any, norm: str, quantized: bool
 def test_a_float_row_gets_the_same_budget_as_a_quantized_one(suite: str, norm: str) -> None:
     float_row, quantized_row = (build_suite(suite, Threat(norm), seed=0, quantized=q)
                                 for q in (False, True))
-    assert sum(e.cost for e in float_row) == sum(e.cost for e in quantized_row)
-    for entry in float_row + quantized_row:
+    assert sum(e.cost for e in float_row.every) == sum(e.cost for e in quantized_row.every)
+    for entry in float_row.every + quantized_row.every:
         if isinstance(entry.attack, PGD | Noise):
             assert entry.attack.norm == norm
-    groups = {e.group for e in quantized_row}
-    assert groups == {"noise", "fgsm", "pgd", "modes", "twin", "cw", "transfer"}
+    assert {e.group for e in quantized_row.entries} == {
+        "noise", "fgsm", "pgd", "modes", "twin", "cw"}
+    assert {e.group for e in quantized_row.blind} - {"black-box"} == {"transfer"}
+    assert {e.group for e in float_row.blind} <= {"black-box"}
+    assert {e.group for e in quantized_row.rounds} == {"escalation"}
 
 
 def test_a_list_may_hold_entries_with_names_of_their_own() -> None:
     mine = Entry("mine", PGD("ce", 2), "pgd", everywhere=True)
-    entries = build_suite([mine, PGD("ce", 2)], Threat(), seed=0, quantized=False)
+    suite = build_suite([mine, PGD("ce", 2)], Threat(), seed=0, quantized=False)
+    entries = suite.entries
+    assert not suite.rounds and not suite.blind
     assert entries[0] is mine and entries[1].group == "pgd" and entries[1].everywhere
 
 
@@ -409,4 +414,4 @@ def test_a_list_may_hold_entries_with_names_of_their_own() -> None:
     (Noise(), "noise"), (fb.attacks.LinfPGD(), "pgd"), (fb.attacks.FGSM(), "fgsm"),
     (fb.attacks.L2CarliniWagnerAttack(), "cw"), (fb.attacks.BoundaryAttack(), "other")])
 def test_an_attack_of_a_list_is_known_for_what_it_is(attack: Any, group: str) -> None:
-    assert build_suite([attack], Threat(), seed=0, quantized=True)[0].group == group
+    assert build_suite([attack], Threat(), seed=0, quantized=True).entries[0].group == group

@@ -58,7 +58,7 @@ def tiny_suite(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let ``quick`` be quicker: every kind of attack, a few steps each."""
     monkeypatch.setitem(suites._SUITES, "quick", {
         "steps": 3, "cw": (1, 3), "twins": suites.TWINS[:1], "modes": ("sigmoid(8)",),
-        "transfer": True})
+        "queries": 3})
 
 
 @pytest.fixture

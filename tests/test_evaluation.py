@@ -283,7 +283,7 @@ def test_a_sound_float_model_is_neither_masked_nor_unresolved(cnn: nn.Module,
     assert raised(result) == {}
     assert result.verdict == "resolved" and result.reliable
     assert {a.group for a in result.attacks} == {
-        "noise", "fgsm", "pgd", "cw", "modes", "twin", "escalation"}
+        "noise", "fgsm", "pgd", "cw", "scaled", "modes", "twin", "escalation", "black-box"}
 
 
 def test_default_attacks_overstate_a_staircase_that_masks_its_gradient(result: Evaluation) -> None:

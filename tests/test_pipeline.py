@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import quantguard as qg
+from quantguard import evaluation
 from quantguard.activation import staircases
 from quantguard.attacks import PGD
 from quantguard.data import load_data
@@ -278,7 +279,7 @@ def test_compare_resumes_each_row_in_a_place_of_its_own(
         test_loader: DataLoader[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     models = {"float": cnn, "2 <bit>": quantized}
     compared(models, test_loader, run_dir=tmp_path)
-    monkeypatch.setattr(PGD, "run", None)
+    monkeypatch.setattr(evaluation, "_attack", None)
     again = compared(models, test_loader, run_dir=tmp_path)
     for name, row in again.rows.items():
         assert np.array_equal(row.survived, comparison.rows[name].survived)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 import itertools
 import json
 import signal
@@ -28,7 +27,6 @@ from quantguard.progress import Progress
 from quantguard.recipes import Recipe
 from quantguard.spec import Threat
 from quantguard.training import History, Interrupted, Trainer, fit
-from quantguard.windows import windows
 
 Untouched = Callable[[nn.Module], AbstractContextManager[None]]
 Digits = tuple[Tensor, Tensor]
@@ -454,16 +452,19 @@ def test_thresholds_move_stay_ordered_and_inside_the_data(
     before = {name: m.thresholds.detach() for name, m in staircases(converted).items()}
     touched = {name: torch.zeros_like(t, dtype=torch.bool) for name, t in before.items()}
 
-    def note(name: str, module: QuantActivation, z: Tensor) -> None:
-        t = module.thresholds.detach()  # one has a gradient where something is in its window
-        edges = windows(t, module.base_width).edges
-        values = z.detach().movedim(1, -1).reshape(-1, len(t)) if per_channel else z.reshape(-1)
-        values = values.unsqueeze(-1)
-        touched[name] |= ((values > edges[..., :-1]) & (values <= edges[..., 1:])).any(0)
+    def note(module: Any, gradient: Tensor) -> None:
+        touched[module.name] |= gradient != 0
+
+    def noting(module: QuantActivation) -> Tensor:
+        t: Tensor = thresholds(module)
+        if t.requires_grad:
+            t.register_hook(lambda g: note(module, g))
+        return t
 
     for name, module in staircases(converted).items():
-        module.register_forward_pre_hook(functools.partial(
-            lambda module, args, name: note(name, module, args[0]), name=name))
+        module.name = name  # type: ignore[assignment]
+    thresholds = QuantActivation.thresholds.fget  # type: ignore[attr-defined]
+    monkeypatch.setattr(QuantActivation, "thresholds", property(noting))
     loader = DataLoader(Subset(train_digits, range(640)), batch_size=8)
     model, history = trained(converted, loader, epochs=4, recipe=Recipe("clean"), train=train)
     assert history.chosen == 4 and 4 * hold_out(loader, None, None, 0).count() >= 200

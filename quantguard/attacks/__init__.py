@@ -10,7 +10,7 @@ from .bridge import FoolboxModel, PixelModel, logits_of
 from .noise import Noise
 from .pgd import PGD
 from .square import Square
-from .suites import Entry, build_suite, escalation
+from .suites import Entry, Suite, build_suite
 
-__all__ = ["PGD", "Entry", "FoolboxModel", "Noise", "PixelModel", "Square", "build_suite",
-           "escalation", "logits_of"]
+__all__ = ["PGD", "Entry", "FoolboxModel", "Noise", "PixelModel", "Square", "Suite", "build_suite",
+           "logits_of"]

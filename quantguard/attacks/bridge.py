@@ -42,6 +42,7 @@ class PixelModel(nn.Module):
         key: the keyword under which the model eats images; None: its first argument.
 
     Attributes:
+        probabilities: whether the model puts out a softmax, whose logarithm stands for logits.
         queries: images passed forward, in all.
         gradients: images passed forward with a gradient wanted.
     """
@@ -50,6 +51,7 @@ class PixelModel(nn.Module):
         super().__init__()
         self.model, self.threat, self.key = model, threat, key
         self.training = model.training
+        self.probabilities = False
         self.queries = self.gradients = 0
 
     def forward(self, pixels: Tensor) -> Tensor:
@@ -60,6 +62,8 @@ class PixelModel(nn.Module):
         x = from_pixels(pixels, self.threat)
         output = self.model(x) if self.key is None else self.model(**{self.key: x})
         logits = logits_of(output).float()
+        if self.probabilities:
+            logits = logits.clamp_min(torch.finfo(torch.float32).tiny).log()
         if pixels.requires_grad and torch.is_grad_enabled() and not logits.requires_grad:
             # no path back: an attack sees the zero gradient that this is, and a flag says so
             logits = logits + 0 * pixels.flatten(1).sum(1, keepdim=True)

@@ -12,9 +12,12 @@ from ..spec import Threat
 from ._foolbox import fb
 from .noise import Noise
 from .pgd import PGD
+from .square import Square
 
 MODES = ("ramp", "sigmoid(8)", "ste", "parent")
 TWINS: tuple[tuple[float, float], ...] = ((2, 16), (4, 32))
+# What sees no gradient of the model itself: run last, and what it breaks then speaks for itself.
+BLIND = ("noise", "transfer", "black-box")
 # Through the twin a few long steps that shrink find more than many short ones.
 _STRIDE: dict[str, Any] = {"rel_step": 0.4, "decay": True}
 # What is tried once the suite is through, one after the other while it pays. ``steps``: how many
@@ -41,7 +44,8 @@ class Entry:
         label: its name in tables and JSON.
         attack: any ``foolbox.attacks.Attack``.
         group: what it stands for: ``noise``, ``fgsm``, ``pgd`` (what people run by default),
-            ``modes``, ``twin``, ``escalation``, ``cw``, ``transfer`` or ``other``.
+            ``modes``, ``twin``, ``escalation``, ``scaled``, ``cw``, ``transfer``, ``black-box`` or
+            ``other``.
         everywhere: whether it is run on every correctly classified image, so that its own figure
             can be shown; otherwise only on images that still stand.
     """
@@ -57,6 +61,8 @@ class Entry:
         values = vars(self.attack)
         if "binary_search_steps" in values:
             return float(values["binary_search_steps"] * values["steps"])
+        if "queries" in values:
+            return float(values["queries"]) / 3  # no backward pass
         return float(values.get("steps", values.get("repeats", 1)) * values.get("average", 1))
 
     def settings(self) -> dict[str, Any]:
@@ -68,9 +74,40 @@ class Entry:
                 "everywhere": self.everywhere, **plain}
 
 
+@dataclass(frozen=True)
+class Suite:
+    """Hold what is run: entries, then rounds while they pay, then attacks that see no gradient."""
+
+    entries: list[Entry]
+    rounds: list[Entry]
+    blind: list[Entry]
+
+    @property
+    def every(self) -> list[Entry]:
+        """Return all that may run."""
+        return [*self.entries, *self.rounds, *self.blind]
+
+
+def _rounds(steps: int, norm: str, seed: int) -> list[Entry]:
+    """Return the rounds of escalation.
+
+    On a float model, which is its own twin, they are further restarts with longer steps.
+    """
+    rounds = []
+    for number, settings in enumerate(_ROUNDS, 1):
+        options = {**_STRIDE, **settings, "steps": settings.get("steps", 1) * steps}
+        attack = PGD(options.pop("loss"), norm=norm, seed=seed + number, **options)
+        extra = [f"target {attack.target}"] * bool(attack.target) + \
+            [f"averaged {attack.average}"] * (attack.average > 1) + ["restart"] * attack.restart
+        name = " ".join([f"twin-{attack.steps} {attack.loss}",
+                         "k {:g}-{:g}".format(*settings["twin"]), *extra])
+        rounds.append(Entry(f"{number}. {name}", attack, "escalation"))
+    return rounds
+
+
 def _entries(threat: Threat, seed: int, quantized: bool, *, steps: int, cw: tuple[int, int],
              twins: Sequence[tuple[float, float]], modes: Sequence[str],
-             transfer: bool) -> list[Entry]:
+             queries: int, saturated: bool) -> Suite:
     norm = threat.norm
     fgsm = fb.attacks.LinfFastGradientAttack() if norm == "linf" else \
         fb.attacks.L2FastGradientAttack()
@@ -89,6 +126,9 @@ def _entries(threat: Threat, seed: int, quantized: bool, *, steps: int, cw: tupl
               PGD("margin", steps, norm=norm, pools_first=False, seed=seed), "pgd"),
         Entry("C&W L2", carlini, "cw", True),
     ]
+    if saturated:
+        entries.append(Entry(f"PGD-{steps} scaled", PGD(
+            "scaled", steps, norm=norm, pools_first=False, seed=seed), "scaled", True))
     for number, mode in enumerate(modes, 1):  # on a float model these are restarts
         entries += [Entry(f"PGD-{steps} {loss} {mode}",
                           PGD(loss, steps, mode=mode, norm=norm, seed=seed + number), "modes")
@@ -98,20 +138,23 @@ def _entries(threat: Threat, seed: int, quantized: bool, *, steps: int, cw: tupl
         entries += [Entry(f"twin-{steps} {loss} k {name}",
                           PGD(loss, steps, twin=twin, norm=norm, seed=seed, **_STRIDE), "twin")
                     for loss in ("ce", "margin")]
-    if transfer:
-        # A float model is its own parent: there the budget goes to another start.
-        entries += [Entry(f"transfer-{steps} {loss}",
-                          PGD(loss, steps, parent=quantized, norm=norm, seed=seed + 1),
-                          "transfer" if quantized else "modes") for loss in ("ce", "margin")]
-    return entries
+    # A float model is its own parent: there the budget goes to another start.
+    parents = [Entry(f"transfer-{steps} {loss}",
+                     PGD(loss, steps, parent=quantized, norm=norm, seed=seed + 1),
+                     "transfer" if quantized else "modes") for loss in ("ce", "margin")]
+    blind = parents if quantized else []
+    if norm == "linf":
+        blind = [*blind, Entry(f"Square-{queries}", Square(queries, seed=seed), "black-box")]
+    return Suite(entries if quantized else [*entries, *parents],
+                 _rounds(steps, norm, seed), blind)
 
 
 def _group(attack: Any) -> str:
     """Return what an attack of a list stands for, see :class:`Entry`."""
     if isinstance(attack, PGD):
         return "transfer" if attack.parent else "twin" if attack.twin else "pgd"
-    if isinstance(attack, Noise):
-        return "noise"
+    if isinstance(attack, (Noise, Square)):
+        return "noise" if isinstance(attack, Noise) else "black-box"
     if isinstance(attack, fb.attacks.L2CarliniWagnerAttack):
         return "cw"
     if isinstance(attack, fb.attacks.gradient_descent_base.BaseGradientDescent):
@@ -122,15 +165,19 @@ def _group(attack: Any) -> str:
 # A literal table: what each suite spends.
 _SUITES: dict[str, dict[str, Any]] = {
     "quick": {"steps": 20, "cw": (3, 30), "twins": TWINS[:2], "modes": MODES[:2],
-              "transfer": True},
+              "queries": 200},
     "standard": {"steps": 50, "cw": (5, 60), "twins": TWINS, "modes": MODES,
-                 "transfer": True},
+                 "queries": 1000},
 }
 
 
-def build_suite(suite: str | Sequence[Any], threat: Threat, *, seed: int,
-                quantized: bool) -> list[Entry]:
-    """Return the entries of a named suite, or of a list of Foolbox attacks or entries.
+def build_suite(suite: str | Sequence[Any], threat: Threat, *, seed: int, quantized: bool,
+                saturated: bool = False) -> Suite:
+    """Return a named suite, or one of a list of Foolbox attacks or entries.
+
+    Args:
+        quantized: whether the model has staircases.
+        saturated: whether its logits are so far apart that cross-entropy rounds to nothing.
 
     Raises:
         SpecError: an unknown name, an empty list, or something that is no attack.
@@ -141,7 +188,7 @@ def build_suite(suite: str | Sequence[Any], threat: Threat, *, seed: int,
             raise SpecError(f"suite {suite!r} is unknown",
                             fix=f"Use one of {', '.join(_SUITES)}" +
                             (f"; did you mean {near[0]!r}?" if near else "."))
-        return _entries(threat, seed, quantized, **_SUITES[suite])
+        return _entries(threat, seed, quantized, saturated=saturated, **_SUITES[suite])
     entries = []
     for number, attack in enumerate(suite):
         if isinstance(attack, Entry):
@@ -154,24 +201,4 @@ def build_suite(suite: str | Sequence[Any], threat: Threat, *, seed: int,
                             fix="Give foolbox.attacks.Attack objects or a suite's name.")
     if not entries:
         raise SpecError("the suite holds no attack")
-    return entries
-
-
-def escalation(suite: str | Sequence[Any], threat: Threat, *, seed: int) -> list[Entry]:
-    """Return the rounds that follow a named suite while they pay; none follow a list of attacks.
-
-    On a float model, which is its own twin, they are further restarts with longer steps.
-    """
-    if not isinstance(suite, str):
-        return []
-    rounds = []
-    for number, settings in enumerate(_ROUNDS, 1):
-        options = {**_STRIDE, **settings,
-                   "steps": settings.get("steps", 1) * int(_SUITES[suite]["steps"])}
-        attack = PGD(options.pop("loss"), norm=threat.norm, seed=seed + number, **options)
-        extra = [f"target {attack.target}"] * bool(attack.target) + \
-            [f"averaged {attack.average}"] * (attack.average > 1) + ["restart"] * attack.restart
-        name = " ".join([f"twin-{attack.steps} {attack.loss}",
-                         "k {:g}-{:g}".format(*settings["twin"]), *extra])
-        rounds.append(Entry(f"{number}. {name}", attack, "escalation"))
-    return rounds
+    return Suite(entries, [], [])

@@ -1,0 +1,176 @@
+"""What an evaluation finds out about the model and about itself, before and after the attacks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from . import masking
+from .activation import soften
+from .attacks import PGD, FoolboxModel, PixelModel
+from .attacks.noise import image_noise
+from .attacks.pgd import input_gradient, margin
+from .attacks.suites import BLIND
+from .errors import ConversionError
+from .masking import Flag
+from .results import AttackResult
+from .running import run
+from .spec import Threat
+
+# Logits this far apart: 1 - p rounds to 0 in float32, and with it cross-entropy's gradient.
+_SATURATED = 12.0
+# Images that are enough to see that a forward is random, or looks at its whole batch.
+_FEW = 64
+
+
+def predict(model: PixelModel, x: Tensor, batch: int, where: str = "") -> Tensor:
+    """Return the logits of all images.
+
+    Raises:
+        DataError: the model does not accept images of this shape.
+        ConversionError: NaN logits.
+    """
+    parts = []
+    for start in range(0, len(x), batch):
+        part, size = padded(x[start : start + batch], batch)
+        with torch.no_grad():
+            logits = run(model, part, where)[:size]
+        if torch.isnan(logits).any():
+            first = start + int(logits.isnan().any(1).nonzero()[0])
+            raise ConversionError("the model puts out NaN logits", why=f"First at image {first}.")
+        parts.append(logits)
+    return torch.cat(parts)
+
+
+def padded(x: Tensor, batch: int) -> tuple[Tensor, int]:
+    """Fill a last batch up, and return how many are its own: how images are batched must not
+    change what a kernel computes."""
+    size = len(x)
+    return (x if size == batch else torch.cat([x, x[-1:].expand(batch - size, *x.shape[1:])])), size
+
+
+def are_probabilities(logits: Tensor) -> bool:
+    """Return whether a model puts out a softmax where logits are expected."""
+    return bool((logits >= 0).all()) and bool(((logits.sum(1) - 1).abs() < 1e-3).all())
+
+
+def saturated(logits: Tensor, labels: Tensor) -> bool:
+    """Return whether cross-entropy's gradient rounds away on over 1 % of the correct images."""
+    gaps = -margin(logits, labels)
+    correct = gaps > 0
+    return bool((gaps > _SATURATED).sum() > 0.01 * correct.sum())
+
+
+def all_flags(model: PixelModel, pixels: Tensor, labels: Tensor, logits: Tensor, threat: Threat,
+              batch: int, seed: int, correct: np.ndarray, survived: np.ndarray,
+              results: Iterable[AttackResult], rounds: int) -> tuple[Flag, ...]:
+    """Return every check of the model and of its evaluation.
+
+    Args:
+        rounds: how many rounds of escalation there could have been.
+    """
+    results = list(results)
+    flags = [masking.probabilities(model.probabilities),
+             *_flags_of_attacks(results, correct, survived, model.quantized, rounds)]
+    unsteady, beside = _unsteady(model, pixels, batch)
+    flags += [masking.random_forward(unsteady, min(len(pixels), _FEW)),
+              masking.looks_at_its_batch(beside, min(len(pixels), _FEW))]
+    chosen = np.flatnonzero(survived)
+    zeros = standing = 0
+    for x, y, size in _batches(pixels, labels, chosen, batch):
+        zeros += _zero_gradients(model, x, y, size, threat, seed)
+        standing += _unbounded(model, x, y, size, threat, seed)
+    return (*flags, masking.zero_gradients(zeros, len(chosen)),
+            masking.unbounded(standing, len(chosen)))
+
+
+def _batches(pixels: Tensor, labels: Tensor, chosen: np.ndarray,
+             batch: int) -> Iterator[tuple[Tensor, Tensor, int]]:
+    for first in range(0, len(chosen), batch):
+        rows = chosen[first : first + batch]
+        x, size = padded(pixels[rows], batch)
+        yield x, padded(labels[rows], batch)[0], size
+
+
+def _flags_of_attacks(results: list[AttackResult], correct: np.ndarray, survived: np.ndarray,
+                      quantized: bool, rounds: int) -> list[Flag]:
+    """Compare what the attacks broke."""
+    n = len(correct)
+    none = np.zeros(n, dtype=bool)
+    by_group: dict[str, np.ndarray] = {}
+    for result in results:
+        by_group[result.group] = by_group.get(result.group, none) | result.broke
+    seeing = none.copy()
+    for group, broken in by_group.items():
+        if group not in BLIND:
+            seeing |= broken
+    flags: list[Flag] = []
+    if "pgd" in by_group:
+        rest = correct & ~by_group["pgd"] & ~by_group.get("fgsm", none)
+        flags.append(masking.overstated(int((rest & ~survived).sum()), n, int(survived.sum())))
+        if "fgsm" in by_group:
+            one, many = by_group["fgsm"], by_group["pgd"]
+            flags.append(masking.one_step_beats_many(int((one & ~many).sum()),
+                                                     int((many & ~one).sum()), n))
+        if quantized and "modes" in by_group:
+            flags.append(masking.modes_disagree(int((rest & by_group["modes"]).sum()), n))
+    losses = {r.settings["loss"]: r.broke for r in results if r.settings.get("everywhere")
+              and r.settings.get("loss") in ("ce", "scaled") and r.group in ("pgd", "scaled")}
+    if len(losses) == 2:
+        plain, scaled = losses["ce"], losses["scaled"]
+        flags.append(masking.saturated_logits(int((scaled & ~plain).sum()),
+                                              int((plain & ~scaled).sum()), n))
+    stand = correct & ~seeing
+    flags += [masking.blind_beats_seeing(name, int((by_group[name] & stand).sum()),
+                                         int(stand.sum())) for name in BLIND if name in by_group]
+    flags.append(masking.unseen(quantized, set(by_group)))
+    if rounds:
+        broken_by = [int(r.broke.sum()) for r in results if r.group == "escalation"]
+        flags.append(masking.escalation_pays(broken_by, rounds, n))
+    return flags
+
+
+def _unsteady(model: PixelModel, pixels: Tensor, batch: int) -> tuple[int, int]:
+    """Count images whose answer is random, and those whose answer depends on their batch.
+
+    Through the smooth twin: where a sum is rounded otherwise, a staircase may take another level.
+    """
+    x = pixels[:_FEW]
+    with soften(model, 2.0):
+        once, twice = predict(model, x, batch), predict(model, x, batch)
+        halved = predict(model, x, max(batch // 2, 1))
+    random = _differs(once, twice, 0.0)
+    return int(random.sum()), int((_differs(once, halved, 1e-4) & ~random).sum())
+
+
+def _differs(one: Tensor, two: Tensor, share: float) -> Tensor:
+    gap = (one - two).abs().amax(1)
+    return (one.argmax(1) != two.argmax(1)) | (gap > share * one.abs().amax(1))
+
+
+def _zero_gradients(model: PixelModel, x: Tensor, y: Tensor, size: int, threat: Threat,
+                    seed: int) -> int:
+    """Count images whose input gradient is exactly zero, there and at a random point."""
+    start = x + threat.eps * image_noise(x, threat.norm, seed, "zero gradients")
+    flat = torch.ones(size, dtype=torch.bool, device=x.device)
+    for point in (x, start.clamp(*threat.bounds)):
+        # the margin: a saturated softmax rounds cross-entropy's gradient to zero by itself
+        gradient = input_gradient(model, point, y, "margin")[0][:size]
+        flat &= (gradient == 0).flatten(1).all(1)
+    return int(flat.sum())
+
+
+def _unbounded(model: PixelModel, x: Tensor, y: Tensor, size: int, threat: Threat,
+               seed: int) -> int:
+    """Count images that survive even where every pixel may take any value."""
+    import foolbox as fb
+    low, high = threat.bounds
+    eps = (high - low) * (x[0].numel() ** 0.5 if threat.norm == "l2" else 1.0)
+    attack = PGD("margin", 20, rel_step=0.25, decay=True, twin=(2, 16), norm=threat.norm, seed=seed)
+    found = attack.run(FoolboxModel(model, threat), x, fb.criteria.Misclassification(y),
+                       epsilon=eps)
+    with torch.no_grad():
+        return int((model(found).argmax(1) == y)[:size].sum())
