@@ -15,6 +15,8 @@ from statistics import NormalDist
 _Z = NormalDist().inv_cdf(0.975)
 # A round of attacks pays where it breaks this share of the images.
 PAYS = 0.005
+# With these raised a share of survivors is no property of the model.
+WITHHELD = ("random forward", "depends on its batch")
 
 
 @dataclass(frozen=True)

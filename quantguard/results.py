@@ -114,6 +114,11 @@ class Evaluation:
         return masking.verdict(self.flags) if self.survived.any() else "resolved"
 
     @property
+    def withheld(self) -> tuple[Flag, ...]:
+        """Return the flags for which no figure is given: answers that are not the image's own."""
+        return tuple(flag for flag in self.flags if flag.raised and flag.name in masking.WITHHELD)
+
+    @property
     def reliable(self) -> bool:
         """Return whether the evaluation found nothing against its own figure."""
         return self.verdict == "resolved"

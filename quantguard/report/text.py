@@ -72,7 +72,9 @@ def threat_text(evaluation: Evaluation) -> str:
 
 
 def headline(evaluation: Evaluation) -> str:
-    """Return the one sentence that counts."""
+    """Return the one sentence that counts; no figure where the model has none."""
+    if evaluation.withheld:
+        return "NO FIGURE: " + " ".join(flag.reason for flag in evaluation.withheld)
     cell = Cell(int(evaluation.survived.sum()), evaluation.images)
     low, high = cell.interval
     said = {"resolved": "Verdict: resolved, nothing here speaks against it.",
