@@ -18,8 +18,9 @@ _FULLEST = 6
 _TINY = 1e-30
 # A sigmoid this far from its threshold, times sharpness, is 0 or 1 to float32.
 _REACH = 17.0
-# Elements per block: a block and its temporaries stay in a core's cache.
-_BLOCK = 1 << 17
+# Elements per block: most of what is between its operations stays in the cache, and each operation is
+# long enough for the threads that share it.
+_BLOCK = 1 << 19
 
 
 def encode(x: Tensor, t: Tensor, edges: Tensor, step: Tensor, zero: Tensor, axis: int | None,
@@ -42,13 +43,18 @@ def encode(x: Tensor, t: Tensor, edges: Tensor, step: Tensor, zero: Tensor, axis
                 edge.add_((level + 0.5 - float(zero)).mul_(size)).div_(2)
                 first, last = (_spread(edges[..., i : i + 1], x, axis)[0] for i in (0, m))
                 edge = torch.where(level > m - 1, last, torch.where(level < 1, first, edge))
-                place.copy_(torch.gt(xs, edge, out=edge).add_(level, alpha=2).nan_to_num_(0.0))
+                _write(torch.gt(xs, edge, out=edge).add_(level, alpha=2).nan_to_num_(0.0), place)
             elif cells is not None:
                 edge = _look_up(edges, level, axis)
-                place.copy_(torch.gt(xs, edge, out=edge).add_(level, alpha=2))
+                _write(torch.gt(xs, edge, out=edge).add_(level, alpha=2), place)
             else:
-                place.copy_(_count(xs, edges, axis).add_(level))
+                _write(_count(xs, edges, axis).add_(level), place)
         _values(level, xs, size, zero, ys)
+
+
+def _write(values: Tensor, code: Tensor) -> None:
+    """Write codes; by way of int16, since from float to uint8 is not vectorised."""
+    code.copy_(values.short() if code.dtype == torch.uint8 else values)
 
 
 def decode(grad: Tensor, code: Tensor, derivative: Tensor | None, table: Tensor, zero: Tensor,
@@ -262,7 +268,8 @@ def _histogram(weights: Tensor, code: Tensor, codes: int, axis: int | None) -> T
     """Sum weights by code: (codes,), or (C, codes) per channel."""
     weights = weights.double()
     if axis is None:
-        return torch.bincount(code.reshape(-1).int(), weights.reshape(-1), minlength=codes)
+        places = code if code.dtype == torch.uint8 else code.int()
+        return torch.bincount(places.reshape(-1), weights.reshape(-1), minlength=codes)
     rows = code.movedim(axis, 0).flatten(1).long()
     rows += codes * torch.arange(rows.shape[0], device=code.device).unsqueeze(1)
     sums = torch.bincount(rows.reshape(-1), weights.movedim(axis, 0).reshape(-1),
