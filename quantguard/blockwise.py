@@ -18,8 +18,8 @@ _FULLEST = 6
 _TINY = 1e-30
 # A sigmoid this far from its threshold, times sharpness, is 0 or 1 to float32.
 _REACH = 17.0
-# Elements per block: most of what is between its operations stays in the cache, and each operation is
-# long enough for the threads that share it.
+# Elements per block: most of what is between its operations stays in the cache, and each operation
+# is long enough for the threads that share it.
 _BLOCK = 1 << 19
 
 
