@@ -17,7 +17,7 @@ from quantguard.attacks import PGD, Entry, FoolboxModel, Noise, PixelModel, buil
 from quantguard.attacks import pgd as pgd_room
 from quantguard.attacks._foolbox import fb
 from quantguard.attacks.noise import image_noise
-from quantguard.attacks.pgd import ascend, margin, project
+from quantguard.attacks.pgd import ascend, attack_loss, margin, project
 from quantguard.errors import ConversionError, SpecError
 from quantguard.spec import Threat
 
@@ -110,6 +110,71 @@ def test_twin_finds_what_ramp_misses_behind_a_narrow_window(problem: Problem) ->
         ramp = PGD(loss, 60, **options).run(fmodel, problem.x, criterion, epsilon=problem.eps)
         assert torch.equal(ramp, problem.x)
         assert_finds_what_is_there(PGD(loss, 60, twin=(0.2, 2), **options), problem, model)
+
+
+@pytest.mark.parametrize("options", [
+    {"loss": "margin", "target": 1}, {"loss": "scaled"}, {"average": 3}, {"noise": 0.3},
+    {"loss": "margin", "target": 5}])
+def test_every_way_of_climbing_finds_what_is_there(problem: Problem,
+                                                   options: dict[str, Any]) -> None:
+    options = {"loss": "ce", "rel_step": 0.4, "decay": True, "norm": problem.norm, **options}
+    attack = PGD(steps=60, **options)
+    assert_finds_what_is_there(attack, problem, problem.linear())
+    assert_finds_what_is_there(attack, problem, problem.staircase(width=100.0))
+
+
+def test_targets_are_ranked_among_the_wrong_classes() -> None:
+    logits = torch.tensor([[5.0, 1.0, 3.0, 2.0], [0.0, 1.0, 3.0, 2.0]])
+    labels = torch.tensor([0, 2])
+    assert [pgd_room.rival(logits, labels, k).tolist() for k in (1, 2, 3, 9)] == [
+        [2, 3], [3, 1], [1, 0], [1, 0]]
+    loss = attack_loss(logits, labels, "margin", torch.tensor([3, 0]))
+    assert float(loss) == (2 - 5) + (0 - 3)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e3, 1e-3])
+def test_the_scaled_loss_knows_no_scale(scale: float) -> None:
+    logits = torch.randn(20, 5, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    labels = torch.zeros(20, dtype=torch.long)
+    gradients = [torch.autograd.grad(attack_loss(s * logits, labels, "scaled"), logits)[0]
+                 for s in (1.0, scale)]
+    torch.testing.assert_close(*gradients)
+    huge = torch.autograd.grad(attack_loss(1e3 * logits, labels, "ce"), logits)[0]
+    assert (huge == 0).flatten(1).all(1).any()  # which cross-entropy does
+
+
+def test_what_stands_is_returned_where_it_came_nearest(problem: Problem) -> None:
+    model, criterion = problem.linear(), fb.criteria.Misclassification(problem.y)
+    standing = problem.margin > problem.eps
+    margins = []
+    for steps in (3, 30):  # one long step that overshoots must not be the last word
+        x = PGD("ce", steps, rel_step=3.0, norm=problem.norm).run(
+            FoolboxModel(model), problem.x, criterion, epsilon=problem.eps)
+        with torch.no_grad():
+            margins.append(margin(model(x), problem.y)[standing])
+    assert (margins[1] >= margins[0] - 1e-6).all()
+
+
+def test_a_restart_starts_where_it_is_told(problem: Problem) -> None:
+    model = problem.linear()
+    criterion = fb.criteria.Misclassification(problem.y)
+    fell = PGD("ce", 60, rel_step=0.1, norm=problem.norm).run(
+        FoolboxModel(model), problem.x, criterion, epsilon=problem.eps)
+    for restart in (True, False):
+        attack = PGD("ce", 1, rel_step=1e-6, noise=0.0, norm=problem.norm, restart=restart)
+        x = attack.run(FoolboxModel(model), problem.x, criterion, epsilon=problem.eps,
+                       starting_points=fell)
+        with torch.no_grad():
+            broken = int((model(x).argmax(1) != problem.y).sum())
+        assert broken == (int((problem.margin < problem.eps).sum()) if restart else 0)
+        assert distance(x, problem.x, problem.norm).max() <= problem.eps * (1 + 1e-5)
+
+
+@pytest.mark.parametrize("options", [{"average": 0}, {"target": 1}, {"noise": 1.5},
+                                     {"noise": -0.1}])
+def test_impossible_climbs(options: dict[str, Any]) -> None:
+    with pytest.raises(SpecError):
+        PGD("ce", 3, **options)
 
 
 def test_an_image_that_fell_is_kept_as_it_fell(problem: Problem) -> None:

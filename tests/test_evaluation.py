@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import quantguard as qg
-from quantguard.attacks import PGD, Entry, Noise
+from quantguard import evaluation
+from quantguard.attacks import PGD, Entry, Noise, Suite
 from quantguard.attacks._foolbox import fb
 from quantguard.errors import ConversionError, DataError, SpecError
 from quantguard.results import Evaluation
@@ -379,6 +380,52 @@ def test_an_interrupted_evaluation_goes_on_to_the_same_result(quantized: nn.Modu
                                                               two.gradients)
     again = measured(quantized, loader, suite=suite, run_dir=tmp_path / "run")  # nothing left to do
     assert np.array_equal(again.adversarials, whole.adversarials)
+
+
+class Rounds(PGD):
+    """Break a stated number of standing images, and note where it started."""
+
+    log: ClassVar[dict[int, list[Any]]] = {}
+
+    def __init__(self, share: int, restart: bool = False) -> None:
+        super().__init__("ce", 1, restart=restart)
+        self.share = share
+
+    @property
+    def starts(self) -> list[Any]:
+        """What it was given as starting points; no setting of the attack."""
+        return self.log.setdefault(id(self), [])
+
+    def run(self, model: Any, inputs: Any, criterion: Any, *, epsilon: float,
+            starting_points: Any = None, **kwargs: Any) -> Any:
+        self.starts.append(starting_points)
+        found = inputs.clone()
+        if len(self.starts) == 1:  # the first batch
+            found[: self.share] = 0.55
+        return found
+
+
+@pytest.mark.parametrize(("breaks", "ran"), [
+    ([5, 0, 1, 9], 3), ([0, 0, 9], 2), ([5, 1, 5, 1, 0, 9], 5), ([3, 3, 3], 3)])
+def test_rounds_go_on_until_two_in_a_row_do_not_pay(breaks: list[int], ran: int, tmp_path: Path,
+                                                    monkeypatch: pytest.MonkeyPatch) -> None:
+    rounds = [Entry(f"round {i}", Rounds(k, restart=i == 1), "escalation")
+              for i, k in enumerate(breaks)]
+    first, last = Entry("first", Stub(-0.1), "pgd", True), Entry("last", Stub(-0.1), "transfer")
+    monkeypatch.setattr(evaluation, "build_suite",
+                        lambda *_, **__: Suite([first], rounds, [last]))
+    loader = grey(*[0.45] * 250)  # 0.55 is another class; 1 of 250 images does not pay, 2 do
+    results = [measured(Bright(), loader, Threat(eps=0.2), run_dir=tmp_path) for _ in range(2)]
+    for result in results:  # the second takes what the first has left in the run directory
+        assert [a.label for a in result.attacks] == [
+            "first", *(f"round {i}" for i in range(ran)), "last"]
+        assert [int(a.broke.sum()) for a in result.attacks[1:-1]] == breaks[:ran]
+        assert int(result.survived.sum()) == 250 - sum(breaks[:ran])
+        pays = ran == len(breaks) and max(breaks[-2:]) > 1
+        assert ("escalation still pays" in raised(result)) == pays
+    assert all(start is None for start in rounds[0].attack.starts)
+    assert all(start is not None for start in rounds[1].attack.starts)
+    assert len(rounds[0].attack.starts) == 2  # batches, once
 
 
 @pytest.mark.parametrize("change", ["eps", "seed", "suite", "images", "model"])
