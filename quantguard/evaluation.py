@@ -25,7 +25,7 @@ from .attacks import Entry, FoolboxModel, PixelModel, Suite, build_suite
 from .attacks.pgd import margin, project
 from .batches import check_images, check_labels, require_reiterable, snap, to_pixels, unpack
 from .errors import DataError, Interrupted, SpecError
-from .evidence import all_flags, are_probabilities, padded, predict, saturated
+from .evidence import all_flags, are_probabilities, fidelity, padded, predict, saturated
 from .files import replacing
 from .progress import Progress
 from .results import AttackResult, Evaluation, indices, mask_of
@@ -254,6 +254,7 @@ def _evaluate(model: nn.Module, loader: Iterable[Any], threat: Threat, suite: st
         _Schedule(pixel_model, data, threat, batch, correct, state, bar).run(chosen)
         flags = all_flags(pixel_model, data.pixels, data.labels, logits, threat, batch, seed,
                           correct, state.survived, state.results, len(chosen.rounds))
+        faithful = fidelity(pixel_model, data.pixels, data.labels, correct, threat, batch, seed)
     except KeyboardInterrupt:
         bar.close()
         many = f"{len(certain)} attacks" + " or more" * bool(chosen.rounds)
@@ -269,7 +270,7 @@ def _evaluate(model: nn.Module, loader: Iterable[Any], threat: Threat, suite: st
     adversarials = np.where(broken, state.adversarials, data.pixels.cpu().numpy())
     return Evaluation(correct, state.survived, tuple(state.results), flags, adversarials,
                       data.labels.cpu().numpy(), threat, name, seed,
-                      environment(data.pixels.device), digest, time.monotonic() - start)
+                      environment(data.pixels.device), digest, time.monotonic() - start, faithful)
 
 
 class _Schedule:

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from . import masking
-from .activation import soften
+from .activation import backward, soften
 from .attacks import PGD, FoolboxModel, PixelModel
 from .attacks.noise import image_noise
 from .attacks.pgd import input_gradient, margin
 from .attacks.suites import BLIND
 from .errors import ConversionError
 from .masking import Flag
+from .pooling import pools_first
 from .results import AttackResult
 from .running import run
 from .spec import Threat
@@ -24,6 +26,7 @@ from .spec import Threat
 _SATURATED = 12.0
 # Images that are enough to see that a forward is random, or looks at its whole batch.
 _FEW = 64
+_DIRECTIONS = 64
 
 
 def predict(model: PixelModel, x: Tensor, batch: int, where: str = "") -> Tensor:
@@ -85,6 +88,45 @@ def all_flags(model: PixelModel, pixels: Tensor, labels: Tensor, logits: Tensor,
         standing += _unbounded(model, x, y, size, threat, seed)
     return (*flags, masking.zero_gradients(zeros, len(chosen)),
             masking.unbounded(standing, len(chosen)))
+
+
+def fidelity(model: PixelModel, pixels: Tensor, labels: Tensor, correct: np.ndarray,
+             threat: Threat, batch: int, seed: int) -> dict[str, float]:
+    """Return, for each surrogate gradient, how well it foretells what the margin really does.
+
+    The median over correct images of the correlation, over random sign directions d, between the
+    margin's change from ``x - h d`` to ``x + h d``, h = eps / 4, and the surrogate's derivative in
+    direction d; 0 where either is constant.
+    """
+    rows = np.flatnonzero(correct)[:_FEW if pixels[0].numel() <= 3 * 64 * 64 else 8]
+    if not len(rows):
+        return {}
+    x, y, h = pixels[rows], labels[rows], threat.eps / 4
+    unit = torch.stack([image_noise(x, "linf", seed, f"fidelity {i}").sign()
+                        for i in range(_DIRECTIONS)])
+    if threat.norm == "l2":
+        unit = unit / x[0].numel() ** 0.5
+    changes = torch.stack([margin(predict(model, x + h * d, batch), y)
+                           - margin(predict(model, x - h * d, batch), y) for d in unit])
+    found = {}
+    surrogates = {"ramp": backward(model, "ramp"), "sigmoid(8)": backward(model, "sigmoid(8)"),
+                  "twin k 8": soften(model, 8.0)} if model.quantized else \
+        {"gradient": nullcontext(model)}
+    for name, surrogate in surrogates.items():
+        with surrogate, pools_first(model):
+            gradient = torch.cat([input_gradient(model, images, classes, "margin")[0][:size]
+                                  for images, classes, size in _batches(pixels, labels, rows,
+                                                                        batch)])
+        slopes = (unit * gradient).flatten(2).sum(2)
+        found[name] = float(_correlation(changes, slopes).median())
+    return found
+
+
+def _correlation(a: Tensor, b: Tensor) -> Tensor:
+    """Return the correlation over the first dimension; 0 where either is constant."""
+    a, b = (v.double() - v.double().mean(0) for v in (a, b))
+    scale = a.norm(dim=0) * b.norm(dim=0)
+    return torch.where(scale > 0, (a * b).sum(0) / scale.clamp_min(1e-300), 0.0)
 
 
 def _batches(pixels: Tensor, labels: Tensor, chosen: np.ndarray,

@@ -68,6 +68,8 @@ class Evaluation:
         threat, suite, seed, environment: how to have it again.
         image_hash: of pixels and labels, in order.
         seconds: wall time.
+        fidelity: for each surrogate gradient, its correlation with true differences of the margin
+            at eps / 4: 1 where it tells all, 0 where nothing; empty where it was not measured.
     """
 
     correct: np.ndarray = field(repr=False)
@@ -82,6 +84,7 @@ class Evaluation:
     environment: dict[str, str]
     image_hash: str
     seconds: float
+    fidelity: dict[str, float] = field(default_factory=dict)
 
     @property
     def images(self) -> int:
@@ -154,7 +157,7 @@ class Evaluation:
                          "broke_images": indices(r.broke), "own_success": r.own_success,
                          "median_norm": r.median_norm, "queries": r.queries,
                          "gradients": r.gradients, "seconds": r.seconds} for r in self.attacks],
-            "flags": [vars(flag) for flag in self.flags]}
+            "flags": [vars(flag) for flag in self.flags], "fidelity": self.fidelity}
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the JSON that :meth:`from_dict` reads."""
@@ -197,7 +200,8 @@ class Evaluation:
             return cls(mask_of(data["correct_images"], n), mask_of(data["survived_images"], n),
                        tuple(attacks), tuple(Flag(**f) for f in data["flags"]), None,
                        np.array(data["labels"]), Threat(**data["threat"]), data["suite"],
-                       data["seed"], data["environment"], data["image_hash"], data["seconds"])
+                       data["seed"], data["environment"], data["image_hash"], data["seconds"],
+                       data.get("fidelity", {}))
         except (KeyError, TypeError) as error:
             raise DataError("this is no evaluation JSON of quantguard", why=repr(error)) from None
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,8 +12,10 @@ from torch import Tensor, nn
 
 import quantguard as qg
 from quantguard import masking
-from quantguard.evidence import are_probabilities, saturated
+from quantguard.attacks import PixelModel
+from quantguard.evidence import are_probabilities, fidelity, saturated
 from quantguard.results import Evaluation
+from quantguard.running import frozen
 from quantguard.spec import Threat
 
 Digits = tuple[Tensor, Tensor]
@@ -114,3 +117,41 @@ def test_saturation_looks_at_the_correct_images_alone() -> None:
     (masking.escalation_pays([9, 5], 3, 500), False), (masking.escalation_pays([], 3, 500), False)])
 def test_when_each_speaks(flag: masking.Flag, raises: bool) -> None:
     assert flag.raised == raises and flag.reason and flag.test
+
+
+def faithful(model: nn.Module, digits: Digits, norm: str = "linf", n: int = 40) -> dict[str, float]:
+    x, y = digits[0][:n], digits[1][:n]
+    threat = Threat(norm, 0.1 if norm == "linf" else 0.5)
+    with frozen(model):
+        return fidelity(PixelModel(model.eval(), threat), x, y, np.ones(n, dtype=bool), threat,
+                        64, 0)
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_fidelity_is_1_where_the_gradient_tells_all(norm: str, digits: Digits) -> None:
+    torch.manual_seed(0)
+    linear = nn.Sequential(nn.Flatten(), nn.Linear(64, 2))
+    labels = digits[1] % 2
+    assert faithful(linear, (digits[0], labels), norm)["gradient"] > 0.999
+
+    class Wrong(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, g: Tensor) -> Tensor:  # type: ignore[override]
+            return -g
+    wrong = faithful(Around(linear, Wrong.apply), (digits[0], labels), norm)
+    assert wrong["gradient"] < -0.999
+    blind = faithful(Around(linear, lambda x: x.detach()), (digits[0], labels), norm)
+    assert blind["gradient"] == 0
+
+
+def test_fidelity_of_a_staircase_is_lower_and_shown(cnn: nn.Module, quantized: nn.Module,
+                                                    digits: Digits, sound: Evaluation) -> None:
+    float_net, steps = faithful(cnn, digits), faithful(quantized, digits)
+    assert set(steps) == {"ramp", "sigmoid(8)", "twin k 8"} and float_net["gradient"] > 0.8
+    assert max(steps.values()) < float_net["gradient"]
+    assert set(sound.fidelity) == {"gradient"} and "Fidelity" in str(sound)
+    assert Evaluation.from_dict(sound.to_dict()).fidelity == sound.fidelity

@@ -14,8 +14,8 @@ from .text import (
     columns,
     flag_lines,
     headline,
-    minimum_norm_lines,
     paired_lines,
+    side_lines,
     threat_text,
 )
 
@@ -90,7 +90,7 @@ def _comparison(comparison: Comparison) -> str:
 
 def _evaluation(evaluation: Evaluation) -> str:
     notes = "".join(f"<p><small>{html.escape(line)}</small></p>"
-                    for line in minimum_norm_lines(evaluation))
+                    for line in side_lines(evaluation))
     return (f'<div class="head">{html.escape(headline(evaluation))}</div>{_flags(evaluation)}'
             f"{_table(attack_rows(evaluation))}{notes}")
 

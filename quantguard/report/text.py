@@ -98,13 +98,18 @@ def attack_rows(evaluation: Evaluation) -> list[list[str]]:
     return rows
 
 
-def minimum_norm_lines(evaluation: Evaluation) -> list[str]:
-    """Return what minimum-norm attacks did by their own measure, which is not survival."""
-    return [f"{a.label} by its own measure: succeeds on {a.own_success} of "
-            f"{int(a.attacked.sum())} images, median L2 norm "
-            f"{'-' if a.median_norm is None else format(a.median_norm, '.3g')}; its column counts "
-            "what is left after clipping to the threat."
-            for a in evaluation.attacks if a.own_success is not None]
+def side_lines(evaluation: Evaluation) -> list[str]:
+    """Return what is no survival: minimum-norm attacks by their own measure; fidelity."""
+    own = [f"{a.label} by its own measure: succeeds on {a.own_success} of "
+           f"{int(a.attacked.sum())} images, median L2 norm "
+           f"{'-' if a.median_norm is None else format(a.median_norm, '.3g')}; its column counts "
+           "what is left after clipping to the threat."
+           for a in evaluation.attacks if a.own_success is not None]
+    if not evaluation.fidelity:
+        return own
+    said = ", ".join(f"{name} {value:.2f}" for name, value in evaluation.fidelity.items())
+    return [*own, f"Fidelity, the correlation of each gradient with what the margin really does at "
+                  f"a quarter of eps: {said} (near 1 on a sound float model)."]
 
 
 def flag_lines(evaluation: Evaluation) -> list[str]:
@@ -120,7 +125,7 @@ def evaluation_text(evaluation: Evaluation) -> str:
              f"Clean accuracy {clean} %; attacks succeed on {broken} of {clean.count} correctly "
              f"classified images. Threat: {threat_text(evaluation)}; seed {evaluation.seed}.",
              "", table(attack_rows(evaluation))]
-    parts += ["", *minimum_norm_lines(evaluation)]
+    parts += ["", *side_lines(evaluation)]
     parts += [*flag_lines(evaluation), UPPER_BOUND]
     return "\n".join(parts)
 
