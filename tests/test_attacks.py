@@ -447,6 +447,10 @@ def test_settings_of_every_entry_are_json(suite: Any, norm: str, quantized: bool
     assert json.loads(json.dumps(settings)) == settings
     assert len({s["label"] for s in settings}) == len(entries)
     assert all(entry.cost >= 1 for entry in entries)
+    # beside them in the JSON stands what the attack did
+    done = {"queries", "gradients", "seconds", "own_success", "median_norm", "attacked_images",
+            "broke_images"}
+    assert not any(done & set(s) for s in settings)
     assert not [s for s in settings if " at 0x" in json.dumps(s)]
 
 

@@ -81,7 +81,7 @@ def test_any_shape(shape: tuple[int, ...]) -> None:
     assert not torch.equal(result, x)
 
 
-@pytest.mark.parametrize("options", [{"queries": 1}, {"p": 0.0}, {"p": 1.5}])
+@pytest.mark.parametrize("options", [{"steps": 1}, {"p": 0.0}, {"p": 1.5}])
 def test_impossible_settings(options: dict[str, float]) -> None:
     with pytest.raises(SpecError, match="at least 2"):
         Square(**options)  # type: ignore[arg-type]

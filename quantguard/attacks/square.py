@@ -29,7 +29,7 @@ class Square(fb.attacks.base.FixedEpsilonAttack):
     Each image has its own random numbers, so that its result does not depend on its batch.
 
     Args:
-        queries: forward passes an image, at most.
+        steps: squares tried, each one query; the stripes it starts from are the first.
         p: share of pixels changed at the start.
         seed: of the squares.
 
@@ -37,10 +37,10 @@ class Square(fb.attacks.base.FixedEpsilonAttack):
         SpecError: numbers out of range.
     """
 
-    def __init__(self, queries: int = 1000, p: float = 0.8, seed: int = 0) -> None:
-        if queries < 2 or not 0 < p <= 1:
-            raise SpecError(f"queries={queries} must be at least 2, and p={p} in (0, 1]")
-        self.queries, self.p, self.seed = queries, p, seed
+    def __init__(self, steps: int = 1000, p: float = 0.8, seed: int = 0) -> None:
+        if steps < 2 or not 0 < p <= 1:
+            raise SpecError(f"steps={steps} must be at least 2, and p={p} in (0, 1]")
+        self.steps, self.p, self.seed = steps, p, seed
 
     @property
     def distance(self) -> Any:
@@ -77,11 +77,11 @@ class Square(fb.attacks.base.FixedEpsilonAttack):
         signs = torch.where(drawn(channels, 1, width) < 0.5, -1.0, 1.0)
         best = torch.where(signs.expand(shape).reshape(x.shape) > 0, most, least)
         highest = margin(module(best), labels)
-        for query in range(1, self.queries):
+        for step in range(1, self.steps):
             standing = highest <= 0
             if not bool(standing.any()):
                 break
-            share = self.p / 2 ** sum(query > h * self.queries / 10_000 for h in _HALVINGS)
+            share = self.p / 2 ** sum(step > h * self.steps / 10_000 for h in _HALVINGS)
             side = max(1, round(math.sqrt(share * height * width)))
             rows = min(side, height)
             columns = min(max(1, round(share * height * width / rows)), width)

@@ -61,9 +61,8 @@ class Entry:
         values = vars(self.attack)
         if "binary_search_steps" in values:
             return float(values["binary_search_steps"] * values["steps"])
-        if "queries" in values:
-            return float(values["queries"]) / 3  # no backward pass
-        return float(values.get("steps", values.get("repeats", 1)) * values.get("average", 1))
+        steps = float(values.get("steps", values.get("repeats", 1)) * values.get("average", 1))
+        return steps / 3 if isinstance(self.attack, Square) else steps  # no backward pass
 
     def settings(self) -> dict[str, Any]:
         """Return every hyper-parameter as plain JSON types."""
