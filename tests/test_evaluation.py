@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -385,7 +386,7 @@ def test_an_interrupted_evaluation_goes_on_to_the_same_result(quantized: nn.Modu
 class Rounds(PGD):
     """Break a stated number of standing images, and note where it started."""
 
-    log: ClassVar[dict[int, list[Any]]] = {}
+    log: ClassVar[weakref.WeakKeyDictionary[Rounds, list[Any]]] = weakref.WeakKeyDictionary()
 
     def __init__(self, share: int, restart: bool = False) -> None:
         super().__init__("ce", 1, restart=restart)
@@ -394,7 +395,7 @@ class Rounds(PGD):
     @property
     def starts(self) -> list[Any]:
         """What it was given as starting points; no setting of the attack."""
-        return self.log.setdefault(id(self), [])
+        return self.log.setdefault(self, [])
 
     def run(self, model: Any, inputs: Any, criterion: Any, *, epsilon: float,
             starting_points: Any = None, **kwargs: Any) -> Any:
