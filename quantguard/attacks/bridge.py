@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..activation import staircases
 from ..batches import from_pixels
-from ..errors import ConversionError
+from ..errors import ConversionError, SpecError
 from ..running import device_of
 from ..spec import Threat
 from ._foolbox import fb
@@ -89,6 +89,20 @@ class FoolboxModel(fb.models.PyTorchModel):
     def __init__(self, model: nn.Module, threat: Threat = Threat()) -> None:
         self.module = model if isinstance(model, PixelModel) else PixelModel(model, threat)
         super().__init__(self.module, bounds=threat.bounds, device=device_of(model))
+
+
+def labels_of(criterion: Any) -> Tensor:
+    """Return the labels (N,) that an untargeted attack leads away from.
+
+    Raises:
+        SpecError: another criterion.
+    """
+    wanted = fb.attacks.base.get_criterion(criterion)
+    if not isinstance(wanted, fb.criteria.Misclassification):
+        raise SpecError(f"this attack is untargeted, and {type(wanted).__name__} is not",
+                        fix="Give labels, or foolbox.criteria.Misclassification.")
+    labels: Tensor = wanted.labels.raw
+    return labels
 
 
 def module_of(model: Any) -> PixelModel:

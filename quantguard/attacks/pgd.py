@@ -18,7 +18,7 @@ from ..errors import SpecError
 from ..pooling import pools_first
 from ..running import frozen
 from ._foolbox import fb
-from .bridge import PixelModel, module_of
+from .bridge import PixelModel, labels_of, module_of
 from .noise import image_noise
 
 LOSSES = ("ce", "margin", "scaled")
@@ -160,11 +160,7 @@ class PGD(fb.attacks.base.FixedEpsilonAttack):
         """
         fb.attacks.base.raise_if_kwargs(kwargs)
         wrapped, restore = ep.astensor_(inputs)
-        wanted = fb.attacks.base.get_criterion(criterion)
-        if not isinstance(wanted, fb.criteria.Misclassification):
-            raise SpecError(f"this attack is untargeted, and {type(wanted).__name__} is not",
-                            fix="Give labels, or foolbox.criteria.Misclassification.")
-        labels, x0 = wanted.labels.raw, wrapped.raw
+        labels, x0 = labels_of(criterion), wrapped.raw
         around = x0
         if self.restart and starting_points is not None:
             around = ep.astensor(starting_points).raw

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..errors import SpecError
 from ._foolbox import fb
-from .bridge import module_of
+from .bridge import labels_of, module_of
 from .noise import seed_of
 from .pgd import margin
 
@@ -51,12 +51,8 @@ class Square(fb.attacks.base.FixedEpsilonAttack):
         """Return for each image the first point that fools model, else the strongest."""
         fb.attacks.base.raise_if_kwargs(kwargs)
         wrapped, restore = ep.astensor_(inputs)
-        wanted = fb.attacks.base.get_criterion(criterion)
-        if not isinstance(wanted, fb.criteria.Misclassification):
-            raise SpecError(f"this attack is untargeted, and {type(wanted).__name__} is not",
-                            fix="Give labels, or foolbox.criteria.Misclassification.")
         x: Tensor = wrapped.raw
-        found = self._search(model, x, wanted.labels.raw, epsilon)
+        found = self._search(model, x, labels_of(criterion), epsilon)
         return restore(ep.astensor(found))
 
     @torch.no_grad()
