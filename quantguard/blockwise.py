@@ -58,8 +58,8 @@ def _write(values: Tensor, code: Tensor) -> None:
 
 
 def decode(grad: Tensor, code: Tensor, derivative: Tensor | None, table: Tensor, zero: Tensor,
-            axis: int | None, out: Tensor | None, by_window: Tensor | None,
-            by_level: Tensor | None) -> None:
+           axis: int | None, out: Tensor | None, by_window: Tensor | None,
+           by_level: Tensor | None) -> None:
     """Do what ``fused.decode`` does; out and by_window see grad times derivative."""
     m = table.shape[-1] - 2
     codes = 2 * m + 2

@@ -252,8 +252,8 @@ def _evaluate(model: nn.Module, loader: Iterable[Any], threat: Threat, suite: st
     bar = Progress("evaluate", sum(e.cost for e in certain) * int(correct.sum()), show)
     try:
         _Schedule(pixel_model, data, threat, batch, correct, state, bar).run(chosen)
-        flags = all_flags(pixel_model, data.pixels, data.labels, logits, threat, batch, seed,
-                          correct, state.survived, state.results, len(chosen.rounds))
+        flags = all_flags(pixel_model, data.pixels, data.labels, threat, batch, seed, correct,
+                          state.survived, state.results, len(chosen.rounds))
         faithful = fidelity(pixel_model, data.pixels, data.labels, correct, threat, batch, seed)
     except KeyboardInterrupt:
         bar.close()

@@ -22,7 +22,7 @@ from .results import AttackResult
 from .running import run
 from .spec import Threat
 
-# Logits this far apart: 1 - p rounds to 0 in float32, and with it cross-entropy's gradient.
+# Logits this far apart: of 1 - p, under 1e-5, and of cross-entropy's gradient few digits are left.
 _SATURATED = 12.0
 # Images that are enough to see that a forward is random, or looks at its whole batch.
 _FEW = 64
@@ -49,8 +49,10 @@ def predict(model: PixelModel, x: Tensor, batch: int, where: str = "") -> Tensor
 
 
 def padded(x: Tensor, batch: int) -> tuple[Tensor, int]:
-    """Fill a last batch up, and return how many are its own: how images are batched must not
-    change what a kernel computes."""
+    """Fill a last batch up, and return how many images are its own.
+
+    How images are batched must not change what a kernel computes.
+    """
     size = len(x)
     return (x if size == batch else torch.cat([x, x[-1:].expand(batch - size, *x.shape[1:])])), size
 
@@ -61,14 +63,14 @@ def are_probabilities(logits: Tensor) -> bool:
 
 
 def saturated(logits: Tensor, labels: Tensor) -> bool:
-    """Return whether cross-entropy's gradient rounds away on over 1 % of the correct images."""
+    """Return whether logits are so far apart, on over 1 % of the correct images."""
     gaps = -margin(logits, labels)
     correct = gaps > 0
     return bool((gaps > _SATURATED).sum() > 0.01 * correct.sum())
 
 
-def all_flags(model: PixelModel, pixels: Tensor, labels: Tensor, logits: Tensor, threat: Threat,
-              batch: int, seed: int, correct: np.ndarray, survived: np.ndarray,
+def all_flags(model: PixelModel, pixels: Tensor, labels: Tensor, threat: Threat, batch: int,
+              seed: int, correct: np.ndarray, survived: np.ndarray,
               results: Iterable[AttackResult], rounds: int) -> tuple[Flag, ...]:
     """Return every check of the model and of its evaluation.
 
