@@ -156,8 +156,8 @@ def tables() -> None:
         print(f"{bits} bits, dynamic over fixed: "
               f"{paired(shares(f'trained/{bits}/dynamic'), shares(f'trained/{bits}/fixed'))}")
     longer = shares("longer/32"), shares("longer/2")
-    print(f"\n{MORE_EPOCHS} epochs: float {spread(longer[0])}, 2 bits, dynamic {spread(longer[1])}, "
-          f"difference {paired(longer[1], longer[0])}")
+    print(f"\n{MORE_EPOCHS} epochs: float {spread(longer[0])}, 2 bits, dynamic "
+          f"{spread(longer[1])}, difference {paired(longer[1], longer[0])}")
     print("\nthresholds alone             converted         learned           difference")
     for bits, rows in itertools.product(LEARN_BITS, ("tensor", "channel")):
         before, after = (shares(f"thresholds/{bits}/{rows}/{kind}")
@@ -176,7 +176,8 @@ def main() -> None:
         if not target.exists():
             write_text(target, json.dumps({
                 "seed": seed, "right": cells(seed), "of": 10_000, "parent_epochs": PARENT_EPOCHS,
-                "epochs": EPOCHS, "more_epochs": MORE_EPOCHS, "recipe": qg.Recipe("clean").to_dict(),
+                "epochs": EPOCHS, "more_epochs": MORE_EPOCHS,
+                "recipe": qg.Recipe("clean").to_dict(),
                 "python": platform.python_version(), "torch": version("torch"),
                 "threads": torch.get_num_threads(), "cores": os.cpu_count(),
                 "machine": platform.machine()}))
