@@ -15,6 +15,7 @@ from torch import Tensor, fx, nn
 from .errors import SpecError
 from .spec import QuantSpec
 from .staircase import MODES, Surrogate, soft_staircase, staircase
+from .windows import resampled
 
 # A learned gap never falls below this share of the gap it started from: unguarded, gaps merge
 # under Adam and slopes explode.
@@ -34,6 +35,7 @@ class _State(NamedTuple):
     surrogate: Surrogate = Surrogate()
     # Is told what a staircase put out, which one, and what it was given (pooling.py).
     noted: Callable[[Tensor, QuantActivation, Tensor], None] | None = None
+    bits: int | None = None  # other than its own
 
 
 def absorbed_range(function: nn.Module) -> tuple[float, float] | None:
@@ -231,12 +233,13 @@ class QuantActivation(nn.Module):
 
     def quantized(self, z: Tensor) -> Tensor:
         """Return q(z), or its twin's value inside :func:`soften`."""
-        t, step, axis = self.thresholds, self.step, self.axis
+        t, step, zero, axis = self.thresholds, self.step, self.zero_level, self.axis
         window = self._window(t)
+        if self._state.bits is not None:
+            t, step, zero, window = resampled(t, step, zero, window, 2**self._state.bits - 1)
         if self._state.action == "soften":
-            return soft_staircase(z, t, step, window, self.zero_level, self._state.sharpness, axis)
-        return staircase(z, t, step, window, self.zero_level, self._state.surrogate, self.gate,
-                         axis)
+            return soft_staircase(z, t, step, window, zero, self._state.sharpness, axis)
+        return staircase(z, t, step, window, zero, self._state.surrogate, self.gate, axis)
 
     @torch.no_grad()
     def levels(self, z: Tensor) -> Tensor:
@@ -312,6 +315,20 @@ def switched(model: nn.Module, change: dict[str, Any]) -> Iterator[nn.Module]:
 def bypass(model: nn.Module) -> Iterator[nn.Module]:
     """Make the converted model compute exactly what the float one would, inside the context."""
     with switched(model, {"action": "bypass"}):
+        yield model
+
+
+@contextmanager
+def at_bits(model: nn.Module, bits: int) -> Iterator[nn.Module]:
+    """Give every staircase so many bits over the range that it has, inside the context.
+
+    Args:
+        model: any module; one without staircases is left as it is.
+        bits: 1 to 8; 32 is :func:`bypass`.
+    """
+    if not (1 <= bits <= 8 or bits == 32):
+        raise SpecError(f"bits={bits} must be 1 to 8, or 32")
+    with bypass(model) if bits == 32 else switched(model, {"bits": bits}):
         yield model
 
 

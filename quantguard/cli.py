@@ -320,24 +320,34 @@ def harden(model: str, arch: str | None, trust: bool, data: str, output: str | N
 @_EVALUATION
 @click.option("--adversarials", type=click.Path(dir_okay=False),
               help="Save what broke each image as FILE.npz (x, y, broken).")
+@click.option("--budget", help="Time that the attacks may take, as 90s, 5m or 2h; what does not "
+                               "fit is listed.")
+@click.option("--replay", type=click.Path(exists=True, dir_okay=False),
+              help="Run what this JSON of an evaluation ran; its threat, suite, seed and number of "
+                   "images count.")
 @_LOADING
 @_RUNNING
 def evaluate(model: str, arch: str | None, trust: bool, data: str, eps: float, norm: str,
              suite: str, split: str, images: int | None, report: str | None,
-             json_file: str | None, strict: bool, adversarials: str | None, batch_size: int,
-             size: int | None, mean: Any, std: Any, seed: int, run_dir: str | None,
-             device: str | None, quiet: bool) -> None:
+             json_file: str | None, strict: bool, adversarials: str | None,
+             budget: str | None, replay: str | None, batch_size: int, size: int | None, mean: Any,
+             std: Any, seed: int, run_dir: str | None, device: str | None, quiet: bool) -> None:
     """Measure how many images of DATA survive every attack on MODEL."""
     from .evaluation import evaluate as run
     from .pipeline import Comparison
+    from .results import Evaluation
     for file in (report, json_file, adversarials):
         _writable(file)
     if adversarials and not adversarials.endswith(".npz"):
         raise SpecError(f"--adversarials {adversarials} must end in .npz")
     threat = _threat(eps, norm, mean, std)
+    again = Evaluation.load(replay) if replay else None
+    if again is not None:
+        mean, std = again.threat.mean, again.threat.std
     loader = _loader(data, split, batch_size, size, mean, std)
     result = run(_open(model, arch, trust), loader, threat, suite=suite, images=images,
-                 run_dir=run_dir, seed=seed, device=device, progress=not quiet)
+                 run_dir=run_dir, seed=seed, device=device, progress=not quiet, budget=budget,
+                 replay=again)
     click.echo(str(result))
     if json_file:
         result.save(json_file)

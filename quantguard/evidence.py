@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from .attacks.noise import image_noise
 from .attacks.pgd import input_gradient, margin
 from .attacks.suites import BLIND
 from .errors import ConversionError
+from .images import Images
 from .masking import Flag
 from .pooling import pools_first
 from .results import AttackResult
@@ -69,37 +71,43 @@ def saturated(logits: Tensor, labels: Tensor) -> bool:
     return bool((gaps > _SATURATED).sum() > 0.01 * correct.sum())
 
 
-def all_flags(model: PixelModel, pixels: Tensor, labels: Tensor, threat: Threat, batch: int,
-              seed: int, correct: np.ndarray, survived: np.ndarray,
-              results: Iterable[AttackResult], rounds: int) -> tuple[Flag, ...]:
+def all_flags(model: PixelModel, data: Images, threat: Threat, batch: int, seed: int,
+              correct: np.ndarray, survived: np.ndarray, results: Iterable[AttackResult],
+              rounds: int, over_eps: Sequence[np.ndarray]) -> tuple[Flag, ...]:
     """Return every check of the model and of its evaluation.
 
     Args:
         rounds: how many rounds of escalation there could have been.
+        over_eps: masks (n,) of what one attack broke at ascending eps.
     """
-    results = list(results)
-    flags = [masking.probabilities(model.probabilities),
-             *_flags_of_attacks(results, correct, survived, model.quantized, rounds)]
+    results, pixels, labels = list(results), data.pixels, data.labels
     unsteady, beside = _unsteady(model, pixels, batch)
-    flags += [masking.random_forward(unsteady, min(len(pixels), _FEW)),
-              masking.looks_at_its_batch(beside, min(len(pixels), _FEW))]
+    flags = [masking.probabilities(model.probabilities),
+             *flags_of_attacks(results, correct, survived, model.quantized, rounds),
+             masking.random_forward(unsteady, min(len(pixels), _FEW)),
+             masking.looks_at_its_batch(beside, min(len(pixels), _FEW))]
+    if over_eps:
+        flags.append(masking.not_monotone(
+            sum(int((less & ~more).sum()) for less, more in pairwise(over_eps)),
+            (len(over_eps) - 1) * int(correct[:len(over_eps[0])].sum())))
     chosen = np.flatnonzero(survived)
     zeros = standing = 0
-    for x, y, size in _batches(pixels, labels, chosen, batch):
+    for x, y, size in batches(pixels, labels, chosen, batch):
         zeros += _zero_gradients(model, x, y, size, threat, seed)
         standing += _unbounded(model, x, y, size, threat, seed)
     return (*flags, masking.zero_gradients(zeros, len(chosen)),
             masking.unbounded(standing, len(chosen)))
 
 
-def fidelity(model: PixelModel, pixels: Tensor, labels: Tensor, correct: np.ndarray,
-             threat: Threat, batch: int, seed: int) -> dict[str, float]:
+def fidelity(model: PixelModel, data: Images, correct: np.ndarray, threat: Threat, batch: int,
+             seed: int) -> dict[str, float]:
     """Return, for each surrogate gradient, how well it foretells what the margin really does.
 
     The median over correct images of the correlation, over random sign directions d, between the
     margin's change from ``x - h d`` to ``x + h d``, h = eps / 4, and the surrogate's derivative in
     direction d; 0 where either is constant.
     """
+    pixels, labels = data.pixels, data.labels
     rows = np.flatnonzero(correct)[:_FEW if pixels[0].numel() <= 3 * 64 * 64 else 8]
     if not len(rows):
         return {}
@@ -117,7 +125,7 @@ def fidelity(model: PixelModel, pixels: Tensor, labels: Tensor, correct: np.ndar
     for name, surrogate in surrogates.items():
         with surrogate, pools_first(model):
             gradient = torch.cat([input_gradient(model, images, classes, "margin")[0][:size]
-                                  for images, classes, size in _batches(pixels, labels, rows,
+                                  for images, classes, size in batches(pixels, labels, rows,
                                                                         batch)])
         slopes = (unit * gradient).flatten(2).sum(2)
         found[name] = float(_correlation(changes, slopes).median())
@@ -131,17 +139,22 @@ def _correlation(a: Tensor, b: Tensor) -> Tensor:
     return torch.where(scale > 0, (a * b).sum(0) / scale.clamp_min(1e-300), 0.0)
 
 
-def _batches(pixels: Tensor, labels: Tensor, chosen: np.ndarray,
-             batch: int) -> Iterator[tuple[Tensor, Tensor, int]]:
+def batches(pixels: Tensor, labels: Tensor, chosen: np.ndarray,
+            batch: int) -> Iterator[tuple[Tensor, Tensor, int]]:
+    """Yield the chosen images and labels in batches of one size, and how many are of account."""
     for first in range(0, len(chosen), batch):
         rows = chosen[first : first + batch]
         x, size = padded(pixels[rows], batch)
         yield x, padded(labels[rows], batch)[0], size
 
 
-def _flags_of_attacks(results: list[AttackResult], correct: np.ndarray, survived: np.ndarray,
-                      quantized: bool, rounds: int) -> list[Flag]:
-    """Compare what the attacks broke."""
+def flags_of_attacks(results: Sequence[AttackResult], correct: np.ndarray, survived: np.ndarray,
+                     quantized: bool, rounds: int) -> tuple[Flag, ...]:
+    """Compare what the attacks broke.
+
+    Args:
+        rounds: how many rounds of escalation there could have been.
+    """
     n = len(correct)
     none = np.zeros(n, dtype=bool)
     by_group: dict[str, np.ndarray] = {}
@@ -160,7 +173,8 @@ def _flags_of_attacks(results: list[AttackResult], correct: np.ndarray, survived
             flags.append(masking.one_step_beats_many(int((one & ~many).sum()),
                                                      int((many & ~one).sum()), n))
         if quantized and "modes" in by_group:
-            flags.append(masking.modes_disagree(int((rest & by_group["modes"]).sum()), n))
+            others = by_group["modes"] | by_group.get("twin", none)
+            flags.append(masking.modes_disagree(int((rest & others).sum()), n))
     losses = {r.settings["loss"]: r.broke for r in results if r.settings.get("everywhere")
               and r.settings.get("loss") in ("ce", "scaled") and r.group in ("pgd", "scaled")}
     if len(losses) == 2:
@@ -174,7 +188,12 @@ def _flags_of_attacks(results: list[AttackResult], correct: np.ndarray, survived
     if rounds:
         broken_by = [int(r.broke.sum()) for r in results if r.group == "escalation"]
         flags.append(masking.escalation_pays(broken_by, rounds, n))
-    return flags
+    again = [r for r in results if r.group == "reseeded"]
+    if again:
+        times = np.sum([r.broke for r in again], axis=0)
+        flags.append(masking.reseeding_pays(int((times == 1).sum()), len(again),
+                                            int(again[0].attacked.sum())))
+    return tuple(flags)
 
 
 def _unsteady(model: PixelModel, pixels: Tensor, batch: int) -> tuple[int, int]:

@@ -8,7 +8,7 @@ few to tell.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 
@@ -170,6 +170,53 @@ def escalation_pays(broken: list[int], rounds: int, n: int) -> Flag:
                 f"two rounds in a row each break less than {100 * PAYS:g} % of the images",
                 f"{reason}, the last two {broken[-2:]}: more would break more." if pays else
                 f"{reason}; the last two broke next to none.")
+
+
+def reseeding_pays(once: int, runs: int, n: int) -> Flag:
+    """Say whether another seed of the strongest attack would break more.
+
+    What one of several runs alone breaks foretells what the next one breaks anew: its share is the
+    images broken by exactly one run, over the runs (Good 1953, doi:10.1093/biomet/40.3-4.237).
+
+    Args:
+        once: images that exactly one run broke.
+        runs: runs from different seeds, on the same images.
+        n: those images.
+    """
+    name, test = "another seed breaks more", (
+        f"images that exactly one of {runs} runs broke, over {runs}; one-sided 95 % "
+        "Clopper-Pearson: raised where the lower bound is over 1 % of the images, clear where the "
+        "upper bound is under 2 %")
+    value = 100 * once / runs / n if n else 0.0
+    lower, upper = (bound / runs for bound in clopper_pearson(once, n)) if n else (0.0, 0.0)
+    text = f"Of {n} images that stood, exactly one of {runs} reseeded runs broke {once}"
+    if lower > 0.01:
+        return Flag(name, "unresolved", True, value, 1.0, test,
+                    f"{text}: the next run would break more.")
+    if upper < 0.02:
+        return Flag(name, "unresolved", False, value, 1.0, test, f"{text}.")
+    return Flag(name, "undecided", True, value, 1.0, test,
+                f"{text}: too few images to tell. Evaluate more images.")
+
+
+def not_monotone(stood: int, n: int) -> Flag:
+    """Say whether more room for the attacker broke less.
+
+    Args:
+        stood: pairs of an image and an eps at which it fell, while it stood at the next larger one.
+        n: all pairs of an image and an eps.
+    """
+    return _share("not monotone in eps", stood, n, 0.01, 0.02,
+                  "pairs of an image and an eps at which it fell, and stood at the next larger one",
+                  "What breaks at a small eps is allowed at a large one: the attack loses its way.")
+
+
+def left_out(skipped: Sequence[str]) -> Flag:
+    """Say that attacks were left out for lack of time."""
+    return Flag("attacks left out", "undecided", bool(skipped), float(len(skipped)), 0.0,
+                "all attacks of the suite ran",
+                f"No time was left for {', '.join(skipped)}. Give a larger budget." if skipped else
+                "All attacks ran.")
 
 
 def modes_disagree(broken: int, n: int) -> Flag:

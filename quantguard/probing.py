@@ -14,8 +14,8 @@ from .attacks import PGD, FoolboxModel, PixelModel
 from .batches import check_images, check_labels, to_pixels, unpack
 from .batching import Source
 from .errors import DataError
-from .evaluation import image_tensor
 from .evidence import predict
+from .images import image_tensor
 from .running import device_of, evaluating, frozen
 from .spec import Threat
 

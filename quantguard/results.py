@@ -54,6 +54,15 @@ class AttackResult:
         return str(self.settings["group"])
 
 
+@dataclass(frozen=True)
+class CurvePoint:
+    """Hold one point of accuracy over eps: how many of the images still stand at it."""
+
+    eps: float
+    standing: int
+    images: int
+
+
 @dataclass(frozen=True, eq=False)
 class Evaluation:
     """Say how robust a model is, and how far to trust that.
@@ -70,6 +79,8 @@ class Evaluation:
         seconds: wall time.
         fidelity: for each surrogate gradient, its correlation with true differences of the margin
             at eps / 4: 1 where it tells all, 0 where nothing; empty where it was not measured.
+        curve: accuracy over eps, from 0 up, see :mod:`quantguard.curve`.
+        skipped: labels of the attacks that there was no time for.
     """
 
     correct: np.ndarray = field(repr=False)
@@ -85,6 +96,8 @@ class Evaluation:
     image_hash: str
     seconds: float
     fidelity: dict[str, float] = field(default_factory=dict)
+    curve: tuple[CurvePoint, ...] = ()
+    skipped: tuple[str, ...] = ()
 
     @property
     def images(self) -> int:
@@ -157,7 +170,8 @@ class Evaluation:
                          "broke_images": indices(r.broke), "own_success": r.own_success,
                          "median_norm": r.median_norm, "queries": r.queries,
                          "gradients": r.gradients, "seconds": r.seconds} for r in self.attacks],
-            "flags": [vars(flag) for flag in self.flags], "fidelity": self.fidelity}
+            "flags": [vars(flag) for flag in self.flags], "fidelity": self.fidelity,
+            "curve": [vars(point) for point in self.curve], "skipped": list(self.skipped)}
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the JSON that :meth:`from_dict` reads."""
@@ -177,6 +191,19 @@ class Evaluation:
         with replacing(target) as beside:
             np.savez_compressed(beside, x=self.adversarials, y=self.labels,
                                 broken=self.correct & ~self.survived)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Evaluation:
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            DataError: no such file, or not such JSON.
+        """
+        try:
+            data = json.loads(Path(path).read_text())
+        except (OSError, ValueError) as error:
+            raise DataError(f"{path} cannot be read as JSON", why=str(error)) from None
+        return cls.from_dict(data)
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Evaluation:
@@ -201,7 +228,9 @@ class Evaluation:
                        tuple(attacks), tuple(Flag(**f) for f in data["flags"]), None,
                        np.array(data["labels"]), Threat(**data["threat"]), data["suite"],
                        data["seed"], data["environment"], data["image_hash"], data["seconds"],
-                       data.get("fidelity", {}))
+                       data.get("fidelity", {}),
+                       tuple(CurvePoint(**point) for point in data.get("curve", ())),
+                       tuple(data.get("skipped", ())))
         except (KeyError, TypeError) as error:
             raise DataError("this is no evaluation JSON of quantguard", why=repr(error)) from None
 

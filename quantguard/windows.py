@@ -88,3 +88,27 @@ def _worked_out(t: Tensor, step: Tensor, width: Tensor, zero: Tensor, mode: str)
         regular = size * (torch.arange(1, m + 1) - 0.5 - zero)
         computed = torch.equal(t, regular) and bool(step.min() > _TINY)
     return Placed(edges, slopes, table, computed)
+
+
+def resampled(t: Tensor, step: Tensor, zero: Tensor, width: Tensor,
+              m: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return thresholds, step, zero and width of a staircase with m thresholds and the same range.
+
+    The new thresholds lie on the line through the old ones, level over place, carried on beyond
+    them; the lowest and the highest level stay.
+
+    Args:
+        t: (..., old m), ascending; step, width: (...).
+        zero: (), the level that is 0.
+    """
+    old = t.shape[-1]
+    if old > 1:
+        first, last = 2 * t[..., :1] - t[..., 1:2], 2 * t[..., -1:] - t[..., -2:-1]
+    else:
+        first, last = t - width.unsqueeze(-1), t + width.unsqueeze(-1)
+    places = torch.cat([first, t, last], -1)  # of the levels -1/2, 1/2, ..., old + 1/2
+    wanted = (torch.arange(m, device=t.device) + 0.5) * (old / m) + 0.5
+    left = wanted.long().clamp(0, old)
+    share = wanted - left
+    new = places[..., left] + share * (places[..., left + 1] - places[..., left])
+    return new, step * (old / m), zero * (m / old), width * (old / m)

@@ -19,6 +19,7 @@ from torch import Tensor, fx, nn
 from quantguard.activation import (
     GAP_FLOOR,
     QuantActivation,
+    at_bits,
     backward,
     bypass,
     listening,
@@ -494,3 +495,47 @@ def test_staircases_are_found_by_their_full_name() -> None:
     net = model()
     assert staircases(net) == {"0": net[0], "1.0": net[1][0]}
     assert not [m for m in net.modules() if isinstance(m, (nn.ReLU, nn.GELU))]
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("zero", [0.0, 1.5])
+def test_other_bits_over_the_same_range(bits: int, zero: float) -> None:
+    module = QuantActivation.from_thresholds(torch.tensor([0.5, 1.5, 2.5]) - zero, 1.0, zero)
+    x = torch.linspace(-4, 5, 4001)
+    plain = module(x)
+    with at_bits(module, bits):
+        y = module(x)
+        assert len(y.unique()) == 2**bits
+        assert y.min() == plain.min() and torch.isclose(y.max(), plain.max())
+        with soften(module, 200.0):
+            assert (module(x) - y).abs().mean() < 0.02
+    if bits == 2:
+        assert torch.equal(y, plain)
+    if bits == 8:  # nearly the line through its levels
+        line = x.clamp(plain.min(), plain.max())
+        assert (y - line).abs().max() < 0.01
+    assert torch.equal(module(x), plain)
+    with at_bits(module, 32):
+        assert torch.equal(module(x), x)
+
+
+def test_other_bits_of_learned_thresholds_keep_their_places() -> None:
+    module = QuantActivation.from_thresholds([[0.0, 1.0, 4.0], [1.0, 2.0, 3.0]], 1.0, dynamic=True)
+    x = torch.tensor([[0.1, 0.6, 3.9, 9.0], [0.9, 1.6, 2.1, 9.0]])
+    with at_bits(module, 8):
+        # the middle between two thresholds is their level, and thresholds are half-way to it
+        y = module(torch.stack([x, x]))
+    assert y.shape == (2, 2, 4) and (y[0] - torch.tensor(
+        [[0.6, 1.1, 2.47, 3.0], [0.4, 1.1, 1.6, 3.0]])).abs().max() < 0.02
+
+
+def test_other_bits_of_one_threshold_use_its_window() -> None:
+    module = QuantActivation.from_thresholds([1.0], 2.0, width=2.0)
+    with at_bits(module, 8):
+        assert (module(torch.tensor([0.0, 0.5, 1.0, 2.0])) -
+                torch.tensor([0.0, 0.5, 1.0, 2.0])).abs().max() < 0.01
+
+
+def test_impossible_bits_are_refused() -> None:
+    with pytest.raises(SpecError, match="bits=9"), at_bits(three(), 9):
+        pass

@@ -464,7 +464,8 @@ def test_a_float_row_gets_the_same_budget_as_a_quantized_one(suite: str, norm: s
         if isinstance(entry.attack, PGD | Noise):
             assert entry.attack.norm == norm
     assert {e.group for e in quantized_row.entries} == {
-        "noise", "fgsm", "pgd", "modes", "twin", "cw"}
+        "noise", "fgsm", "pgd", "modes", "twin"}
+    assert {e.group for e in quantized_row.reseeded} == {"reseeded"}
     assert {e.group for e in quantized_row.blind} - {"black-box"} == {"transfer"}
     assert {e.group for e in float_row.blind} <= {"black-box"}
     assert {e.group for e in quantized_row.rounds} == {"escalation"}

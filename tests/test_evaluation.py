@@ -285,7 +285,7 @@ def test_a_sound_float_model_is_neither_masked_nor_unresolved(cnn: nn.Module,
     assert raised(result) == {}
     assert result.verdict == "resolved" and result.reliable
     assert {a.group for a in result.attacks} == {
-        "noise", "fgsm", "pgd", "cw", "scaled", "modes", "twin", "escalation", "black-box"}
+        "noise", "fgsm", "pgd", "scaled", "modes", "twin", "escalation", "reseeded", "black-box"}
 
 
 def test_default_attacks_overstate_a_staircase_that_masks_its_gradient(result: Evaluation) -> None:
@@ -414,7 +414,7 @@ def test_rounds_go_on_until_two_in_a_row_do_not_pay(breaks: list[int], ran: int,
               for i, k in enumerate(breaks)]
     first, last = Entry("first", Stub(-0.1), "pgd", True), Entry("last", Stub(-0.1), "transfer")
     monkeypatch.setattr(evaluation, "build_suite",
-                        lambda *_, **__: Suite([first], rounds, [last]))
+                        lambda *_, **__: Suite([first], rounds, blind=[last]))
     loader = grey(*[0.45] * 250)  # 0.55 is another class; 1 of 250 images does not pay, 2 do
     results = [measured(Bright(), loader, Threat(eps=0.2), run_dir=tmp_path) for _ in range(2)]
     for result in results:  # the second takes what the first has left in the run directory

@@ -14,6 +14,7 @@ import quantguard as qg
 from quantguard import masking
 from quantguard.attacks import PixelModel
 from quantguard.evidence import are_probabilities, fidelity, saturated
+from quantguard.images import Images
 from quantguard.results import Evaluation
 from quantguard.running import frozen
 from quantguard.spec import Threat
@@ -123,8 +124,8 @@ def faithful(model: nn.Module, digits: Digits, norm: str = "linf", n: int = 40) 
     x, y = digits[0][:n], digits[1][:n]
     threat = Threat(norm, 0.1 if norm == "linf" else 0.5)
     with frozen(model):
-        return fidelity(PixelModel(model.eval(), threat), x, y, np.ones(n, dtype=bool), threat,
-                        64, 0)
+        return fidelity(PixelModel(model.eval(), threat), Images(x, y), np.ones(n, dtype=bool),
+                        threat, 64, 0)
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])

@@ -123,6 +123,22 @@ def test_every_flag_carries_figure_threshold_test_and_reason() -> None:
         assert flag.test and flag.reason
 
 
+@pytest.mark.parametrize(("once", "n", "state"), [
+    (0, 128, "clear"), (1, 128, "clear"), (0, 20, "undecided"), (9, 128, "undecided"),
+    (30, 128, "unresolved"), (0, 0, "clear")])
+def test_reseeding_pays_where_single_runs_break_what_no_other_did(once: int, n: int,
+                                                                  state: str) -> None:
+    flag = masking.reseeding_pays(once, 5, n)
+    assert (flag.kind if flag.raised else "clear") == state
+    assert flag.value == pytest.approx(100 * once / 5 / max(n, 1))
+
+
+def test_what_was_left_out_is_said() -> None:
+    assert not masking.left_out(()).raised
+    flag = masking.left_out(("A", "B"))
+    assert flag.raised and flag.kind == "undecided" and "A, B" in flag.reason
+
+
 @pytest.mark.parametrize(("quantized", "groups", "raised"), [
     (True, {"pgd", "noise"}, True), (True, {"twin"}, False), (False, {"noise", "cw"}, True),
     (False, {"pgd"}, False), (False, set(), True)])

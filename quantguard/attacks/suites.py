@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from ..errors import SpecError
@@ -14,12 +14,14 @@ from .noise import Noise
 from .pgd import PGD
 from .square import Square
 
-MODES = ("ramp", "sigmoid(8)", "ste", "parent")
+MODES = ("ramp", "sigmoid(8)")
 TWINS: tuple[tuple[float, float], ...] = ((2, 16), (4, 32))
 # What sees no gradient of the model itself: run last, and what it breaks then speaks for itself.
 BLIND = ("noise", "transfer", "black-box")
 # Through the twin a few long steps that shrink find more than many short ones.
 _STRIDE: dict[str, Any] = {"rel_step": 0.4, "decay": True}
+# Runs of the strongest attack from other seeds: they tell what the next one would break.
+_RESEEDS = 5
 # What is tried once the suite is through, one after the other while it pays. ``steps``: how many
 # times the suite's own.
 _ROUNDS: tuple[dict[str, Any], ...] = (
@@ -44,8 +46,8 @@ class Entry:
         label: its name in tables and JSON.
         attack: any ``foolbox.attacks.Attack``.
         group: what it stands for: ``noise``, ``fgsm``, ``pgd`` (what people run by default),
-            ``modes``, ``twin``, ``escalation``, ``scaled``, ``cw``, ``transfer``, ``black-box`` or
-            ``other``.
+            ``modes``, ``twin``, ``escalation``, ``reseeded``, ``scaled``, ``cw``, ``transfer``,
+            ``black-box`` or ``other``.
         everywhere: whether it is run on every correctly classified image, so that its own figure
             can be shown; otherwise only on images that still stand.
     """
@@ -62,7 +64,7 @@ class Entry:
         if "binary_search_steps" in values:
             return float(values["binary_search_steps"] * values["steps"])
         steps = float(values.get("steps", values.get("repeats", 1)) * values.get("average", 1))
-        return steps / 3 if isinstance(self.attack, Square) else steps  # no backward pass
+        return steps / 3 if isinstance(self.attack, (Square, Noise)) else steps  # no backward pass
 
     def settings(self) -> dict[str, Any]:
         """Return every hyper-parameter as plain JSON types."""
@@ -75,16 +77,26 @@ class Entry:
 
 @dataclass(frozen=True)
 class Suite:
-    """Hold what is run: entries, then rounds while they pay, then attacks that see no gradient."""
+    """Hold what is run, in this order.
+
+    Attributes:
+        entries: run always.
+        rounds: escalation, run while it pays.
+        reseeded: the strongest attack from other seeds, on some of what stands.
+        blind: what sees no gradient of the model.
+        curve: from how many images accuracy over eps is drawn.
+    """
 
     entries: list[Entry]
-    rounds: list[Entry]
-    blind: list[Entry]
+    rounds: list[Entry] = field(default_factory=list)
+    reseeded: list[Entry] = field(default_factory=list)
+    blind: list[Entry] = field(default_factory=list)
+    curve: int = 0
 
     @property
     def every(self) -> list[Entry]:
         """Return all that may run."""
-        return [*self.entries, *self.rounds, *self.blind]
+        return [*self.entries, *self.rounds, *self.reseeded, *self.blind]
 
 
 def _rounds(steps: int, norm: str, seed: int) -> list[Entry]:
@@ -104,17 +116,11 @@ def _rounds(steps: int, norm: str, seed: int) -> list[Entry]:
     return rounds
 
 
-def _entries(threat: Threat, seed: int, quantized: bool, *, steps: int, cw: tuple[int, int],
-             twins: Sequence[tuple[float, float]], modes: Sequence[str],
-             queries: int, saturated: bool) -> Suite:
+def _entries(threat: Threat, seed: int, quantized: bool, *, steps: int, queries: int, curve: int,
+             saturated: bool, fidelity: Mapping[str, float]) -> Suite:
     norm = threat.norm
     fgsm = fb.attacks.LinfFastGradientAttack() if norm == "linf" else \
         fb.attacks.L2FastGradientAttack()
-    # early stopping in Foolbox's C&W looks at the whole batch's loss: an image's result would
-    # depend on its neighbours.
-    carlini = fb.attacks.L2CarliniWagnerAttack(
-        binary_search_steps=cw[0], steps=cw[1], stepsize=0.05, initial_const=1.0,
-        abort_early=False)
     entries = [
         Entry("noise", Noise(norm, seed=seed), "noise", True),
         Entry("FGSM", fgsm, "fgsm", True),
@@ -123,20 +129,26 @@ def _entries(threat: Threat, seed: int, quantized: bool, *, steps: int, cw: tupl
               True),
         Entry(f"PGD-{steps} margin",
               PGD("margin", steps, norm=norm, pools_first=False, seed=seed), "pgd"),
-        Entry("C&W L2", carlini, "cw", True),
     ]
     if saturated:
         entries.append(Entry(f"PGD-{steps} scaled", PGD(
             "scaled", steps, norm=norm, pools_first=False, seed=seed), "scaled", True))
-    for number, mode in enumerate(modes, 1):  # on a float model these are restarts
-        entries += [Entry(f"PGD-{steps} {loss} {mode}",
-                          PGD(loss, steps, mode=mode, norm=norm, seed=seed + number), "modes")
-                    for loss in ("ce", "margin")]
-    for twin in twins:
-        name = f"{twin[0]:g}" if twin[0] == twin[1] else f"{twin[0]:g}-{twin[1]:g}"
-        entries += [Entry(f"twin-{steps} {loss} k {name}",
-                          PGD(loss, steps, twin=twin, norm=norm, seed=seed, **_STRIDE), "twin")
-                    for loss in ("ce", "margin")]
+    climbs: list[tuple[float, list[Entry]]] = []
+    for number, mode in enumerate(MODES, 1):  # on a float model these are restarts
+        climbs.append((fidelity.get(mode, 0.0), [
+            Entry(f"PGD-{steps} {loss} {mode}",
+                  PGD(loss, steps, mode=mode, norm=norm, seed=seed + number), "modes")
+            for loss in ("ce", "margin")]))
+    for twin in TWINS:
+        climbs.append((fidelity.get("twin k 8", 1.0), [
+            Entry("twin-{} {} k {:g}-{:g}".format(steps, loss, *twin),
+                  PGD(loss, steps, twin=twin, norm=norm, seed=seed, **_STRIDE), "twin")
+            for loss in ("ce", "margin")]))
+    for _, pair in sorted(climbs, key=lambda climb: -climb[0]):
+        entries += pair
+    reseeded = [Entry(f"again {number}. twin-{steps} ce k 4-64", PGD(
+        "ce", steps, twin=(4, 64), norm=norm, seed=seed + 100 + number, **_STRIDE), "reseeded")
+        for number in range(1, _RESEEDS + 1)]
     # A float model is its own parent: there the budget goes to another start.
     parents = [Entry(f"transfer-{steps} {loss}",
                      PGD(loss, steps, parent=quantized, norm=norm, seed=seed + 1),
@@ -145,7 +157,7 @@ def _entries(threat: Threat, seed: int, quantized: bool, *, steps: int, cw: tupl
     if norm == "linf":
         blind = [*blind, Entry(f"Square-{queries}", Square(queries, seed=seed), "black-box")]
     return Suite(entries if quantized else [*entries, *parents],
-                 _rounds(steps, norm, seed), blind)
+                 _rounds(steps, norm, seed), reseeded, blind, curve)
 
 
 def _group(attack: Any) -> str:
@@ -163,20 +175,20 @@ def _group(attack: Any) -> str:
 
 # A literal table: what each suite spends.
 _SUITES: dict[str, dict[str, Any]] = {
-    "quick": {"steps": 20, "cw": (3, 30), "twins": TWINS[:2], "modes": MODES[:2],
-              "queries": 200},
-    "standard": {"steps": 50, "cw": (5, 60), "twins": TWINS, "modes": MODES,
-                 "queries": 1000},
+    "quick": {"steps": 20, "queries": 200, "curve": 128},
+    "standard": {"steps": 50, "queries": 1000, "curve": 256},
 }
 
 
 def build_suite(suite: str | Sequence[Any], threat: Threat, *, seed: int, quantized: bool,
-                saturated: bool = False) -> Suite:
+                saturated: bool = False, fidelity: Mapping[str, float] | None = None) -> Suite:
     """Return a named suite, or one of a list of Foolbox attacks or entries.
 
     Args:
         quantized: whether the model has staircases.
         saturated: whether its logits are so far apart that cross-entropy rounds to nothing.
+        fidelity: of each surrogate, see :attr:`quantguard.Evaluation.fidelity`: those that tell
+            most climb first, and leave the others less to do.
 
     Raises:
         SpecError: an unknown name, an empty list, or something that is no attack.
@@ -187,7 +199,8 @@ def build_suite(suite: str | Sequence[Any], threat: Threat, *, seed: int, quanti
             raise SpecError(f"suite {suite!r} is unknown",
                             fix=f"Use one of {', '.join(_SUITES)}" +
                             (f"; did you mean {near[0]!r}?" if near else "."))
-        return _entries(threat, seed, quantized, saturated=saturated, **_SUITES[suite])
+        return _entries(threat, seed, quantized, saturated=saturated, fidelity=fidelity or {},
+                        **_SUITES[suite])
     entries = []
     for number, attack in enumerate(suite):
         if isinstance(attack, Entry):
@@ -200,4 +213,4 @@ def build_suite(suite: str | Sequence[Any], threat: Threat, *, seed: int, quanti
                             fix="Give foolbox.attacks.Attack objects or a suite's name.")
     if not entries:
         raise SpecError("the suite holds no attack")
-    return Suite(entries, [], [])
+    return Suite(entries)

@@ -92,7 +92,41 @@ def _evaluation(evaluation: Evaluation) -> str:
     notes = "".join(f"<p><small>{html.escape(line)}</small></p>"
                     for line in side_lines(evaluation))
     return (f'<div class="head">{html.escape(headline(evaluation))}</div>{_flags(evaluation)}'
-            f"{_table(attack_rows(evaluation))}{notes}")
+            f"{_table(attack_rows(evaluation))}{_curve(evaluation)}{notes}")
+
+
+def _curve(evaluation: Evaluation) -> str:
+    """Return accuracy over eps as a small picture: a point with its interval for each eps."""
+    points = evaluation.curve
+    if not points:
+        return ""
+    left, top, high, gap = 44, 12, 120, 70
+    marks = []
+    for number, point in enumerate(points):
+        cell = Cell(point.standing, point.images)
+        x, y = left + gap * number, top + high * (1 - cell.share)
+        low, up = (top + high * (1 - v) for v in cell.interval)
+        own = point.eps == evaluation.threat.eps
+        marks.append(
+            f'<line x1="{x}" x2="{x}" y1="{low:.1f}" y2="{up:.1f}" stroke="#9aa6bd"/>'
+            f'<circle cx="{x}" cy="{y:.1f}" r="{5 if own else 3}" '
+            f'fill="{"#c2543f" if own else "#5b7fc7"}"/>'
+            f'<text x="{x}" y="{top + high + 18}" text-anchor="middle">{point.eps:.4g}</text>'
+            f'<text x="{x + 7}" y="{y - 5:.1f}">{100 * cell.share:.0f}</text>')
+    path = " ".join(f"{left + gap * i},{top + high * (1 - p.standing / p.images):.1f}"
+                    for i, p in enumerate(points))
+    width = left + gap * len(points)
+    axis = "".join(
+        f'<text x="{left - 12}" y="{top + high * (1 - share) + 4:.1f}" text-anchor="end">'
+        f'{100 * share:.0f}</text><line x1="{left - 8}" x2="{width - gap + 8}" '
+        f'y1="{top + high * (1 - share):.1f}" y2="{top + high * (1 - share):.1f}" '
+        'stroke="#eceff4"/>' for share in (0.0, 0.5, 1.0))
+    return (f'<svg viewBox="0 0 {width} {top + high + 26}" width="{width}" role="img" '
+            'style="max-width:100%" font-size="11" fill="#1c2330" '
+            'aria-label="Accuracy over eps">'
+            f'{axis}<polyline points="{path}" fill="none" stroke="#5b7fc7"/>{"".join(marks)}</svg>'
+            f"<p><small>Per cent that stand over eps, first {points[0].images} images, upper "
+            "bounds with 95 % intervals; the threat's own eps is red.</small></p>")
 
 
 def _framed(body: str) -> str:

@@ -99,17 +99,26 @@ def attack_rows(evaluation: Evaluation) -> list[list[str]]:
 
 
 def side_lines(evaluation: Evaluation) -> list[str]:
-    """Return what is no survival: minimum-norm attacks by their own measure; fidelity."""
+    """Return what is beside the table: minimum-norm attacks, fidelity, the curve, what is left out.
+    """
     own = [f"{a.label} by its own measure: succeeds on {a.own_success} of "
            f"{int(a.attacked.sum())} images, median L2 norm "
            f"{'-' if a.median_norm is None else format(a.median_norm, '.3g')}; its column counts "
            "what is left after clipping to the threat."
            for a in evaluation.attacks if a.own_success is not None]
-    if not evaluation.fidelity:
-        return own
-    said = ", ".join(f"{name} {value:.2f}" for name, value in evaluation.fidelity.items())
-    return [*own, f"Fidelity, the correlation of each gradient with what the margin really does at "
-                  f"a quarter of eps: {said} (near 1 on a sound float model)."]
+    lines = own
+    if evaluation.fidelity:
+        said = ", ".join(f"{name} {value:.2f}" for name, value in evaluation.fidelity.items())
+        lines.append("Fidelity, the correlation of each gradient with what the margin really does "
+                     f"at a quarter of eps: {said} (near 1 on a sound float model).")
+    if evaluation.curve:
+        said = ", ".join(f"{point.eps:.4g}: {100 * point.standing / point.images:.1f}"
+                         for point in evaluation.curve)
+        lines.append(f"Accuracy over eps, per cent of the first {evaluation.curve[0].images} "
+                     f"images, upper bounds: {said}.")
+    if evaluation.skipped:
+        lines.append(f"Left out for lack of time: {', '.join(evaluation.skipped)}.")
+    return lines
 
 
 def flag_lines(evaluation: Evaluation) -> list[str]:

@@ -1,0 +1,97 @@
+"""The images that an evaluation attacks: pixels and labels, taken from a loader and checked."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .batches import check_images, check_labels, require_reiterable, snap, to_pixels, unpack
+from .errors import DataError, SpecError
+from .running import device_of, to_device
+from .spec import Threat
+
+
+@dataclass(frozen=True)
+class Images:
+    """Hold what is attacked: pixels (N, ...), labels (N,), and the model's keyword for images."""
+
+    pixels: Tensor
+    labels: Tensor
+    key: str | None = None
+
+
+def gather(model: nn.Module, loader: Iterable[Any], threat: Threat, images: int | None) -> Images:
+    """Take the first images of a loader as pixels, checked.
+
+    Raises:
+        DataError: no labels, nothing at all, pixels outside the bounds, or labels that the
+            model has no class for.
+    """
+    require_reiterable(loader, "the loader")
+    if images is not None and images < 1:
+        raise SpecError(f"images={images} must be at least 1")
+    device = device_of(model)
+    pixels: list[Tensor] = []
+    labels: list[Tensor] = []
+    key: str | None = None
+    taken = 0
+    for number, batch in enumerate(loader):
+        where = f"batch {number} of the loader"
+        inputs, target = unpack(batch)
+        if target is None:
+            raise DataError(f"{where} has no labels", fix="Yield (images, labels).")
+        key, x = image_tensor(inputs, where)
+        check_labels(target, None, where)
+        if len(x) != len(target):
+            raise DataError(f"{where} has {len(x)} images and {len(target)} labels")
+        check_images_shape(x, where)
+        p = to_pixels(x.float(), threat)
+        check_images(p, threat.bounds, where)
+        pixels.append(snap(p, threat.bounds).clamp(*threat.bounds))
+        labels.append(target)
+        taken += len(x)
+        if images is not None and taken >= images:
+            break
+    if not taken:
+        raise DataError("the loader is empty", fix="Give at least one batch.")
+    x, y = torch.cat(pixels)[:images], torch.cat(labels)[:images].long()
+    return Images(to_device(x, device), to_device(y, device), key)
+
+
+def image_tensor(inputs: Any, where: str) -> tuple[str | None, Tensor]:
+    """Return the one tensor that is attacked, and the keyword it goes under.
+
+    Raises:
+        DataError: several, or none.
+    """
+    if isinstance(inputs, Tensor):
+        return None, inputs
+    tensors = {k: v for k, v in inputs.items() if isinstance(v, Tensor)}
+    if len(tensors) != 1 or len(inputs) != 1:
+        raise DataError(f"{where} holds {', '.join(map(repr, inputs))} beside the labels",
+                        why="The images that an attack may change must be the model's only input.",
+                        fix="Yield one image tensor, and bind other inputs into the model.")
+    ((name, x),) = tensors.items()
+    return name, x
+
+
+def check_images_shape(x: Tensor, where: str) -> None:
+    """Refuse what is no batch of images or features.
+
+    Raises:
+        DataError: an empty batch, integers, or fewer than two dimensions.
+    """
+    if x.dim() < 2 or not len(x):
+        raise DataError(f"{where} has shape {tuple(x.shape)}", fix="Give images as (N, C, H, W).")
+
+
+def batch_size(x: Tensor) -> int:
+    """Return the one batch size for images of this shape: the last batch is filled up to it."""
+    small = x[0].numel() <= 3 * 64 * 64
+    if x.device.type == "cpu":
+        return 64 if small else 16
+    return 512 if small else 64

@@ -1,0 +1,213 @@
+"""Run a suite on images: the fallen are not attacked again, and what is done is kept."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from . import masking
+from .attacks import Entry, FoolboxModel, PixelModel, Suite
+from .attacks.pgd import margin, project
+from .errors import SpecError
+from .evidence import padded
+from .files import replacing
+from .images import Images
+from .progress import Progress
+from .results import AttackResult, indices, mask_of
+from .spec import Threat
+
+# Survivors that are enough to see whether another seed would break more.
+_RESEEDED = 128
+
+
+class State:
+    """Hold an evaluation under way; a run directory keeps it after every attack."""
+
+    def __init__(self, path: Path | None, settings: dict[str, Any], images: Images,
+                 correct: np.ndarray) -> None:
+        self.path, self.settings = path, settings
+        self.survived = correct.copy()
+        self.results: list[AttackResult] = []
+        # What broke an image; of one that stands, what came nearest.
+        self.adversarials = images.pixels.cpu().numpy().copy()
+        self.margins = np.full(len(correct), -np.inf)
+        if path is not None and path.exists():
+            self._read(path, len(correct))
+
+    def _read(self, path: Path, n: int) -> None:
+        with np.load(path, allow_pickle=False) as file:
+            told = json.loads(str(file["state"]))
+            different = sorted(k for k in {*told["settings"], *self.settings}
+                               if told["settings"].get(k) != self.settings.get(k))
+            if different:
+                raise SpecError(f"{path.parent} holds an evaluation of other settings",
+                                why=f"Different: {', '.join(different)}.",
+                                fix="Use another run directory, or delete this one.")
+            self.adversarials, self.margins = file["adversarials"], file["margins"]
+        for row in told["results"]:
+            row |= {k: mask_of(row[k], n) for k in ("attacked", "broke")}
+            self.results.append(AttackResult(**row))
+            self.survived &= ~self.results[-1].broke
+
+    def add(self, result: AttackResult) -> None:
+        self.results.append(result)
+        self.survived &= ~result.broke
+        if self.path is None:
+            return
+        rows = [{**vars(r), "attacked": indices(r.attacked), "broke": indices(r.broke)}
+                for r in self.results]
+        with replacing(self.path) as beside:
+            np.savez(beside, adversarials=self.adversarials, margins=self.margins,
+                     state=json.dumps({"settings": self.settings, "results": rows}))
+
+
+class Schedule:
+    """Run what is not done yet, one attack after the other, within a budget of time.
+
+    Args:
+        model, data, threat, correct: what is attacked; correct (N,) bool.
+        batch: the one size of all batches.
+        state: what is done already.
+        bar: shows progress.
+        budget: seconds that all of it may take; None: no limit.
+        replay: labels of the attacks that another evaluation ran: those run, no others.
+
+    Attributes:
+        skipped: labels of what there was no time for.
+    """
+
+    def __init__(self, model: PixelModel, data: Images, threat: Threat, batch: int,
+                 correct: np.ndarray, state: State, bar: Progress, budget: float | None = None,
+                 replay: Sequence[str] | None = None) -> None:
+        self.model, self.data, self.threat, self.batch = model, data, threat, batch
+        self.correct, self.state, self.bar = correct, state, bar
+        self.replay = None if replay is None else set(replay)
+        spent = sum(result.seconds for result in state.results)
+        self.deadline = None if budget is None else time.monotonic() + budget - spent
+        self.skipped: list[str] = []
+        self._number = 0
+        self._work = self._seconds = 0.0  # of the attacks that ran: how fast this machine is
+
+    def run(self, suite: Suite) -> None:
+        """Run the suite; what sees no gradient comes last, and is never left without time."""
+        last = [*suite.reseeded, *suite.blind]
+        for entry in suite.entries:
+            self._one(entry, reserved=last)
+        self._escalate(suite.rounds, last)
+        few = self.state.survived.copy()
+        few[np.flatnonzero(few)[_RESEEDED:]] = False
+        for entry in suite.reseeded:
+            self._one(entry, few)
+        for entry in suite.blind:
+            self._one(entry)
+
+    def _one(self, entry: Entry, mask: np.ndarray | None = None,
+             reserved: Sequence[Entry] = ()) -> AttackResult | None:
+        """Run the next attack, or take what a run directory holds of it; None: left out."""
+        state, every = self.state, int(self.correct.sum())
+        if self._number < len(state.results):
+            if state.results[self._number].label != entry.label:  # left out by the run before
+                self._left_out(entry)
+                return None
+            self.bar.skip(entry.cost * every)
+            self._number += 1
+            return state.results[self._number - 1]
+        if mask is None:
+            mask = self.correct if entry.everywhere else state.survived
+        if not self._wanted(entry, int(mask.sum()), reserved):
+            self._left_out(entry)
+            return None
+        result = _attack(FoolboxModel(self.model, self.threat), entry, self.data, self.threat,
+                         self.batch, mask, state, self.bar)
+        self.bar.skip(entry.cost * (every - int(result.attacked.sum())))
+        state.add(result)
+        self._work += entry.cost * int(result.attacked.sum())
+        self._seconds += result.seconds
+        self._number += 1
+        return result
+
+    def _wanted(self, entry: Entry, images: int, reserved: Sequence[Entry]) -> bool:
+        if self.replay is not None:
+            return entry.label in self.replay
+        if self.deadline is None or not self._work:
+            return True
+        standing = int(self.state.survived.sum())
+        work = entry.cost * images + sum(other.cost for other in reserved) * standing
+        return time.monotonic() + work * self._seconds / self._work < self.deadline
+
+    def _left_out(self, entry: Entry) -> None:
+        if self.replay is None:
+            self.skipped.append(entry.label)
+        self.bar.skip(entry.cost * int(self.correct.sum()))
+
+    def _escalate(self, rounds: Sequence[Entry], last: Sequence[Entry]) -> None:
+        """Run round after round, until two in a row each break less than half a point."""
+        idle = 0
+        for entry in rounds:
+            self.bar.extend(entry.cost * int(self.correct.sum()))
+            result = self._one(entry, reserved=last)
+            if result is None:
+                continue
+            few = int(result.broke.sum()) < masking.PAYS * len(self.correct)
+            idle = idle + 1 if few else 0
+            if idle == 2:
+                return
+
+
+def _attack(fmodel: FoolboxModel, entry: Entry, data: Images, threat: Threat, batch: int,
+            mask: np.ndarray, state: State, bar: Progress) -> AttackResult:
+    """Run one attack on the images of mask, and judge what it returns."""
+    import foolbox as fb
+    begin = time.monotonic()
+    model = fmodel.module
+    queries, gradients = model.queries, model.gradients
+    minimum = isinstance(entry.attack, fb.attacks.base.MinimizationAttack)
+    broke, own, norms = np.zeros(len(mask), dtype=bool), 0, []
+    chosen = np.flatnonzero(mask)
+    for first in range(0, len(chosen), batch):
+        rows = chosen[first : first + batch]
+        x, size = padded(data.pixels[rows], batch)
+        y, _ = padded(data.labels[rows], batch)
+        criterion = fb.criteria.Misclassification(y)
+        if minimum:
+            raw = entry.attack.run(fmodel, x, criterion)
+            # Foolbox answers "none found" with zeros.
+            found = (model(raw).argmax(1) != y)[:size] & (raw != 0).flatten(1).any(1)[:size]
+            own += int(found.sum())
+            norms += (raw - x)[:size][found].flatten(1).norm(dim=1).tolist()
+            raw = torch.where(_like(found, raw, size), raw, x)
+        else:
+            options = {}
+            if getattr(entry.attack, "restart", False):
+                near = torch.from_numpy(state.adversarials[rows]).to(x)
+                options["starting_points"] = padded(near, batch)[0]
+            raw = entry.attack.run(fmodel, x, criterion, epsilon=threat.eps, **options)
+        raw = torch.where(raw.isfinite(), raw.detach(), x)
+        trial = project(raw, x, threat.eps, threat.norm, threat.bounds)
+        with torch.no_grad():
+            logits = model(trial)
+        # NaN would pass for class 0
+        fooled = ((logits.argmax(1) != y) & logits.isfinite().all(1))[:size].cpu().numpy()
+        broke[rows] = fooled
+        height = margin(logits, y)[:size].cpu().numpy()
+        new = state.survived[rows] & (fooled | (height > state.margins[rows]))
+        state.adversarials[rows[new]] = trial[:size].cpu().numpy()[new]
+        state.margins[rows[new]] = height[new]
+        standing = int((state.survived & ~broke).sum())
+        bar.advance(entry.cost * size, f"{entry.label}, {standing} of {len(mask)} standing")
+    return AttackResult(entry.settings(), mask.copy(), broke, own if minimum else None,
+                        float(np.median(norms)) if norms else None, model.queries - queries,
+                        model.gradients - gradients, time.monotonic() - begin)
+
+
+def _like(found: Tensor, raw: Tensor, size: int) -> Tensor:
+    whole = torch.zeros(len(raw), dtype=torch.bool, device=raw.device)
+    whole[:size] = found
+    return whole.reshape(-1, *[1] * (raw.dim() - 1))

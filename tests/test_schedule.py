@@ -1,0 +1,216 @@
+"""What runs when time is short, what is run again, and accuracy over eps."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import quantguard as qg
+from quantguard import curve, evaluation, schedule
+from quantguard.attacks import PGD, Entry, Suite
+from quantguard.attacks.suites import build_suite
+from quantguard.errors import DataError, SpecError
+from quantguard.evaluation import seconds_of
+from quantguard.results import Evaluation
+from quantguard.spec import Threat
+
+Digits = tuple[Tensor, Tensor]
+
+
+class Slow(PGD):
+    """Take a stated time a batch, and break images whose number in the batch is below ``breaks``.
+    """
+
+    def __init__(self, seconds: float = 0.0, breaks: int = 0, steps: int = 1) -> None:
+        super().__init__("ce", steps)
+        self.wait, self.breaks = seconds, breaks
+
+    def run(self, model: Any, inputs: Any, criterion: Any, *, epsilon: float,
+            **kwargs: Any) -> Any:
+        time.sleep(self.wait)
+        found = inputs.clone()
+        found[: self.breaks] = 0.55
+        return found
+
+
+class Bright(nn.Module):
+    """Class 1 above a mean of a half."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean = x.flatten(1).mean(1) - 0.5
+        return torch.stack([-mean, mean], 1)
+
+
+def dim(n: int) -> DataLoader[Any]:
+    return DataLoader(TensorDataset(torch.full((n, 1, 4, 4), 0.45), torch.zeros(n).long()),
+                      batch_size=50)
+
+
+def run(suite: Suite | list[Entry], monkeypatch: pytest.MonkeyPatch, n: int = 60,
+        **options: Any) -> Evaluation:
+    if isinstance(suite, Suite):
+        monkeypatch.setattr(evaluation, "build_suite", lambda *_, **__: suite)
+    return qg.evaluate(Bright(), dim(n), Threat(eps=0.2), suite=suite, progress=False, **options)
+
+
+def labels(result: Evaluation) -> list[str]:
+    return [attack.label for attack in result.attacks]
+
+
+# --- budget ---
+
+
+def entry(name: str, group: str = "pgd", **options: Any) -> Entry:
+    return Entry(name, Slow(**options), group)
+
+
+def test_what_does_not_fit_is_left_out_and_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    suite = Suite([entry("first", seconds=0.1), entry("long", steps=100, seconds=9),
+                   entry("short", seconds=0.1)], blind=[entry("blind", "transfer")])
+    result = run(suite, monkeypatch, budget=5.0)
+    assert labels(result) == ["first", "short", "blind"] and result.skipped == ("long",)
+    flag = {f.name: f for f in result.flags}["attacks left out"]
+    assert flag.raised and flag.kind == "undecided" and "long" in flag.reason
+    assert result.verdict != "resolved" and "Left out for lack of time: long" in str(result)
+
+
+def test_escalation_leaves_time_for_what_sees_no_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    rounds = [entry(f"round {i}", "escalation", seconds=0.2, breaks=9) for i in range(30)]
+    suite = Suite([entry("first", seconds=0.2)], rounds, [entry("again", "reseeded", seconds=0.2)],
+                  [entry("blind", "transfer", seconds=0.2)])
+    begin = time.monotonic()
+    result = run(suite, monkeypatch, 250, budget=6.0)
+    assert labels(result)[-2:] == ["again", "blind"] and 2 < len(result.attacks) < 33
+    assert time.monotonic() - begin < 12
+
+
+def test_without_a_budget_all_of_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    result = run(Suite([entry("a"), entry("b", steps=10**6)]), monkeypatch)
+    assert labels(result) == ["a", "b"] and not result.skipped
+
+
+@pytest.mark.parametrize(("said", "seconds"), [
+    ("90s", 90), ("5m", 300), ("2h", 7200), ("1.5m", 90), (7, 7), (0.5, 0.5), (" 3 m ", 180)])
+def test_budgets_are_read(said: float | str, seconds: float) -> None:
+    assert seconds_of(said) == seconds
+
+
+@pytest.mark.parametrize("said", ["", "5 minutes", "-3s", 0, "0s", "m", "nan", float("inf")])
+def test_what_is_no_budget_is_refused(said: float | str) -> None:
+    with pytest.raises(SpecError, match="is no time"):
+        seconds_of(said)
+
+
+def test_a_resumed_budget_leaves_the_same_out(tmp_path: Path,
+                                              monkeypatch: pytest.MonkeyPatch) -> None:
+    suite = Suite([entry("first", seconds=0.1), entry("long", steps=100, seconds=9),
+                   entry("short", breaks=7)])
+    one, two = (run(suite, monkeypatch, run_dir=tmp_path, budget=b) for b in (3.0, 1000.0))
+    assert labels(one) == labels(two) == ["first", "short"] and two.skipped == ("long",)
+    assert np.array_equal(one.survived, two.survived)
+
+
+# --- replay ---
+
+
+def test_a_replay_runs_what_ran_whatever_the_clock_says(tmp_path: Path,
+                                                        monkeypatch: pytest.MonkeyPatch) -> None:
+    suite = Suite([entry("first", seconds=0.1), entry("long", steps=100, seconds=1),
+                   entry("short", breaks=7)])
+    monkeypatch.setattr(evaluation, "build_suite", lambda *_, **__: suite)
+    options: dict[str, Any] = {"suite": "quick", "progress": False}
+    one = qg.evaluate(Bright(), dim(60), Threat(eps=0.2), budget=3.0, **options)
+    assert one.skipped == ("long",)
+    one.save(tmp_path / "one.json")
+    two = qg.evaluate(Bright(), dim(90), Threat(eps=0.7), seed=9, progress=False,
+                      replay=Evaluation.load(tmp_path / "one.json"))
+    assert labels(two) == labels(one) and np.array_equal(two.survived, one.survived)
+    assert (two.threat, two.seed, two.images) == (one.threat, one.seed, 60)
+    other = DataLoader(TensorDataset(torch.full((60, 1, 4, 4), 0.4), torch.zeros(60).long()))
+    with pytest.raises(DataError, match="not the images"):
+        qg.evaluate(Bright(), other, replay=one, progress=False)
+
+
+def test_a_real_suite_replayed_gives_the_same_masks(quantized: nn.Module, digits: Digits,
+                                                    tmp_path: Path) -> None:
+    loader = DataLoader(TensorDataset(digits[0][:40], digits[1][:40]), batch_size=16)
+    one = qg.evaluate(quantized, loader, Threat(eps=0.1), suite="quick", progress=False, seed=3)
+    one.save(tmp_path / "one.json")
+    two = qg.evaluate(quantized, loader, progress=False,
+                      replay=Evaluation.load(tmp_path / "one.json"))
+    assert labels(one) == labels(two) and one.curve == two.curve and one.flags == two.flags
+    for a, b in zip(one.attacks, two.attacks, strict=True):
+        assert np.array_equal(a.broke, b.broke) and a.settings == b.settings
+
+
+@pytest.mark.parametrize("text", ["", "[1]", '{"format": 9}', None])
+def test_what_is_no_evaluation_is_refused(text: str | None, tmp_path: Path) -> None:
+    if text is not None:
+        (tmp_path / "e.json").write_text(text)
+    with pytest.raises(DataError):
+        Evaluation.load(tmp_path / "e.json")
+
+
+# --- order ---
+
+
+def test_the_surrogate_that_tells_most_climbs_first() -> None:
+    def order(**fidelity: float) -> list[str]:
+        known = {name.replace("_", " "): v for name, v in fidelity.items()}
+        entries = build_suite("standard", Threat(), seed=0, quantized=True, fidelity=known).entries
+        return list(dict.fromkeys(e.group for e in entries if e.group in ("modes", "twin")))
+    assert order(ramp=0.9, twin_k_8=0.1) == ["modes", "twin"]
+    assert order(ramp=0.1, twin_k_8=0.9) == ["twin", "modes"]
+
+
+def test_reseeded_runs_attack_the_same_few_survivors(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(schedule, "_RESEEDED", 20)
+    again = [entry(f"again {i}", "reseeded", breaks=i) for i in range(3)]
+    result = run(Suite([entry("first", breaks=5)], reseeded=again), monkeypatch)
+    rows = [set(np.flatnonzero(a.attacked)) for a in result.attacks[1:]]
+    assert rows == [set(range(5, 25))] * 3
+    assert int(result.survived.sum()) == 60 - 5 - 2
+    flag = {f.name: f for f in result.flags}["another seed breaks more"]
+    assert flag.reason.startswith("Of 20 images that stood, exactly one of 3 reseeded runs broke 1")
+
+
+# --- curve ---
+
+
+def test_accuracy_falls_from_clean_to_nothing(cnn: nn.Module, quantized: nn.Module,
+                                              digits: Digits) -> None:
+    loader = DataLoader(TensorDataset(digits[0][:60], digits[1][:60]), batch_size=60)
+    for model in (cnn, quantized):
+        result = qg.evaluate(model, loader, Threat(eps=0.1), suite="quick", progress=False)
+        standing = [point.standing for point in result.curve]
+        assert standing == sorted(standing, reverse=True) and standing[-1] == 0
+        assert standing[0] == int(result.correct.sum())
+        at = {point.eps: point.standing for point in result.curve}
+        assert list(at)[:4] == [0.0, 0.025, 0.05, 0.1] and at[0.1] <= int(result.survived.sum())
+        assert "Accuracy over eps" in str(result) and "<svg" in result._repr_html_()
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_the_curve_ends_where_any_pixel_may_take_any_value(norm: str,
+                                                           monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(curve, "_broken", lambda *a: np.zeros(a[6], dtype=bool))
+    loader = dim(10)
+    result = qg.evaluate(Bright(), loader, Threat(norm, 0.01), suite="quick", progress=False,
+                         images=10)
+    assert result.curve[-1].eps == pytest.approx(1.0 if norm == "linf" else 4.0)
+
+
+def test_an_attack_that_loses_its_way_at_large_eps_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*args: Any) -> np.ndarray:
+        return np.arange(args[6]) < (40 if args[7] < 0.2 else 0)
+    monkeypatch.setattr(curve, "_broken", broken)
+    result = qg.evaluate(Bright(), dim(60), Threat(eps=0.01), suite="quick", progress=False)
+    flag = {f.name: f for f in result.flags}["not monotone in eps"]
+    assert flag.raised and flag.value > 0
