@@ -18,9 +18,11 @@ from .activation import bypass, staircases
 from .attacks import logits_of
 from .batches import unpack
 from .conversion import conversion_of, convert, unwrap
+from .crossed import crossed
 from .errors import DataError, SpecError
 from .evaluation import evaluate
 from .files import write_text
+from .images import image_tensor
 from .masking import mcnemar
 from .recipes import Recipe, recipe_of
 from .results import Evaluation
@@ -205,6 +207,8 @@ def compare(models: Mapping[str, nn.Module], loader: Iterable[Any], threat: Thre
             device: str | torch.device | None = None, progress: bool = True) -> Comparison:
     """Evaluate several models on the same images by the same attacks.
 
+    Afterwards each model meets the images that broke the others.
+
     Args:
         models: by name, in the order of the table.
         loader, threat, suite, images, run_dir, seed, device, progress: as
@@ -226,6 +230,8 @@ def compare(models: Mapping[str, nn.Module], loader: Iterable[Any], threat: Thre
         raise DataError("the loader gives each model other images",
                         why="It shuffles by a generator of its own.",
                         fix="Give a loader that does not shuffle.")
+    key, _ = image_tensor(unpack(next(iter(loader)))[0], "batch 0 of the loader")
+    rows = crossed(models, rows, key)
     quantized = [name for name, model in models.items() if staircases(model)]
     notes = []
     if quantized and len(quantized) == len(models):

@@ -24,7 +24,7 @@ from .results import AttackResult, indices, mask_of
 from .spec import Threat
 
 # Survivors that are enough to see whether another seed would break more.
-_RESEEDED = 128
+_RESEEDED = 64
 
 
 class State:

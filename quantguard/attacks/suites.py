@@ -133,11 +133,13 @@ def _entries(threat: Threat, seed: int, quantized: bool, *, steps: int, queries:
     if saturated:
         entries.append(Entry(f"PGD-{steps} scaled", PGD(
             "scaled", steps, norm=norm, pools_first=False, seed=seed), "scaled", True))
+    # What follows rarely breaks what the twin did not: fewer steps, that it is not left out.
+    short = max(20, steps * 2 // 5)
     climbs: list[tuple[float, list[Entry]]] = []
     for number, mode in enumerate(MODES, 1):  # on a float model these are restarts
         climbs.append((fidelity.get(mode, 0.0), [
-            Entry(f"PGD-{steps} {loss} {mode}",
-                  PGD(loss, steps, mode=mode, norm=norm, seed=seed + number), "modes")
+            Entry(f"PGD-{short} {loss} {mode}",
+                  PGD(loss, short, mode=mode, norm=norm, seed=seed + number), "modes")
             for loss in ("ce", "margin")]))
     for twin in TWINS:
         climbs.append((fidelity.get("twin k 8", 1.0), [
@@ -150,8 +152,8 @@ def _entries(threat: Threat, seed: int, quantized: bool, *, steps: int, queries:
         "ce", steps, twin=(4, 64), norm=norm, seed=seed + 100 + number, **_STRIDE), "reseeded")
         for number in range(1, _RESEEDS + 1)]
     # A float model is its own parent: there the budget goes to another start.
-    parents = [Entry(f"transfer-{steps} {loss}",
-                     PGD(loss, steps, parent=quantized, norm=norm, seed=seed + 1),
+    parents = [Entry(f"transfer-{short} {loss}",
+                     PGD(loss, short, parent=quantized, norm=norm, seed=seed + 1),
                      "transfer" if quantized else "modes") for loss in ("ce", "margin")]
     blind = parents if quantized else []
     if norm == "linf":

@@ -1,0 +1,64 @@
+"""What breaks one model of a comparison is tried on the others: a transfer that costs nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from torch import nn
+
+from .attacks import PixelModel
+from .evidence import flags_of_attacks, predict
+from .images import batch_size
+from .results import AttackResult, Evaluation
+from .running import evaluating, frozen
+
+
+def crossed(models: Mapping[str, nn.Module], rows: Mapping[str, Evaluation],
+            key: str | None) -> dict[str, Evaluation]:
+    """Return the evaluations after each model has met what broke the others.
+
+    Args:
+        models, rows: by name, evaluated on the same images under the same threat.
+        key: the keyword under which the models eat images; None: their first argument.
+    """
+    found = {}
+    for name, model in models.items():
+        result = rows[name]
+        with evaluating(model), frozen(model):
+            pixel_model = PixelModel(model, result.threat, key)
+            pixel_model.probabilities = any(f.name == "softmax outputs" and f.raised
+                                            for f in result.flags)
+            for other, theirs in rows.items():
+                if other != name:
+                    result = _with(pixel_model, result, other, theirs)
+        found[name] = result
+    return found
+
+
+def _with(model: PixelModel, result: Evaluation, other: str, theirs: Evaluation) -> Evaluation:
+    """Return result with one more attack: what broke the other model."""
+    begin, before = time.monotonic(), model.queries
+    attacked = result.survived & theirs.correct & ~theirs.survived
+    if result.adversarials is None or theirs.adversarials is None or not attacked.any():
+        return result
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    x = torch.from_numpy(theirs.adversarials[attacked]).to(device)
+    answers = predict(model, x, batch_size(x)).argmax(1).cpu().numpy()
+    broke = np.zeros(result.images, dtype=bool)
+    broke[np.flatnonzero(attacked)] = answers != result.labels[attacked]
+    attack = AttackResult({"label": f"transfer from {other}", "class": "crossed",
+                           "group": "transfer", "everywhere": False},
+                          attacked, broke, None, None, model.queries - before, 0,
+                          time.monotonic() - begin)
+    attacks, survived = (*result.attacks, attack), result.survived & ~broke
+    adversarials = result.adversarials.copy()
+    adversarials[broke] = theirs.adversarials[broke]
+    again = {flag.name: flag for flag in flags_of_attacks(
+        attacks, result.correct, survived, model.quantized, 0)}
+    flags = tuple(again.pop(flag.name, flag) for flag in result.flags)
+    return dataclasses.replace(result, survived=survived, attacks=attacks,
+                               flags=(*flags, *again.values()), adversarials=adversarials)
