@@ -50,7 +50,7 @@ def problem(request: pytest.FixtureRequest) -> Problem:
 @pytest.mark.parametrize("loss", ["ce", "margin"])
 @pytest.mark.parametrize("options", [
     {}, {"noise": 0.0}, {"decay": True, "rel_step": 0.2}, {"twin": (2, 16)},
-    {"mode": "sigmoid(8)"}, {"mode": "ste"}, {"parent": True}], ids=str)
+    {"mode": "sigmoid(8)"}, {"mode": "ste"}, {"bits": 32}], ids=str)
 def test_pgd_breaks_a_linear_model_up_to_its_margin(problem: Problem, loss: str,
                                                     options: dict[str, Any]) -> None:
     attack = PGD(loss, 60, norm=problem.norm, **{"rel_step": 0.1, **options})
@@ -404,7 +404,7 @@ class Exploding(nn.Module):
         return x
 
 
-ATTACKS = [PGD("ce", 3), PGD("margin", 3, twin=(2, 16)), PGD("ce", 3, parent=True),
+ATTACKS = [PGD("ce", 3), PGD("margin", 3, twin=(2, 16)), PGD("ce", 3, bits=32),
            PGD("ce", 3, mode="sigmoid(4)"), Noise("linf", 3), PGD("ce", 3, norm="l2")]
 
 
@@ -480,7 +480,7 @@ def test_a_list_may_hold_entries_with_names_of_their_own() -> None:
 
 
 @pytest.mark.parametrize(("attack", "group"), [
-    (PGD("ce", 2), "pgd"), (PGD("ce", 2, twin=(2, 16)), "twin"), (PGD(parent=True), "transfer"),
+    (PGD("ce", 2), "pgd"), (PGD("ce", 2, twin=(2, 16)), "twin"), (PGD(bits=32), "transfer"),
     (Noise(), "noise"), (fb.attacks.LinfPGD(), "pgd"), (fb.attacks.FGSM(), "fgsm"),
     (fb.attacks.L2CarliniWagnerAttack(), "cw"), (fb.attacks.BoundaryAttack(), "other")])
 def test_an_attack_of_a_list_is_known_for_what_it_is(attack: Any, group: str) -> None:

@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from quantguard.attacks import PGD, FoolboxModel
+from quantguard.attacks._foolbox import fb
 from quantguard.straight import straight_through
 
 
@@ -95,3 +97,22 @@ def test_apply_is_put_back_after_an_exception() -> None:
     with pytest.raises(ZeroDivisionError), straight_through():
         1 / 0  # noqa: B018
     assert torch.autograd.Function.__dict__["apply"] is before
+
+
+class Rounded(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.round(4 * torch.relu(x)) / 4
+
+
+def test_an_attack_finds_its_way_through_foreign_rounding(cnn: nn.Module,
+                                                          digits: tuple[Tensor, Tensor]) -> None:
+    model = nn.Sequential(*(Rounded() if isinstance(m, nn.ReLU) else m for m in cnn)).eval()
+    x, y = digits[0][:60], digits[1][:60]
+    y = model(x).argmax(1)
+
+    def broken(**options: Any) -> int:
+        found = PGD("ce", 20, noise=0.0, **options).run(
+            FoolboxModel(model), x, fb.criteria.Misclassification(y), epsilon=0.15)
+        return int((model(found).argmax(1) != y).sum())
+    assert broken(see_through=False) == 0
+    assert broken() > 40

@@ -5,30 +5,38 @@ Madry et al. 2018, arXiv:1706.06083; margin loss as in Carlini & Wagner 2017, ar
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-from typing import Any
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any, ClassVar
 
 import eagerpy as ep
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..activation import backward, bypass, soften
+from ..activation import at_bits, backward, soften
 from ..errors import SpecError
 from ..pooling import pools_first
 from ..running import frozen
+from ..straight import straight_through
 from ._foolbox import fb
 from .bridge import PixelModel, labels_of, module_of
 from .noise import image_noise
 
-LOSSES = ("ce", "margin", "scaled")
+# Losses that can be made to climb towards a class.
+_TARGETED = ("margin", "dlr")
 # What ``scaled`` brings the top logit's distance from the mean to: far from rounding to 0 or 1.
 _SPREAD = 3.0
 
 
-def margin(logits: Tensor, labels: Tensor) -> Tensor:
-    """Return ``max_{j != y} z_j - z_y`` for each row: positive where misclassified."""
+def margin(logits: Tensor, labels: Tensor, target: Tensor | None = None) -> Tensor:
+    """Return ``max_{j != y} z_j - z_y`` for each row: positive where misclassified.
+
+    With target, (N,) classes, ``z_target - z_y``.
+    """
     own = logits.gather(1, labels.unsqueeze(1)).squeeze(1)
+    if target is not None:
+        return logits.gather(1, target.unsqueeze(1)).squeeze(1) - own
     others = logits.scatter(1, labels.unsqueeze(1), -torch.inf)
     return others.amax(1) - own
 
@@ -40,26 +48,48 @@ def rival(logits: Tensor, labels: Tensor, rank: int) -> Tensor:
     return order[:, min(rank, logits.shape[1] - 1) - 1]
 
 
-def attack_loss(logits: Tensor, labels: Tensor, loss: str, target: Tensor | None = None) -> Tensor:
-    """Return the sum over images of what the attacker climbs.
+def dlr(logits: Tensor, labels: Tensor, target: Tensor | None = None) -> Tensor:
+    """Return the difference of logits ratio (N,), which no scale or shift of the logits changes.
+
+    The margin, to the likeliest wrong class or to target, divided by what the sorted logits
+    ``z_(1) >= z_(2) >= ...`` span (Croce, Hein 2020, arXiv:2003.01690, equations 6 and 7):
+    ``z_(1) - z_(3)``, or with a target ``z_(1) - (z_(3) + z_(4)) / 2``. Three classes have no
+    ``z_(4)``: with a target the mean is that of ``z_(2)`` and ``z_(3)``, since ``z_(1) - z_(3)``
+    may be the margin itself. Of two classes nothing is left to divide by: the margin.
+    """
+    climbed = margin(logits, labels, target)
+    count = min(logits.shape[1], 4)
+    if count == 2:
+        return climbed
+    top = logits.topk(count, dim=1).values
+    low = top[:, 2] if target is None else top[:, -2:].mean(1)
+    return climbed / (top[:, 0] - low).clamp_min(1e-12)
+
+
+def image_losses(logits: Tensor, labels: Tensor, loss: str,
+                 target: Tensor | None = None) -> Tensor:
+    """Return what the attacker climbs, (N,), one number an image.
 
     Args:
         logits: (N, classes).
         labels: (N,) true classes.
-        loss: ``ce``; ``margin``, to the likeliest wrong class or to target; or ``scaled``: the
-            cross-entropy of logits divided by their own spread, held constant, which no scale of
-            the last layer saturates (as in Gupta, Ajanthan 2022, arXiv:2003.13511).
+        loss: ``ce``; ``margin``, to the likeliest wrong class or to target; ``dlr``, see
+            :func:`dlr`; or ``scaled``: the cross-entropy of logits divided by their own spread,
+            held constant, which no scale of the last layer saturates (as in Gupta, Ajanthan 2022,
+            arXiv:2003.13511).
         target: (N,) classes.
     """
-    if loss == "margin":
-        if target is None:
-            return margin(logits, labels).sum()
-        own = logits.gather(1, labels.unsqueeze(1)).squeeze(1)
-        return (logits.gather(1, target.unsqueeze(1)).squeeze(1) - own).sum()
+    if loss in ("margin", "dlr"):
+        return (margin if loss == "margin" else dlr)(logits, labels, target)
     if loss == "scaled":
         spread = (logits.amax(1, keepdim=True) - logits.mean(1, keepdim=True)).detach()
         logits = logits / spread.clamp_min(1e-30) * _SPREAD
-    return F.cross_entropy(logits, labels, reduction="sum")
+    return F.cross_entropy(logits, labels, reduction="none")
+
+
+def attack_loss(logits: Tensor, labels: Tensor, loss: str, target: Tensor | None = None) -> Tensor:
+    """Return the sum over images of :func:`image_losses`."""
+    return image_losses(logits, labels, loss, target).sum()
 
 
 def project(x: Tensor, center: Tensor, eps: float, norm: str,
@@ -100,53 +130,61 @@ def input_gradient(model: nn.Module, x: Tensor, labels: Tensor, loss: str,
     return gradient, logits.detach()
 
 
-class PGD(fb.attacks.base.FixedEpsilonAttack):
-    """PGD with every iterate judged by the model as it is; an image that fell is kept as it fell.
+class Kept:
+    """Hold for each image the first point judged that fools the model, else the strongest.
 
-    With ``twin=(k_0, k_1)`` the gradient at step s of S comes from the softened twin of sharpness
-    ``k_0 (k_1 / k_0)^(s / (S - 1))``; otherwise from the surrogate ``mode``. On a model without
-    staircases both are plain PGD.
+    The strongest is the one with the largest margin of the model as it is.
 
-    Args:
-        loss: ``ce``, ``margin`` or ``scaled``, see :func:`attack_loss`.
-        steps: gradient steps.
-        rel_step: first step's length over eps; None: 2.5 / steps.
-        decay: whether steps shrink linearly to 0.
-        mode: backward mode of the staircases.
-        twin: sharpness at the first and last step; None: no twin.
-        parent: climb the model under ``bypass`` instead, a transfer from the float parent.
-        norm: ``linf`` or ``l2``.
-        noise: radius of the random start over eps, 0 to 1.
-        target: with ``margin``: climb towards the class that comes so-and-so many-th, from 1,
-            among the wrong ones at the image; 0: towards whichever is nearest.
-        average: gradients averaged at each step, over N(0, (eps / 4)^2) around the iterate.
-        restart: start around ``starting_points`` where they are given, instead of the image.
-        pools_first: max-pool before a staircase instead of after it while climbing, see
-            :func:`quantguard.pooling.pools_first`.
-        seed: of the start and the averaging.
-
-    Raises:
-        SpecError: an unknown loss, or numbers out of range.
+    Attributes:
+        points: (N, ...).
+        fallen: (N,) whether the point fools the model.
     """
 
-    def __init__(self, loss: str = "ce", steps: int = 40, *, rel_step: float | None = None,
-                 decay: bool = False, mode: str = "ramp",
-                 twin: tuple[float, float] | None = None, parent: bool = False,
-                 norm: str = "linf", noise: float = 1.0, target: int = 0, average: int = 1,
-                 restart: bool = False, pools_first: bool = True, seed: int = 0) -> None:
-        if loss not in LOSSES:
-            raise SpecError(f"loss {loss!r} is unknown", fix=f"Use one of {', '.join(LOSSES)}.")
-        if steps < 1 or average < 1:
-            raise SpecError(f"steps={steps} and average={average} must be at least 1")
-        if target and loss != "margin":
-            raise SpecError(f"target={target} goes with loss='margin', not {loss!r}")
+    def __init__(self, x: Tensor, labels: Tensor) -> None:
+        self.points, self._labels = x.clone(), labels
+        self.fallen = torch.zeros(len(x), dtype=torch.bool, device=x.device)
+        self._highest = torch.full(x.shape[:1], -torch.inf, device=x.device)
+
+    def judge(self, x: Tensor, logits: Tensor) -> None:
+        """Take in points x, of which the model as it is makes logits."""
+        height, fools = margin(logits, self._labels), logits.argmax(1) != self._labels
+        new = ~self.fallen & ((height > self._highest) | fools)
+        self.points[new], self._highest[new] = x[new], height[new]
+        self.fallen |= fools
+
+
+class Climb(fb.attacks.base.FixedEpsilonAttack):
+    """What PGD and APGD share: where they start, what they climb, what they return.
+
+    Arguments are those of :class:`PGD`.
+
+    Raises:
+        SpecError: an unknown loss or norm, or numbers out of range.
+    """
+
+    losses: ClassVar[tuple[str, ...]]
+
+    def __init__(self, loss: str, steps: int, *, mode: str, twin: tuple[float, float] | None,
+                 norm: str, noise: float, target: int, restart: bool, see_through: bool,
+                 seed: int) -> None:
+        if loss not in self.losses:
+            raise SpecError(f"loss {loss!r} is unknown",
+                            fix=f"Use one of {', '.join(self.losses)}.")
+        if norm not in ("linf", "l2"):
+            raise SpecError(f"norm {norm!r} is unknown", fix="Use linf or l2.")
+        if steps < 1:
+            raise SpecError(f"steps={steps} must be at least 1")
+        if target and loss not in _TARGETED:
+            raise SpecError(f"target={target} does not go with loss={loss!r}",
+                            fix="Use a loss of a class: "
+                            f"{', '.join(name for name in self.losses if name in _TARGETED)}.")
+        if target < 0:
+            raise SpecError(f"target={target} must be 0, for none, or a rank from 1")
         if not 0 <= noise <= 1:
             raise SpecError(f"noise={noise} must be from 0 to 1")
-        self.loss, self.steps, self.mode, self.twin, self.parent = loss, steps, mode, twin, parent
-        self.rel_step = 2.5 / steps if rel_step is None else rel_step
-        self.decay, self.norm, self.noise, self.seed = decay, norm, noise, seed
-        self.target, self.average, self.restart = target, average, restart
-        self.pools_first = pools_first
+        self.loss, self.steps, self.mode, self.twin, self.norm = loss, steps, mode, twin, norm
+        self.noise, self.target, self.restart, self.seed = noise, target, restart, seed
+        self.see_through = see_through
 
     @property
     def distance(self) -> Any:
@@ -160,62 +198,133 @@ class PGD(fb.attacks.base.FixedEpsilonAttack):
         """
         fb.attacks.base.raise_if_kwargs(kwargs)
         wrapped, restore = ep.astensor_(inputs)
-        labels, x0 = labels_of(criterion), wrapped.raw
-        around = x0
+        labels, x0, module = labels_of(criterion), wrapped.raw, module_of(model)
+        x, target = x0, None
         if self.restart and starting_points is not None:
-            around = ep.astensor(starting_points).raw
-        return restore(ep.astensor(self._climb(model, x0, around, labels, epsilon)))
-
-    def _climb(self, model: Any, x0: Tensor, around: Tensor, labels: Tensor, eps: float) -> Tensor:
-        module, bounds = module_of(model), model.bounds
-        x = project(around, x0, eps, self.norm, bounds)
+            x = ep.astensor(starting_points).raw
+        x = project(x, x0, epsilon, self.norm, model.bounds)
         if self.noise:
             unit = image_noise(x0, self.norm, self.seed, self._tag())
-            x = project(x + self.noise * eps * unit, x0, eps, self.norm, bounds)
-        target = None
+            x = project(x + self.noise * epsilon * unit, x0, epsilon, self.norm, model.bounds)
         if self.target:
             with torch.no_grad():
                 target = rival(module(x0), labels, self.target)
-        kept = x.clone()
-        highest = torch.full(x0.shape[:1], -torch.inf, device=x0.device)
-        fallen = torch.zeros(len(x0), dtype=torch.bool, device=x0.device)
         with frozen(module):
-            for step in range(self.steps + 1):
-                last = step == self.steps
-                gradient = logits = None
-                if not last:
-                    gradient, logits = self._gradient(module, x, labels, target, step, eps)
-                if logits is None:
-                    with torch.no_grad():
-                        logits = module(x)
-                height = margin(logits, labels)
-                new = ~fallen & ((height > highest) | (logits.argmax(1) != labels))
-                kept[new], highest[new] = x[new], height[new]
-                fallen |= logits.argmax(1) != labels
-                if last or gradient is None or bool(fallen.all()):
-                    break
-                share = 1 - step / self.steps if self.decay else 1.0
-                x = x + share * self.rel_step * eps * ascend(gradient, self.norm)
-                x = project(x, x0, eps, self.norm, bounds)
-        return kept
+            kept = self._climb(module, x0, x, labels, target, epsilon, model.bounds)
+        return restore(ep.astensor(kept.points))
+
+    def _climb(self, module: PixelModel, x0: Tensor, x: Tensor, labels: Tensor,
+               target: Tensor | None, eps: float, bounds: tuple[float, float]) -> Kept:
+        """Climb from x, in the eps ball around x0, and return what was judged best."""
+        raise NotImplementedError
 
     def _tag(self) -> str:
-        return f"pgd {self.loss} {self.mode} {self.twin} {self.parent}"
+        raise NotImplementedError
+
+    def _hard(self, module: PixelModel) -> bool:
+        """Return whether the logits of what is climbed are those of the model as it is."""
+        return self.twin is None or not module.quantized
+
+    def _surrogate(self, module: PixelModel, share: float) -> AbstractContextManager[Any]:
+        """Return a context in which module is climbed, share (0 to 1) of the way up."""
+        if self.twin is None:
+            return backward(module, self.mode)
+        low, high = self.twin
+        return soften(module, low * (high / low) ** share)
+
+    @contextmanager
+    def _climbed(self, module: PixelModel, share: float) -> Iterator[None]:
+        """Make module what is climbed, inside the context."""
+        with ExitStack() as stack:
+            stack.enter_context(self._surrogate(module, share))
+            if self.see_through:
+                stack.enter_context(pools_first(module))
+                stack.enter_context(straight_through())
+            yield
+
+
+class PGD(Climb):
+    """PGD with every iterate judged by the model as it is; an image that fell is kept as it fell.
+
+    With ``twin=(k_0, k_1)`` the gradient at step s of S comes from the softened twin of sharpness
+    ``k_0 (k_1 / k_0)^(s / (S - 1))``; otherwise from the surrogate ``mode``. On a model without
+    staircases both are plain PGD.
+
+    Args:
+        loss: ``ce``, ``margin`` or ``scaled``, see :func:`attack_loss`.
+        steps: gradient steps.
+        rel_step: first step's length over eps; None: 2.5 / steps.
+        decay: whether steps shrink linearly to 0.
+        mode: backward mode of the staircases.
+        twin: sharpness at the first and last step; None: no twin.
+        bits: climb the same weights with staircases of so many bits instead, or with 32 without
+            any: a transfer.
+        norm: ``linf`` or ``l2``.
+        noise: radius of the random start over eps, 0 to 1.
+        target: with ``margin``: climb towards the class that comes so-and-so many-th, from 1,
+            among the wrong ones at the image; 0: towards whichever is nearest.
+        average: gradients averaged at each step, over N(0, (eps / 4)^2) around the iterate.
+        restart: start around ``starting_points`` where they are given, instead of the image.
+        see_through: while climbing, max-pool before a staircase instead of after it, and give
+            foreign rounding a gradient; see :func:`quantguard.pooling.pools_first` and
+            :func:`quantguard.straight.straight_through`.
+        seed: of the start and the averaging.
+
+    Raises:
+        SpecError: an unknown loss, or numbers out of range.
+    """
+
+    losses = ("ce", "margin", "scaled")
+
+    def __init__(self, loss: str = "ce", steps: int = 40, *, rel_step: float | None = None,
+                 decay: bool = False, mode: str = "ramp",
+                 twin: tuple[float, float] | None = None, bits: int | None = None,
+                 norm: str = "linf", noise: float = 1.0, target: int = 0, average: int = 1,
+                 restart: bool = False, see_through: bool = True, seed: int = 0) -> None:
+        super().__init__(loss, steps, mode=mode, twin=twin, norm=norm, noise=noise, target=target,
+                         restart=restart, see_through=see_through, seed=seed)
+        if average < 1:
+            raise SpecError(f"average={average} must be at least 1")
+        self.rel_step = 2.5 / steps if rel_step is None else rel_step
+        self.decay, self.bits, self.average = decay, bits, average
+
+    def _tag(self) -> str:
+        return f"pgd {self.loss} {self.mode} {self.twin} {self.bits}"
+
+    def _climb(self, module: PixelModel, x0: Tensor, x: Tensor, labels: Tensor,
+               target: Tensor | None, eps: float, bounds: tuple[float, float]) -> Kept:
+        kept = Kept(x, labels)
+        for step in range(self.steps + 1):
+            last = step == self.steps
+            gradient = logits = None
+            if not last:
+                gradient, logits = self._gradient(module, x, labels, target, step, eps)
+            if logits is None:
+                with torch.no_grad():
+                    logits = module(x)
+            kept.judge(x, logits)
+            if last or gradient is None or bool(kept.fallen.all()):
+                break
+            share = 1 - step / self.steps if self.decay else 1.0
+            x = x + share * self.rel_step * eps * ascend(gradient, self.norm)
+            x = project(x, x0, eps, self.norm, bounds)
+        return kept
+
+    def _hard(self, module: PixelModel) -> bool:
+        return self.bits is None and super()._hard(module)
+
+    def _surrogate(self, module: PixelModel, share: float) -> AbstractContextManager[Any]:
+        if self.bits is not None:
+            return at_bits(module, self.bits)
+        return super()._surrogate(module, share)
 
     def _gradient(self, module: PixelModel, x: Tensor, labels: Tensor, target: Tensor | None,
                   step: int, eps: float) -> tuple[Tensor, Tensor | None]:
         """Return the gradient, and the logits where they are those of the hard model at x."""
-        soft: Any = backward(module, self.mode)
-        hard = not self.parent and (self.twin is None or not module.quantized)
-        if self.parent:
-            soft = bypass(module)
-        elif self.twin is not None and module.quantized:
-            low, high = self.twin
-            soft = soften(module, low * (high / low) ** (step / max(self.steps - 1, 1)))
-        with soft, pools_first(module) if self.pools_first else nullcontext():
+        with self._climbed(module, step / max(self.steps - 1, 1)):
             if self.average == 1:
                 gradient, logits = input_gradient(module, x, labels, self.loss, target)
-                return gradient, logits if hard else None
+                return gradient, logits if self._hard(module) else None
             total = torch.zeros_like(x)
             for number in range(self.average):
                 unit = image_noise(x, "normal", self.seed, f"{self._tag()} {step} {number}")

@@ -125,14 +125,14 @@ def _entries(threat: Threat, seed: int, quantized: bool, *, steps: int, queries:
         Entry("noise", Noise(norm, seed=seed), "noise", True),
         Entry("FGSM", fgsm, "fgsm", True),
         # what people run by default climbs the model as it is
-        Entry(f"PGD-{steps}", PGD("ce", steps, norm=norm, pools_first=False, seed=seed), "pgd",
+        Entry(f"PGD-{steps}", PGD("ce", steps, norm=norm, see_through=False, seed=seed), "pgd",
               True),
         Entry(f"PGD-{steps} margin",
-              PGD("margin", steps, norm=norm, pools_first=False, seed=seed), "pgd"),
+              PGD("margin", steps, norm=norm, see_through=False, seed=seed), "pgd"),
     ]
     if saturated:
         entries.append(Entry(f"PGD-{steps} scaled", PGD(
-            "scaled", steps, norm=norm, pools_first=False, seed=seed), "scaled", True))
+            "scaled", steps, norm=norm, see_through=False, seed=seed), "scaled", True))
     # What follows rarely breaks what the twin did not: fewer steps, that it is not left out.
     short = max(20, steps * 2 // 5)
     climbs: list[tuple[float, list[Entry]]] = []
@@ -152,20 +152,21 @@ def _entries(threat: Threat, seed: int, quantized: bool, *, steps: int, queries:
         "ce", steps, twin=(4, 64), norm=norm, seed=seed + 100 + number, **_STRIDE), "reseeded")
         for number in range(1, _RESEEDS + 1)]
     # A float model is its own parent: there the budget goes to another start.
-    parents = [Entry(f"transfer-{short} {loss}",
-                     PGD(loss, short, parent=quantized, norm=norm, seed=seed + 1),
-                     "transfer" if quantized else "modes") for loss in ("ce", "margin")]
-    blind = parents if quantized else []
+    transfers = [Entry(f"transfer-{short} {loss} from {bits} bits",
+                       PGD(loss, short, bits=bits if quantized else None, norm=norm, seed=seed + 1),
+                       "transfer" if quantized else "modes")
+                 for loss, bits in (("ce", 32), ("margin", 32), ("ce", 5))]
+    blind = transfers if quantized else []
     if norm == "linf":
         blind = [*blind, Entry(f"Square-{queries}", Square(queries, seed=seed), "black-box")]
-    return Suite(entries if quantized else [*entries, *parents],
+    return Suite(entries if quantized else [*entries, *transfers],
                  _rounds(steps, norm, seed), reseeded, blind, curve)
 
 
 def _group(attack: Any) -> str:
     """Return what an attack of a list stands for, see :class:`Entry`."""
     if isinstance(attack, PGD):
-        return "transfer" if attack.parent else "twin" if attack.twin else "pgd"
+        return "transfer" if attack.bits else "twin" if attack.twin else "pgd"
     if isinstance(attack, (Noise, Square)):
         return "noise" if isinstance(attack, Noise) else "black-box"
     if isinstance(attack, fb.attacks.L2CarliniWagnerAttack):
