@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import masking
-from .attacks import Entry, FoolboxModel, PixelModel, Suite
+from .attacks import Entry, FoolboxModel, PixelModel, Substitute, Suite
 from .attacks.pgd import margin, project
 from .errors import SpecError
 from .evidence import padded
@@ -168,6 +168,8 @@ def _attack(fmodel: FoolboxModel, entry: Entry, data: Images, threat: Threat, ba
     begin = time.monotonic()
     model = fmodel.module
     queries, gradients = model.queries, model.gradients
+    if isinstance(entry.attack, Substitute):
+        entry.attack.fit(fmodel, data.pixels)
     minimum = isinstance(entry.attack, fb.attacks.base.MinimizationAttack)
     broke, own, norms = np.zeros(len(mask), dtype=bool), 0, []
     chosen = np.flatnonzero(mask)
@@ -178,7 +180,7 @@ def _attack(fmodel: FoolboxModel, entry: Entry, data: Images, threat: Threat, ba
         criterion = fb.criteria.Misclassification(y)
         if minimum:
             raw = entry.attack.run(fmodel, x, criterion)
-            # Foolbox answers "none found" with zeros.
+            # Foolbox answers "none found" with zeros, ours with the image.
             found = (model(raw).argmax(1) != y)[:size] & (raw != 0).flatten(1).any(1)[:size]
             own += int(found.sum())
             norms += (raw - x)[:size][found].flatten(1).norm(dim=1).tolist()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, ClassVar
 
 import foolbox as fb
 import pytest
@@ -178,16 +178,26 @@ def by_the_paper(net: nn.Module, x0: Tensor, label: Tensor, eps: float, norm: st
     return seen, met
 
 
-def test_it_looks_at_what_algorithm_1_looks_at(monkeypatch: pytest.MonkeyPatch) -> None:
-    looked: list[Tensor] = []
+class Noting(pgd_room.Kept):
+    """Note what is judged; go on when all have fallen."""
 
-    class Noting(pgd_room.Kept):
-        def judge(self, x: Tensor, logits: Tensor) -> None:
-            looked.append(x)
-            super().judge(x, logits)
-            self.fallen.zero_()  # or it would stop where all have fallen
+    looked: ClassVar[list[Tensor]] = []
 
+    def judge(self, x: Tensor, logits: Tensor) -> None:
+        self.looked.append(x)
+        super().judge(x, logits)
+        self.fallen.zero_()
+
+
+@pytest.fixture
+def looked(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """Return what an APGD judges, growing as it climbs."""
     monkeypatch.setattr(room, "Kept", Noting)
+    Noting.looked.clear()
+    return Noting.looked
+
+
+def test_it_looks_at_what_algorithm_1_looks_at(looked: list[Tensor]) -> None:
     net, halvings = small_net(), set()
     x = torch.rand(6, 12, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     labels = net(x).argmax(1)
@@ -201,6 +211,23 @@ def test_it_looks_at_what_algorithm_1_looks_at(monkeypatch: pytest.MonkeyPatch) 
             torch.testing.assert_close(torch.stack([at[i] for at in looked]), torch.cat(expected),
                                        atol=1e-7, rtol=0)
     assert halvings == {"1", "2"}
+
+
+@pytest.mark.parametrize("loss", ["ce", "margin"])
+def test_steps_are_halved_by_what_is_climbed_at_one_sharpness(loss: str,
+                                                              looked: list[Tensor]) -> None:
+    """Out of reach the hard loss never rises, and at each sharpness the twin's is lower.
+
+    At a single sharpness it rises at every step: none is halved until the edge of the ball.
+    """
+    problem = Problem("linf", n=40)
+    out = slice(21, 40)
+    attacked(problem, problem.staircase(width=1.0),
+             APGD(loss, twin=(0.5, 5), rel_step=0.025, noise=0.0), out)
+    for step, x in enumerate(looked):
+        moved = distance(x, problem.x[out], "linf") / problem.eps
+        torch.testing.assert_close(moved, torch.full_like(moved, min(1, 0.025 * step)),
+                                   atol=1e-3, rtol=0)
 
 
 def test_sharpness_is_constant_between_checkpoints(monkeypatch: pytest.MonkeyPatch) -> None:

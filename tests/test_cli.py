@@ -56,7 +56,7 @@ def fails(*arguments: Any, code: int = 1) -> str:
 @pytest.fixture(autouse=True)
 def tiny_suite(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let ``quick`` be quicker: every kind of attack, a few steps each."""
-    monkeypatch.setitem(suites._SUITES, "quick", {"steps": 3, "queries": 3, "curve": 16})
+    monkeypatch.setitem(suites._SUITES, "quick", (3, 3, 16))
     monkeypatch.setattr(suites, "MODES", ("sigmoid(8)",))
     monkeypatch.setattr(suites, "TWINS", suites.TWINS[:1])
 

@@ -69,7 +69,7 @@ class APGD(Climb):
     def __init__(self, loss: str = "ce", steps: int = 50, *, rel_step: float | None = None,
                  rho: float | None = None, mode: str = "ramp",
                  twin: tuple[float, float] | None = None, norm: str = "linf", noise: float = 1.0,
-                 target: int = 0, restart: bool = False, pools_first: bool = True,
+                 target: int = 0, restart: bool = False, see_through: bool = True,
                  seed: int = 0) -> None:
         super().__init__(loss, steps, mode=mode, twin=twin, norm=norm, noise=noise, target=target,
                          restart=restart, see_through=see_through, seed=seed)

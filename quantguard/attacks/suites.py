@@ -10,14 +10,23 @@ from typing import Any
 from ..errors import SpecError
 from ..spec import Threat
 from ._foolbox import fb
+from .apgd import APGD
+from .bridged import DDN, Boundary, CarliniWagner, DeepFool, HopSkipJump
+from .nes import NES
 from .noise import Noise
-from .pgd import PGD
+from .pgd import PGD, Climb
 from .square import Square
+from .substitute import Substitute
+from .zoo import ZOO
 
 MODES = ("ramp", "sigmoid(8)")
 TWINS: tuple[tuple[float, float], ...] = ((2, 16), (4, 32))
 # What sees no gradient of the model itself: run last, and what it breaks then speaks for itself.
 BLIND = ("noise", "transfer", "black-box")
+# What asks for no gradient.
+_QUERIES = (Square, Noise, ZOO, NES, HopSkipJump, Boundary)
+# How far differences reach over eps; None: as ZOO and NES have it, where a staircase is flat.
+_REACHES = (None, 0.25, 0.5, 1.0)
 # Through the twin a few long steps that shrink find more than many short ones.
 _STRIDE: dict[str, Any] = {"rel_step": 0.4, "decay": True}
 # Runs of the strongest attack from other seeds: they tell what the next one would break.
@@ -61,16 +70,18 @@ class Entry:
     def cost(self) -> float:
         """Return roughly how many gradients an image costs, for the ETA."""
         values = vars(self.attack)
-        if "binary_search_steps" in values:
-            return float(values["binary_search_steps"] * values["steps"])
-        steps = float(values.get("steps", values.get("repeats", 1)) * values.get("average", 1))
-        return steps / 3 if isinstance(self.attack, (Square, Noise)) else steps  # no backward pass
+        cost = float(values.get("steps", values.get("repeats", 1)))
+        for name in ("binary_search_steps", "average", "candidates"):
+            cost *= values.get(name) or 1
+        if isinstance(self.attack, (ZOO, NES)):
+            cost *= 2 * values.get("coordinates", values.get("samples"))
+        return cost / 3 if isinstance(self.attack, _QUERIES) else cost  # no backward pass
 
     def settings(self) -> dict[str, Any]:
         """Return every hyper-parameter as plain JSON types."""
-        plain = {k.strip("_"): v if isinstance(v, (int, float, str, bool, type(None))) else
+        plain = {k: v if isinstance(v, (int, float, str, bool, type(None))) else
                  list(v) if isinstance(v, tuple) else repr(v)
-                 for k, v in vars(self.attack).items()}
+                 for k, v in vars(self.attack).items() if not k.startswith("_")}
         return {"label": self.label, "class": type(self.attack).__name__, "group": self.group,
                 "everywhere": self.everywhere, **plain}
 
@@ -116,59 +127,112 @@ def _rounds(steps: int, norm: str, seed: int) -> list[Entry]:
     return rounds
 
 
-def _entries(threat: Threat, seed: int, quantized: bool, *, steps: int, queries: int, curve: int,
-             saturated: bool, fidelity: Mapping[str, float]) -> Suite:
-    norm = threat.norm
+def _default(norm: str, seed: int, steps: int, saturated: bool) -> list[Entry]:
+    """Return what people run by default, which climbs the model as it is, and noise."""
     fgsm = fb.attacks.LinfFastGradientAttack() if norm == "linf" else \
         fb.attacks.L2FastGradientAttack()
+    plain: dict[str, Any] = {"norm": norm, "see_through": False, "seed": seed}
     entries = [
         Entry("noise", Noise(norm, seed=seed), "noise", True),
         Entry("FGSM", fgsm, "fgsm", True),
-        # what people run by default climbs the model as it is
-        Entry(f"PGD-{steps}", PGD("ce", steps, norm=norm, see_through=False, seed=seed), "pgd",
-              True),
-        Entry(f"PGD-{steps} margin",
-              PGD("margin", steps, norm=norm, see_through=False, seed=seed), "pgd"),
-    ]
+        Entry(f"PGD-{steps}", PGD("ce", steps, **plain), "pgd", True),
+        Entry(f"PGD-{steps} margin", PGD("margin", steps, **plain), "pgd")]
     if saturated:
-        entries.append(Entry(f"PGD-{steps} scaled", PGD(
-            "scaled", steps, norm=norm, see_through=False, seed=seed), "scaled", True))
-    # What follows rarely breaks what the twin did not: fewer steps, that it is not left out.
-    short = max(20, steps * 2 // 5)
+        entries.append(Entry(f"PGD-{steps} scaled", PGD("scaled", steps, **plain), "scaled", True))
+    return entries
+
+
+def _climbs(norm: str, seed: int, steps: int, short: int,
+            fidelity: Mapping[str, float]) -> list[Entry]:
+    """Return every surrogate gradient, those that tell most first.
+
+    On a float model these are restarts.
+    """
     climbs: list[tuple[float, list[Entry]]] = []
-    for number, mode in enumerate(MODES, 1):  # on a float model these are restarts
+    for number, mode in enumerate(MODES, 1):
         climbs.append((fidelity.get(mode, 0.0), [
             Entry(f"PGD-{short} {loss} {mode}",
                   PGD(loss, short, mode=mode, norm=norm, seed=seed + number), "modes")
             for loss in ("ce", "margin")]))
     for twin in TWINS:
         climbs.append((fidelity.get("twin k 8", 1.0), [
-            Entry("twin-{} {} k {:g}-{:g}".format(steps, loss, *twin),
-                  PGD(loss, steps, twin=twin, norm=norm, seed=seed, **_STRIDE), "twin")
+            Entry("APGD-{} {} k {:g}-{:g}".format(steps, loss, *twin),
+                  APGD(loss, steps, twin=twin, norm=norm, seed=seed), "twin")
             for loss in ("ce", "margin")]))
-    for _, pair in sorted(climbs, key=lambda climb: -climb[0]):
-        entries += pair
-    reseeded = [Entry(f"again {number}. twin-{steps} ce k 4-64", PGD(
-        "ce", steps, twin=(4, 64), norm=norm, seed=seed + 100 + number, **_STRIDE), "reseeded")
-        for number in range(1, _RESEEDS + 1)]
+    return [entry for _, pair in sorted(climbs, key=lambda climb: -climb[0]) for entry in pair]
+
+
+def _autoattack(norm: str, seed: int, steps: int) -> list[Entry]:
+    """Return the gradient attacks of AutoAttack's kind: as it is run, and through the twin."""
+    losses: list[tuple[str, dict[str, Any]]] = [("ce", {}), *(
+        ("dlr", {"target": rank}) for rank in (1, 2, 3))]
+    entries = []
+    for group, options in (("pgd", {"see_through": False}), ("twin", {"twin": (4, 64)})):
+        for loss, more in losses:
+            name = " ".join([f"APGD-{steps} {loss}", *(f"{k} {v}" for k, v in more.items()),
+                             *["through the twin"] * (group == "twin")])
+            entries.append(Entry(name, APGD(loss, steps, norm=norm, seed=seed, **options, **more),
+                                 group))
+    return entries
+
+
+def _differences(norm: str, seed: int, everywhere: bool, kinds: Sequence[type]) -> list[Entry]:
+    """Return ZOO, NES, with every reach: at the usual one a staircase has no differences."""
+    entries = []
+    for kind in kinds:
+        for reach in _REACHES:
+            attack = kind(norm, 20, rel_h=reach, seed=seed)
+            name = kind.__name__ + (f" h {reach:g} eps" if reach else " h 1e-4")
+            entries.append(Entry(name, attack, "black-box", everywhere))
+    return entries
+
+
+def _named(name: str, threat: Threat, seed: int, quantized: bool, saturated: bool,
+           fidelity: Mapping[str, float]) -> Suite:
+    norm, steps, queries, curve = threat.norm, *_SUITES[name]
+    carlini = Entry("C&W L2", CarliniWagner(), "cw", True)
+    entries = _default(norm, seed, steps, saturated)
+    if name == "paper":
+        return Suite([*entries, carlini], blind=[
+            *_differences(norm, seed, True, [ZOO]),
+            Entry("substitute", Substitute(norm=norm, seed=seed), "transfer", True)], curve=curve)
+    # What follows the twin rarely breaks what it did not: fewer steps, that it is not left out.
+    short = max(20, steps * 2 // 5)
+    entries += _climbs(norm, seed, steps, short, fidelity)
     # A float model is its own parent: there the budget goes to another start.
     transfers = [Entry(f"transfer-{short} {loss} from {bits} bits",
                        PGD(loss, short, bits=bits if quantized else None, norm=norm, seed=seed + 1),
                        "transfer" if quantized else "modes")
                  for loss, bits in (("ce", 32), ("margin", 32), ("ce", 5))]
-    blind = transfers if quantized else []
-    if norm == "linf":
-        blind = [*blind, Entry(f"Square-{queries}", Square(queries, seed=seed), "black-box")]
-    return Suite(entries if quantized else [*entries, *transfers],
-                 _rounds(steps, norm, seed), reseeded, blind, curve)
+    square = Entry(f"Square-{queries}", Square(queries, seed=seed, norm=norm), "black-box")
+    blind = [*transfers, square] if quantized else [square]
+    if not quantized:
+        entries += transfers
+    if norm == "l2":
+        entries.append(carlini)
+    if name == "full":
+        entries += [*_autoattack(norm, seed, steps), *[carlini] * (norm == "linf"),
+                    Entry("DeepFool", DeepFool(norm), "other"),
+                    *[Entry("DDN", DDN(seed=seed), "other")] * (norm == "l2")]
+        blind += [Entry("substitute", Substitute(norm=norm, seed=seed), "transfer"),
+                  *_differences(norm, seed, False, [NES, ZOO]),
+                  Entry("HopSkipJump", HopSkipJump(norm, seed=seed), "black-box"),
+                  *[Entry("Boundary", Boundary(seed=seed), "black-box")] * (norm == "l2")]
+    reseeded = [Entry(f"again {number}. twin-{steps} ce k 4-64", PGD(
+        "ce", steps, twin=(4, 64), norm=norm, seed=seed + 100 + number, **_STRIDE), "reseeded")
+        for number in range(1, _RESEEDS + 1)]
+    return Suite(entries, _rounds(steps, norm, seed), reseeded, blind, curve)
 
 
 def _group(attack: Any) -> str:
     """Return what an attack of a list stands for, see :class:`Entry`."""
-    if isinstance(attack, PGD):
-        return "transfer" if attack.bits else "twin" if attack.twin else "pgd"
-    if isinstance(attack, (Noise, Square)):
-        return "noise" if isinstance(attack, Noise) else "black-box"
+    if isinstance(attack, Climb):
+        moved = getattr(attack, "bits", None) is not None
+        return "transfer" if moved else "twin" if attack.twin else "pgd"
+    if isinstance(attack, Noise):
+        return "noise"
+    if isinstance(attack, (*_QUERIES, Substitute)):
+        return "transfer" if isinstance(attack, Substitute) else "black-box"
     if isinstance(attack, fb.attacks.L2CarliniWagnerAttack):
         return "cw"
     if isinstance(attack, fb.attacks.gradient_descent_base.BaseGradientDescent):
@@ -176,10 +240,12 @@ def _group(attack: Any) -> str:
     return "other"
 
 
-# A literal table: what each suite spends.
-_SUITES: dict[str, dict[str, Any]] = {
-    "quick": {"steps": 20, "queries": 200, "curve": 128},
-    "standard": {"steps": 50, "queries": 1000, "curve": 256},
+# What each suite spends: gradient steps, queries of Square, images that the curve is drawn from.
+_SUITES: dict[str, tuple[int, int, int]] = {
+    "quick": (20, 200, 128),
+    "standard": (50, 1000, 256),
+    "paper": (50, 0, 256),
+    "full": (100, 5000, 256),
 }
 
 
@@ -202,8 +268,7 @@ def build_suite(suite: str | Sequence[Any], threat: Threat, *, seed: int, quanti
             raise SpecError(f"suite {suite!r} is unknown",
                             fix=f"Use one of {', '.join(_SUITES)}" +
                             (f"; did you mean {near[0]!r}?" if near else "."))
-        return _entries(threat, seed, quantized, saturated=saturated, fidelity=fidelity or {},
-                        **_SUITES[suite])
+        return _named(suite, threat, seed, quantized, saturated, fidelity or {})
     entries = []
     for number, attack in enumerate(suite):
         if isinstance(attack, Entry):

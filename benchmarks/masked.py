@@ -1,0 +1,191 @@
+"""Is every way of hiding a gradient that we know flagged, and seen through?
+
+    python benchmarks/masked.py FOLDER [--images 200] [--suite quick]
+
+FOLDER holds the controls, see benchmarks/controls.py. Each row is a network whose forward is that
+of another one, or nearly, with its gradient hidden; the truth is the lowest that we know of the
+network behind it: the same suite on the same forward with its gradient in the open. `k-WTA` (k
+winners take all, Xiao, Zhong, Zheng 2020, arXiv:1905.10510) is trained without attacks, so that its
+truth at this eps is near 0. Fashion-MNIST's first test images, Linf eps 0.1. A row is caught where
+a flag of kind masked or unresolved is raised, and seen through where the figure is at most 3 points
+above the truth.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from controls import network
+from torch import Tensor, nn
+
+import quantguard as qg
+from quantguard.activation import QuantActivation
+from quantguard.data import load_data
+from quantguard.demo import train_clean
+from quantguard.files import write_text
+
+HERE = Path(__file__).parent / "results"
+EPS, SEED = 0.1, 0
+
+
+class Scaled(nn.Module):
+    """Logits times a number: on all images, or on those whose first pixels' bits say so."""
+
+    def __init__(self, model: nn.Module, scale: float, share: float = 1.0) -> None:
+        super().__init__()
+        self.model, self.scale, self.share = model, scale, share
+
+    def forward(self, x: Tensor) -> Tensor:
+        z: Tensor = self.model(x)
+        some = (z.detach().abs().sum(1) * 997) % 1 < self.share
+        return torch.where(some.unsqueeze(1), self.scale * z, z)
+
+
+class Softmax(nn.Module):
+    def __init__(self, model: nn.Module, scale: float) -> None:
+        super().__init__()
+        self.model, self.scale = model, scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.scale * self.model(x)).softmax(1)
+
+
+class _NoGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return (4 * x.relu()).round() / 4
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return torch.zeros_like(grads[0])
+
+
+class ZeroFunction(nn.Module):
+    """Rounding by a Function whose backward is zero."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _NoGradient.apply(x)  # type: ignore[no-any-return]
+
+
+class Round(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return (4 * x.relu()).round() / 4
+
+
+class OpenRound(nn.Module):
+    """The same rounding with ReLU's gradient."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x.relu()
+        return y + ((4 * y).round() / 4 - y).detach()
+
+
+class Sign(nn.Module):
+    """A 1-bit staircase written with torch.sign."""
+
+    def __init__(self, staircase: QuantActivation) -> None:
+        super().__init__()
+        self.t, self.step = float(staircase.thresholds), float(staircase.step)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (1 + torch.sign(x - self.t)) * (self.step / 2)
+
+
+class Lost(nn.Module):
+    """A staircase read by a tracer that lost its surrogate: comparisons, no gradient at all."""
+
+    def __init__(self, staircase: QuantActivation) -> None:
+        super().__init__()
+        self.t, self.step = staircase.thresholds.detach(), float(staircase.step)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x.unsqueeze(-1) > self.t).sum(-1).float() * self.step + 0 * x
+
+
+class KWTA(nn.Module):
+    """Keep the largest tenth of an image's activations."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.flatten(1)
+        least = rows.topk(max(1, rows.shape[1] // 10), dim=1).values[:, -1:]
+        return (rows * (rows >= least)).reshape(x.shape)
+
+
+def swapped(model: nn.Module, kind: Any) -> nn.Module:
+    """Return model with its activations replaced."""
+    assert isinstance(model, nn.Sequential)
+    acts = (nn.ReLU, QuantActivation)
+    return nn.Sequential(*(kind(m) if isinstance(m, acts) else m for m in model)).eval()
+
+
+def rows(folder: Path) -> dict[str, tuple[nn.Module, nn.Module | None]]:
+    """Return by name: the network, and the one that tells its truth (None: near 0)."""
+    def load(name: str) -> nn.Module:
+        return network(folder / f"{name}.safetensors")
+    float_model, one, two = load("float"), load("fixed1"), load("fixed2")
+    torch.manual_seed(SEED)
+    winners = swapped(float_model, lambda _: KWTA())
+    for module in winners.modules():
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+    train_clean(winners, load_data("fashion-mnist", "train", batch_size=128), 1)
+    open_round = swapped(float_model, lambda _: OpenRound())
+    return {
+        "logits x10": (Scaled(load("float"), 10.0), float_model),
+        "logits x30": (Scaled(load("float"), 30.0), float_model),
+        "logits x100": (Scaled(load("float"), 100.0), float_model),
+        "logits x300 on 30 % of the images": (Scaled(load("float"), 300.0, 0.3), float_model),
+        "softmax of logits x10": (Softmax(load("float"), 10.0), float_model),
+        "rounding, torch.round": (swapped(load("float"), lambda _: Round()), open_round),
+        "rounding, a zero Function": (swapped(load("float"), lambda _: ZeroFunction()), open_round),
+        "1 bit by torch.sign": (swapped(load("fixed1"), Sign), one),
+        "2 bits, trained through the ramp": (load("fixed2"), two),
+        "2 bits, surrogate lost": (swapped(load("fixed2"), Lost), two),
+        "k-WTA": (winners.eval(), None)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--images", type=int, default=200)
+    parser.add_argument("--suite", default="quick")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    truths: dict[int, float] = {}
+    table = []
+
+    def evaluated(model: nn.Module) -> qg.Evaluation:
+        return qg.evaluate(model, load_data("fashion-mnist", "test"), qg.Threat(eps=EPS),
+                           suite=args.suite, images=args.images, seed=SEED, progress=False)
+    for name, (model, behind) in rows(args.folder).items():
+        result = evaluated(model)
+        if behind is None:
+            truth = 0.0
+        elif id(behind) in truths:
+            truth = truths[id(behind)]
+        else:
+            truth = truths[id(behind)] = evaluated(behind).robust_accuracy
+        flags = {f.name: f.kind for f in result.flags if f.raised and f.kind != "undecided"}
+        default = result.surviving("fgsm", "pgd").mean()
+        table.append({"name": name, "clean": result.clean_accuracy, "default": float(default),
+                      "robust": result.robust_accuracy, "truth": truth, "flags": flags,
+                      "caught": bool(flags), "through": result.robust_accuracy <= truth + 0.03})
+        print(f"{name:34s} clean {result.clean_accuracy:6.1%}  FGSM and PGD {default:6.1%}  suite "
+              f"{result.robust_accuracy:6.1%}  truth {truth:6.1%}  "
+              f"{'seen through' if table[-1]['through'] else 'NOT SEEN THROUGH'}; "
+              f"{', '.join(flags) or 'NOT CAUGHT'}", flush=True)
+    HERE.mkdir(exist_ok=True)
+    write_text(HERE / "masked.json", json.dumps({
+        "rows": table, "images": args.images, "suite": args.suite, "eps": EPS, "seed": SEED,
+        "python": platform.python_version(), "torch": version("torch"), "threads": 1,
+        "machine": platform.machine()}))
+
+
+if __name__ == "__main__":
+    main()
