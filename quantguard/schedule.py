@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import masking
-from .attacks import Entry, FoolboxModel, PixelModel, Substitute, Suite
+from .attacks import NES, ZOO, Entry, FoolboxModel, PixelModel, Substitute, Suite
 from .attacks.pgd import margin, project
 from .errors import SpecError
 from .evidence import padded
@@ -168,15 +168,17 @@ def _attack(fmodel: FoolboxModel, entry: Entry, data: Images, threat: Threat, ba
     begin = time.monotonic()
     model = fmodel.module
     queries, gradients = model.queries, model.gradients
-    if isinstance(entry.attack, Substitute):
+    if isinstance(entry.attack, Substitute) and mask.any():
         entry.attack.fit(fmodel, data.pixels)
     minimum = isinstance(entry.attack, fb.attacks.base.MinimizationAttack)
     broke, own, norms = np.zeros(len(mask), dtype=bool), 0, []
     chosen = np.flatnonzero(mask)
     for first in range(0, len(chosen), batch):
         rows = chosen[first : first + batch]
-        x, size = padded(data.pixels[rows], batch)
-        y, _ = padded(data.labels[rows], batch)
+        # what batches its own queries would only make them for the copies, too
+        full = len(rows) if isinstance(entry.attack, (ZOO, NES)) else batch
+        x, size = padded(data.pixels[rows], full)
+        y, _ = padded(data.labels[rows], full)
         criterion = fb.criteria.Misclassification(y)
         if minimum:
             raw = entry.attack.run(fmodel, x, criterion)
@@ -189,9 +191,10 @@ def _attack(fmodel: FoolboxModel, entry: Entry, data: Images, threat: Threat, ba
             options = {}
             if getattr(entry.attack, "restart", False):
                 near = torch.from_numpy(state.adversarials[rows]).to(x)
-                options["starting_points"] = padded(near, batch)[0]
+                options["starting_points"] = padded(near, full)[0]
             raw = entry.attack.run(fmodel, x, criterion, epsilon=threat.eps, **options)
         raw = torch.where(raw.isfinite(), raw.detach(), x)
+        raw, x, y = (padded(v, batch)[0] for v in (raw, x, y))
         trial = project(raw, x, threat.eps, threat.norm, threat.bounds)
         with torch.no_grad():
             logits = model(trial)

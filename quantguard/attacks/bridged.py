@@ -4,6 +4,7 @@ Foolbox 3.3.4 leaves gradients on the parameters, draws from torch's own random 
 draws and step lengths among the images of a batch, and takes (0, 1) for the bounds here and there;
 one image without a starting point ends the whole batch. Here every attack runs on pixels rescaled
 to (0, 1), and what it returns is what fooled the model nearest to the image, else the image.
+Those that need nothing but the arg max run image by image.
 """
 
 from __future__ import annotations
@@ -21,24 +22,19 @@ from ..spec import NORMS
 from ._foolbox import fb
 from .bridge import PixelModel, labels_of, module_of
 from .noise import image_noise, seed_of
-from .pgd import ascend
+from .pgd import ascend, margin
 
 # Queries in one forward pass of an attack that runs image by image.
 _TOGETHER = 128
 # Random images tried as a start, and points on the way from there to the image.
 _STARTS, _BLENDS = 1024, 50
+# By how much of the image's own margin a point must be beyond the boundary: rounding differs from
+# one size of batch to another, and must not turn it back.
+_CLEAR = 1e-5
 
 
 class _Spent(Exception):
     """The queries of an image are used up."""
-
-
-class _Wrong(fb.criteria.Misclassification):
-    """Misclassification that also judges many points of one image."""
-
-    def __call__(self, perturbed: Any, outputs: Any) -> Any:
-        outputs_, restore = ep.astensor_(outputs)
-        return restore(outputs_.argmax(axis=-1) != self.labels)
 
 
 class _Watched(fb.models.Model):
@@ -57,6 +53,7 @@ class _Watched(fb.models.Model):
         unit: x on (0, 1).
         point: what fooled the model, on (0, 1); pixels: the same in pixels, else x itself.
         distance: (N,) of it, in pixels; infinite where nothing was found.
+        clear: (N,) margin from which on a point counts.
         asking: whether the model is at work, and an error is its own.
     """
 
@@ -69,6 +66,9 @@ class _Watched(fb.models.Model):
         self.point, self.pixels = self.unit.clone(), x.clone()
         self.distance = torch.full((len(x),), torch.inf, device=x.device)
         self.left, self.calls, self.asking = limit, 0, False
+        self.clear = torch.zeros_like(self.distance)
+        with torch.no_grad():
+            self.clear = _CLEAR * margin(self(self.unit), labels).abs()
 
     @property
     def bounds(self) -> Any:
@@ -96,8 +96,13 @@ class _Watched(fb.models.Model):
         self._note(point.detach(), pixels.detach(), logits.detach())
         return restore(ep.astensor(logits))
 
+    def fooled(self, logits: Tensor) -> Tensor:
+        """Return which logits, (N, classes) or any number of one image's, name a wrong class."""
+        height = margin(logits, self.labels.expand(len(logits)))
+        return (height > self.clear) & logits.isfinite().all(1)
+
     def _note(self, point: Tensor, pixels: Tensor, logits: Tensor) -> None:
-        fooled = (logits.argmax(1) != self.labels) & logits.isfinite().all(1)
+        fooled = self.fooled(logits)
         order = 2 if self.norm == "l2" else torch.inf
         distance = torch.where(fooled, (pixels - self.x).flatten(1).norm(order, dim=1), torch.inf)
         if len(self.x) == 1:
@@ -115,6 +120,18 @@ class _Watched(fb.models.Model):
             noise = image_noise(self.x[zero], "normal", self.seed or 0, f"direction {self.calls}")
             unit[zero] = noise.to(unit)
         return unit
+
+
+class _Fooled(fb.criteria.Misclassification):
+    """Misclassification as a watched model sees it."""
+
+    def __init__(self, watched: _Watched) -> None:
+        super().__init__(watched.labels)
+        self.watched = watched
+
+    def __call__(self, perturbed: Any, outputs: Any) -> Any:
+        logits, restore = ep.astensor_(outputs)
+        return restore(ep.astensor(self.watched.fooled(logits.raw)))
 
 
 class _Bridged(fb.attacks.base.MinimizationAttack):
@@ -142,14 +159,12 @@ class _Bridged(fb.attacks.base.MinimizationAttack):
     def _search(self, module: PixelModel, x: Tensor, labels: Tensor,
                 bounds: tuple[float, float]) -> Tensor:
         watched = _Watched(module, x, labels, bounds, self.norm, seed=self.seed)
-        with torch.no_grad():
-            watched(watched.unit)
         with seeded(0):  # Foolbox draws where it does not use it
-            self._foolbox(watched, fb.criteria.Misclassification(labels))
+            self._foolbox(watched)
         return watched.pixels
 
-    def _foolbox(self, watched: _Watched, criterion: Any, **options: Any) -> None:
-        super().run(watched, watched.unit, criterion, **options)
+    def _foolbox(self, watched: _Watched, **options: Any) -> None:
+        super().run(watched, watched.unit, _Fooled(watched), **options)
 
 
 class CarliniWagner(_Bridged, fb.attacks.L2CarliniWagnerAttack):
@@ -240,18 +255,16 @@ class _OneByOne(_Bridged):
             if key not in done:
                 watched = _Watched(module, image, label, bounds, self.norm, self.steps)
                 with seeded(key[0] % 2 ** 32):
-                    self._alone(watched, label)
+                    self._alone(watched)
                 done[key] = watched.pixels
             found.append(done[key])
         return torch.cat(found)
 
-    def _alone(self, watched: _Watched, label: Tensor) -> None:
+    def _alone(self, watched: _Watched) -> None:
         """Run Foolbox's attack on one image, from a start that has been found for it."""
         try:
-            watched(watched.unit)
-            if watched.distance.isfinite() or not _found_start(watched):
-                return
-            self._foolbox(watched, _Wrong(label), starting_points=watched.point.clone())
+            if not watched.distance.isfinite() and _found_start(watched):
+                self._foolbox(watched, starting_points=watched.point.clone())
         except _Spent:
             pass
         except (AssertionError, ValueError):
@@ -265,7 +278,7 @@ def _found_start(watched: _Watched) -> bool:
 
     Every second lot of random images varies in contrast: a model may see one class in all noise.
     """
-    image, label = watched.unit, watched.labels
+    image = watched.unit
     for lot in range(_STARTS // _TOGETHER):
         noise = torch.rand((_TOGETHER, *image.shape[1:]), device=image.device)
         if lot % 2:
@@ -274,7 +287,7 @@ def _found_start(watched: _Watched) -> bool:
         if watched.distance.isfinite():
             way = watched.point - image
             for share in torch.linspace(0, 1, _BLENDS + 1).tolist()[1:]:
-                if watched(image + share * way).argmax(1) != label:
+                if watched.fooled(watched(image + share * way)):
                     break
             return True
     return False
@@ -305,7 +318,7 @@ class HopSkipJump(_OneByOne, fb.attacks.HopSkipJumpAttack):
                               delta: Any) -> Any:
         """Return equation 16's estimate at one image; Foolbox asks one query at a time."""
         x: Tensor = x_advs.raw
-        radius = float(delta.raw)
+        radius = max(float(delta.raw), 1e-12)
         total, plain, votes = torch.zeros_like(x), torch.zeros_like(x), 0.0
         for first in range(0, steps, _TOGETHER):
             u = torch.empty((min(_TOGETHER, steps - first), *x.shape[1:]), device=x.device)
