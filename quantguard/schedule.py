@@ -167,9 +167,10 @@ def _attack(fmodel: FoolboxModel, entry: Entry, data: Images, threat: Threat, ba
     import foolbox as fb
     begin = time.monotonic()
     model = fmodel.module
-    queries, gradients = model.queries, model.gradients
+    counted = _counts(model)
     if isinstance(entry.attack, Substitute) and mask.any():
         entry.attack.fit(fmodel, data.pixels)
+    asked = _counts(model) - counted
     minimum = isinstance(entry.attack, fb.attacks.base.MinimizationAttack)
     broke, own, norms = np.zeros(len(mask), dtype=bool), 0, []
     chosen = np.flatnonzero(mask)
@@ -180,6 +181,7 @@ def _attack(fmodel: FoolboxModel, entry: Entry, data: Images, threat: Threat, ba
         x, size = padded(data.pixels[rows], full)
         y, _ = padded(data.labels[rows], full)
         criterion = fb.criteria.Misclassification(y)
+        counted = _counts(model)
         if minimum:
             raw = entry.attack.run(fmodel, x, criterion)
             # Foolbox answers "none found" with zeros, ours with the image.
@@ -193,6 +195,7 @@ def _attack(fmodel: FoolboxModel, entry: Entry, data: Images, threat: Threat, ba
                 near = torch.from_numpy(state.adversarials[rows]).to(x)
                 options["starting_points"] = padded(near, full)[0]
             raw = entry.attack.run(fmodel, x, criterion, epsilon=threat.eps, **options)
+        asked += (_counts(model) - counted) * size / full  # not what was asked of the copies
         raw = torch.where(raw.isfinite(), raw.detach(), x)
         raw, x, y = (padded(v, batch)[0] for v in (raw, x, y))
         trial = project(raw, x, threat.eps, threat.norm, threat.bounds)
@@ -207,9 +210,15 @@ def _attack(fmodel: FoolboxModel, entry: Entry, data: Images, threat: Threat, ba
         state.margins[rows[new]] = height[new]
         standing = int((state.survived & ~broke).sum())
         bar.advance(entry.cost * size, f"{entry.label}, {standing} of {len(mask)} standing")
+    queries, gradients = (round(count) for count in asked.tolist())
     return AttackResult(entry.settings(), mask.copy(), broke, own if minimum else None,
-                        float(np.median(norms)) if norms else None, model.queries - queries,
-                        model.gradients - gradients, time.monotonic() - begin)
+                        float(np.median(norms)) if norms else None, queries, gradients,
+                        time.monotonic() - begin)
+
+
+def _counts(model: PixelModel) -> np.ndarray:
+    """Return how many images have passed model forward, and with a gradient."""
+    return np.array([model.queries, model.gradients], dtype=float)
 
 
 def _like(found: Tensor, raw: Tensor, size: int) -> Tensor:

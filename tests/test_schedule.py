@@ -214,3 +214,14 @@ def test_an_attack_that_loses_its_way_at_large_eps_is_said(monkeypatch: pytest.M
     result = qg.evaluate(Bright(), dim(60), Threat(eps=0.01), suite="quick", progress=False)
     flag = {f.name: f for f in result.flags}["not monotone in eps"]
     assert flag.raised and flag.value > 0
+
+
+def test_what_is_asked_of_the_copies_that_fill_a_batch_up_is_not_counted(
+        cnn: nn.Module, digits: Digits) -> None:
+    loader = DataLoader(TensorDataset(digits[0][:70], digits[1][:70]), batch_size=70)
+    suite = [Entry("PGD", PGD("ce", 3, norm="linf"), "pgd")]
+    result = qg.evaluate(cnn, loader, Threat(eps=1e-4), suite=suite, progress=False)
+    n = int(result.correct.sum())
+    assert n == int(result.survived.sum()) > 64  # two batches of 64
+    assert abs(result.attacks[0].gradients - 3 * n) <= 1
+    assert abs(result.attacks[0].queries - 4 * n) <= 1
