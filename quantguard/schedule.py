@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -103,14 +104,24 @@ class Schedule:
         self._escalate(suite.rounds, last)
         few = self.state.survived.copy()
         few[np.flatnonzero(few)[_RESEEDED:]] = False
-        for entry in suite.reseeded:
-            self._one(entry, few)
+        again = [self._one(entry, few) for entry in suite.reseeded]
+        pays = any(result is not None and result.broke.any() for result in again)
+        if pays and bool((self.state.survived & ~few).any()):
+            for entry in suite.reseeded:  # what broke some of the few breaks some of the others
+                self._one(replace(entry, label=f"{entry.label}, the others", group="twin"),
+                          self.state.survived & ~few, reserved=suite.blind)
         for entry in suite.blind:
             self._one(entry)
 
     def _one(self, entry: Entry, mask: np.ndarray | None = None,
-             reserved: Sequence[Entry] = ()) -> AttackResult | None:
-        """Run the next attack, or take what a run directory holds of it; None: left out."""
+             reserved: Sequence[Entry] | None = None) -> AttackResult | None:
+        """Run the next attack, or take what a run directory holds of it; None: left out.
+
+        Args:
+            entry: the attack.
+            mask: (N,) the images; None: those that stand, or all correct ones.
+            reserved: what must have time afterwards; None: this is what time was kept for.
+        """
         state, every = self.state, int(self.correct.sum())
         if self._number < len(state.results):
             if state.results[self._number].label != entry.label:  # left out by the run before
@@ -133,11 +144,13 @@ class Schedule:
         self._number += 1
         return result
 
-    def _wanted(self, entry: Entry, images: int, reserved: Sequence[Entry]) -> bool:
+    def _wanted(self, entry: Entry, images: int, reserved: Sequence[Entry] | None) -> bool:
         if self.replay is not None:
             return entry.label in self.replay
         if self.deadline is None or not self._work:
             return True
+        if reserved is None:
+            return time.monotonic() < self.deadline
         standing = int(self.state.survived.sum())
         work = entry.cost * images + sum(other.cost for other in reserved) * standing
         return time.monotonic() + work * self._seconds / self._work < self.deadline

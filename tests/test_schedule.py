@@ -175,10 +175,20 @@ def test_reseeded_runs_attack_the_same_few_survivors(monkeypatch: pytest.MonkeyP
     again = [entry(f"again {i}", "reseeded", breaks=i) for i in range(3)]
     result = run(Suite([entry("first", breaks=5)], reseeded=again), monkeypatch)
     rows = [set(np.flatnonzero(a.attacked)) for a in result.attacks[1:]]
-    assert rows == [set(range(5, 25))] * 3
-    assert int(result.survived.sum()) == 60 - 5 - 2
+    assert rows[:3] == [set(range(5, 25))] * 3
+    # they broke something there, so that the others meet them, too
+    assert labels(result)[4:] == [f"again {i}, the others" for i in range(3)]
+    assert rows[3:5] == [set(range(25, 60))] * 2 and rows[5] == set(range(26, 60))
+    assert int(result.survived.sum()) == 60 - 5 - 2 - 3
     flag = {f.name: f for f in result.flags}["another seed breaks more"]
     assert flag.reason.startswith("Of 20 images that stood, exactly one of 3 reseeded runs broke 1")
+
+
+def test_the_others_are_spared_where_no_seed_broke_anything(
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(schedule, "_RESEEDED", 20)
+    result = run(Suite([entry("first")], reseeded=[entry("again", "reseeded")]), monkeypatch)
+    assert labels(result) == ["first", "again"]
 
 
 # --- curve ---
