@@ -112,7 +112,8 @@ _RUNNING = _options(
     click.option("--device", help="cpu, cuda, …; where the model is by default."),
     click.option("--quiet", is_flag=True, help="No progress."))
 _EVALUATION = _options(
-    click.option("--suite", default="standard", show_default=True, help="quick or standard."),
+    click.option("--suite", default="standard", show_default=True,
+                 help="quick, standard, full or paper."),
     click.option("--split", type=click.Choice(["train", "test"]), default="test",
                  show_default=True),
     click.option("--images", type=click.IntRange(1), help="How many, the first; all by default."),

@@ -66,7 +66,8 @@ def evaluate(model: nn.Module, loader: Iterable[Any], threat: Threat = Threat(),
         model: a classifier; what it returns is read as logits.
         loader: re-iterable of (images, labels), or dicts with ``labels``.
         threat: norm, eps and bounds in pixel units; mean and std where the loader normalises.
-        suite: ``quick``, ``standard``, or a list of ``foolbox.attacks.Attack``.
+        suite: ``quick``, ``standard``, ``full``, ``paper`` (what arXiv:1807.06714 tables), or a
+            list of ``foolbox.attacks.Attack``.
         images: how many images, the loader's first; None: all.
         run_dir: keeps the state after every attack; run again, it goes on from there.
         seed: of every random start.

@@ -97,7 +97,7 @@ class Schedule:
         self._work = self._seconds = 0.0  # of the attacks that ran: how fast this machine is
 
     def run(self, suite: Suite) -> None:
-        """Run the suite; what sees no gradient comes last, and is never left without time."""
+        """Run the suite; what sees no gradient comes last, and its time is kept for it."""
         last = [*suite.reseeded, *suite.blind]
         for entry in suite.entries:
             self._one(entry, reserved=last)
@@ -108,6 +108,7 @@ class Schedule:
         pays = any(result is not None and result.broke.any() for result in again)
         if pays and bool((self.state.survived & ~few).any()):
             for entry in suite.reseeded:  # what broke some of the few breaks some of the others
+                self.bar.extend(entry.cost * int(self.correct.sum()))
                 self._one(replace(entry, label=f"{entry.label}, the others", group="twin"),
                           self.state.survived & ~few, reserved=suite.blind)
         for entry in suite.blind:
