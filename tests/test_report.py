@@ -110,7 +110,7 @@ def test_text_tables_have_intervals_n_and_the_bound(rows: Comparison) -> None:
         survived = int(evaluation.survived.sum())
         low, high = (100 * v for v in wilson(survived, 80))
         line = next(line for line in text.splitlines() if line.startswith(name))
-        assert f"{100 * survived / 80:.1f} [{low:.1f}-{high:.1f}]" in line
+        assert f"{100 * (survived / 80):.1f} [{low:.1f}-{high:.1f}]" in line
         assert line.endswith(evaluation.verdict)
         alone = str(evaluation)
         assert f"{survived} of 80 images survive" in alone and "Clean accuracy" in alone
