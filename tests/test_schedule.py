@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import quantguard as qg
 from quantguard import curve, evaluation, schedule
-from quantguard.attacks import PGD, Entry, Suite
+from quantguard.attacks import PGD, Entry, Suite, suites
 from quantguard.attacks.suites import build_suite
 from quantguard.errors import DataError, SpecError
 from quantguard.evaluation import seconds_of
@@ -51,6 +51,12 @@ class Bright(nn.Module):
 def dim(n: int) -> DataLoader[Any]:
     return DataLoader(TensorDataset(torch.full((n, 1, 4, 4), 0.45), torch.zeros(n).long()),
                       batch_size=50)
+
+
+@pytest.fixture(autouse=True)
+def shorter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let ``quick`` be quicker: every attack, few steps."""
+    monkeypatch.setitem(suites._SUITES, "quick", (4, 20, 60))
 
 
 def run(suite: Suite | list[Entry], monkeypatch: pytest.MonkeyPatch, n: int = 60,
