@@ -14,7 +14,7 @@ from .attacks import PixelModel
 from .evidence import flags_of_attacks, predict
 from .images import batch_size
 from .results import AttackResult, Evaluation
-from .running import evaluating, frozen
+from .running import device_of, evaluating, frozen
 
 
 def crossed(models: Mapping[str, nn.Module], rows: Mapping[str, Evaluation],
@@ -45,8 +45,7 @@ def _with(model: PixelModel, result: Evaluation, other: str, theirs: Evaluation)
     attacked = result.survived & theirs.correct & ~theirs.survived
     if result.adversarials is None or theirs.adversarials is None or not attacked.any():
         return result
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    x = torch.from_numpy(theirs.adversarials[attacked]).to(device)
+    x = torch.from_numpy(theirs.adversarials[attacked]).to(device_of(model))
     answers = predict(model, x, batch_size(x)).argmax(1).cpu().numpy()
     broke = np.zeros(result.images, dtype=bool)
     broke[np.flatnonzero(attacked)] = answers != result.labels[attacked]

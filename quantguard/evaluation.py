@@ -162,6 +162,8 @@ def _evaluate(model: nn.Module, loader: Iterable[Any], threat: Threat, suite: st
     bar = Progress("evaluate", sum(e.cost for e in certain) * int(correct.sum()), show)
     schedule = Schedule(pixel_model, data, threat, batch, correct, state, bar, budget,
                         None if replay is None else [r.label for r in replay.attacks])
+    if replay is not None:  # what it had no time for is missing here, too
+        schedule.skipped = list(replay.skipped)
 
     def result(flags: tuple[Flag, ...], curve: tuple[CurvePoint, ...]) -> Evaluation:
         broken = (correct & ~state.survived).reshape(-1, *[1] * (data.pixels.dim() - 1))

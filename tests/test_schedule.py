@@ -139,6 +139,7 @@ def test_a_replay_runs_what_ran_whatever_the_clock_says(tmp_path: Path,
                       replay=Evaluation.load(tmp_path / "one.json"))
     assert labels(two) == labels(one) and np.array_equal(two.survived, one.survived)
     assert (two.threat, two.seed, two.images) == (one.threat, one.seed, 60)
+    assert two.skipped == one.skipped and two.verdict == one.verdict != "resolved"
     other = DataLoader(TensorDataset(torch.full((60, 1, 4, 4), 0.4), torch.zeros(60).long()))
     with pytest.raises(DataError, match="not the images"):
         qg.evaluate(Bright(), other, replay=one, progress=False)

@@ -5,6 +5,7 @@ Madry et al. 2018, arXiv:1706.06083; margin loss as in Carlini & Wagner 2017, ar
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, ClassVar
@@ -18,6 +19,7 @@ from ..activation import at_bits, backward, soften
 from ..errors import SpecError
 from ..pooling import pools_first
 from ..running import frozen
+from ..spec import NORMS
 from ..straight import straight_through
 from ._foolbox import fb
 from .bridge import PixelModel, labels_of, module_of
@@ -170,7 +172,7 @@ class Climb(fb.attacks.base.FixedEpsilonAttack):
         if loss not in self.losses:
             raise SpecError(f"loss {loss!r} is unknown",
                             fix=f"Use one of {', '.join(self.losses)}.")
-        if norm not in ("linf", "l2"):
+        if norm not in NORMS:
             raise SpecError(f"norm {norm!r} is unknown", fix="Use linf or l2.")
         if steps < 1:
             raise SpecError(f"steps={steps} must be at least 1")
@@ -213,13 +215,14 @@ class Climb(fb.attacks.base.FixedEpsilonAttack):
             kept = self._climb(module, x0, x, labels, target, epsilon, model.bounds)
         return restore(ep.astensor(kept.points))
 
+    @abstractmethod
     def _climb(self, module: PixelModel, x0: Tensor, x: Tensor, labels: Tensor,
                target: Tensor | None, eps: float, bounds: tuple[float, float]) -> Kept:
         """Climb from x, in the eps ball around x0, and return what was judged best."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _tag(self) -> str:
-        raise NotImplementedError
+        """Return what keeps the random numbers of one way of climbing apart from another's."""
 
     def _hard(self, module: PixelModel) -> bool:
         """Return whether the logits of what is climbed are those of the model as it is."""
