@@ -11,10 +11,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from . import masking
-from .attacks import NES, ZOO, Entry, FoolboxModel, PixelModel, Substitute, Suite
+from .attacks import Entry, FoolboxModel, PixelModel, Substitute, Suite
 from .attacks.pgd import margin, project
 from .errors import SpecError
 from .evidence import padded
@@ -190,8 +189,7 @@ def _attack(fmodel: FoolboxModel, entry: Entry, data: Images, threat: Threat, ba
     chosen = np.flatnonzero(mask)
     for first in range(0, len(chosen), batch):
         rows = chosen[first : first + batch]
-        # what batches its own queries would only make them for the copies, too
-        full = len(rows) if isinstance(entry.attack, (ZOO, NES)) else batch
+        full = max(len(rows), 2)  # a forward that squeezes its axes of size 1 takes no single image
         x, size = padded(data.pixels[rows], full)
         y, _ = padded(data.labels[rows], full)
         criterion = fb.criteria.Misclassification(y)
@@ -199,17 +197,17 @@ def _attack(fmodel: FoolboxModel, entry: Entry, data: Images, threat: Threat, ba
         if minimum:
             raw = entry.attack.run(fmodel, x, criterion)
             # Foolbox answers "none found" with zeros, ours with the image.
-            found = (model(raw).argmax(1) != y)[:size] & (raw != 0).flatten(1).any(1)[:size]
-            own += int(found.sum())
-            norms += (raw - x)[:size][found].flatten(1).norm(dim=1).tolist()
-            raw = torch.where(_like(found, raw, size), raw, x)
+            found = (model(raw).argmax(1) != y) & (raw != 0).flatten(1).any(1)
+            own += int(found[:size].sum())
+            norms += (raw - x)[:size][found[:size]].flatten(1).norm(dim=1).tolist()
+            raw = torch.where(found.reshape(-1, *[1] * (x.dim() - 1)), raw, x)
         else:
             options = {}
             if getattr(entry.attack, "restart", False):
                 near = torch.from_numpy(state.adversarials[rows]).to(x)
                 options["starting_points"] = padded(near, full)[0]
             raw = entry.attack.run(fmodel, x, criterion, epsilon=threat.eps, **options)
-        asked += (_counts(model) - counted) * size / full  # not what was asked of the copies
+        asked += (_counts(model) - counted) * size // full
         raw = torch.where(raw.isfinite(), raw.detach(), x)
         raw, x, y = (padded(v, batch)[0] for v in (raw, x, y))
         trial = project(raw, x, threat.eps, threat.norm, threat.bounds)
@@ -224,7 +222,7 @@ def _attack(fmodel: FoolboxModel, entry: Entry, data: Images, threat: Threat, ba
         state.margins[rows[new]] = height[new]
         standing = int((state.survived & ~broke).sum())
         bar.advance(entry.cost * size, f"{entry.label}, {standing} of {len(mask)} standing")
-    queries, gradients = (round(count) for count in asked.tolist())
+    queries, gradients = asked.tolist()
     return AttackResult(entry.settings(), mask.copy(), broke, own if minimum else None,
                         float(np.median(norms)) if norms else None, queries, gradients,
                         time.monotonic() - begin)
@@ -232,10 +230,4 @@ def _attack(fmodel: FoolboxModel, entry: Entry, data: Images, threat: Threat, ba
 
 def _counts(model: PixelModel) -> np.ndarray:
     """Return how many images have passed model forward, and with a gradient."""
-    return np.array([model.queries, model.gradients], dtype=float)
-
-
-def _like(found: Tensor, raw: Tensor, size: int) -> Tensor:
-    whole = torch.zeros(len(raw), dtype=torch.bool, device=raw.device)
-    whole[:size] = found
-    return whole.reshape(-1, *[1] * (raw.dim() - 1))
+    return np.array([model.queries, model.gradients])

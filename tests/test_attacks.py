@@ -13,11 +13,21 @@ from oracle import Problem
 from torch import Tensor, nn
 
 import quantguard as qg
-from quantguard.attacks import PGD, Entry, FoolboxModel, Noise, PixelModel, build_suite, logits_of
+from quantguard.attacks import (
+    APGD,
+    PGD,
+    Entry,
+    FoolboxModel,
+    Noise,
+    PixelModel,
+    Square,
+    build_suite,
+    logits_of,
+)
 from quantguard.attacks import pgd as pgd_room
 from quantguard.attacks._foolbox import fb
 from quantguard.attacks.noise import image_noise
-from quantguard.attacks.pgd import ascend, attack_loss, margin, project
+from quantguard.attacks.pgd import Kept, ascend, attack_loss, margin, project
 from quantguard.errors import ConversionError, SpecError
 from quantguard.spec import Threat
 
@@ -188,6 +198,47 @@ def test_an_image_that_fell_is_kept_as_it_fell(problem: Problem) -> None:
         FoolboxModel(model, Threat()), x, fb.criteria.Misclassification(wrong),
         epsilon=problem.eps)
     assert torch.equal(found[~weak], x[~weak])
+
+
+@pytest.mark.parametrize("attack", [PGD("ce", 20), PGD("margin", 20, twin=(2, 16), target=1),
+                                    APGD("ce", 20, twin=(2, 16)), APGD("dlr", 20, target=1),
+                                    Square(100)], ids=lambda a: type(a).__name__)
+def test_leaving_out_what_fell_changes_no_image(quantized: nn.Module, attack: Any,
+                                                digits: tuple[Tensor, Tensor],
+                                                monkeypatch: pytest.MonkeyPatch) -> None:
+    right = (quantized(digits[0]).argmax(1) == digits[1]).nonzero().flatten()[:100]
+    x, y = digits[0][right], digits[1][right]
+    found = {}
+    for least in (pgd_room._LEAST, 100):
+        monkeypatch.setattr(pgd_room, "_LEAST", least)
+        model = PixelModel(quantized, Threat(eps=0.2))
+        points = attack.run(FoolboxModel(model), x, fb.criteria.Misclassification(y), epsilon=0.2)
+        found[least] = points, model.queries
+    (some, few), (every, all_) = found.values()
+    assert torch.equal(some, every)
+    assert few < 0.9 * all_
+
+
+def test_rows_are_kept_in_halves_and_standing_ones_among_them() -> None:
+    labels = torch.zeros(100, dtype=torch.long)
+    kept = Kept(torch.zeros(100, 2), labels)
+    standing = torch.tensor([3, 4, 50, 98])
+
+    def judge(falls: Tensor) -> None:
+        logits = torch.stack([~falls, falls], 1).float()[kept.rows]
+        kept.judge(torch.full((len(kept.rows), 2), 1.0), logits)
+
+    falls = torch.zeros(100, dtype=torch.bool)
+    falls[:49] = True
+    judge(falls)
+    assert kept.standing() is None  # 51 stand
+    falls[:] = True
+    falls[standing] = False
+    judge(falls)
+    keep = kept.standing()
+    assert keep is not None and len(keep) == len(kept.rows) == 13  # 100, 50, 25, 13, not under 8
+    assert torch.isin(standing, kept.rows).all() and torch.equal(kept.rows, kept.rows.sort().values)
+
 
 
 @pytest.mark.parametrize("bounds", [(0.0, 1.0), (-1.0, 1.0), (0.0, 255.0)])

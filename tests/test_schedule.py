@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import quantguard as qg
 from quantguard import curve, evaluation, schedule
-from quantguard.attacks import PGD, Entry, Suite, suites
+from quantguard.attacks import PGD, Entry, Square, Suite, suites
 from quantguard.attacks.suites import build_suite
 from quantguard.errors import DataError, SpecError
 from quantguard.evaluation import seconds_of
@@ -233,7 +233,7 @@ def test_an_attack_that_loses_its_way_at_large_eps_is_said(monkeypatch: pytest.M
     assert flag.raised and flag.value > 0
 
 
-def test_what_is_asked_of_the_copies_that_fill_a_batch_up_is_not_counted(
+def test_what_is_asked_is_counted_in_a_last_batch_too(
         cnn: nn.Module, digits: Digits) -> None:
     loader = DataLoader(TensorDataset(digits[0][:70], digits[1][:70]), batch_size=70)
     suite = [Entry("PGD", PGD("ce", 3, norm="linf"), "pgd")]
@@ -242,3 +242,20 @@ def test_what_is_asked_of_the_copies_that_fill_a_batch_up_is_not_counted(
     assert n == int(result.survived.sum()) > 64  # two batches of 64
     assert abs(result.attacks[0].gradients - 3 * n) <= 1
     assert abs(result.attacks[0].queries - 4 * n) <= 1
+
+
+def test_one_image_alone_does_not_meet_a_forward_that_squeezes(
+        cnn: nn.Module, digits: Digits) -> None:
+    class Squeezing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = cnn
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.inner(x).squeeze()  # type: ignore[no-any-return]
+
+    right = (cnn(digits[0]).argmax(1) == digits[1]).nonzero().flatten()[:65]
+    loader = [(digits[0][right], digits[1][right])]
+    suite = [Entry("PGD", PGD("ce", 3), "pgd"), Entry("Square", Square(20), "black-box")]
+    result = qg.evaluate(Squeezing(), loader, Threat(eps=1e-4), suite=suite, progress=False)
+    assert result.survived.all() and result.attacks[0].gradients == 3 * 65

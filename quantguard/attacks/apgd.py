@@ -104,6 +104,13 @@ class APGD(Climb):
             kept.judge(x, logits)
             if bool(kept.fallen.all()):
                 return kept
+            keep = kept.standing()
+            if keep is not None:
+                x, x0, labels, before, best, slope, gradient = (
+                    v[keep] for v in (x, x0, labels, before, best, slope, gradient))
+                eta, f, f_max, rises, f_mark, halved, height = (
+                    v[keep] for v in (eta, f, f_max, rises, f_mark, halved, height))
+                target = None if target is None else target[keep]
             up, rises = height > f_max, rises + (height > f)
             f, f_max = height, torch.where(up, height, f_max)
             best, slope = torch.where(column(up), x, best), torch.where(column(up), gradient, slope)

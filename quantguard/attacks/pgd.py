@@ -29,6 +29,8 @@ from .noise import image_noise
 _TARGETED = ("margin", "dlr")
 # What ``scaled`` brings the top logit's distance from the mean to: far from rounding to 0 or 1.
 _SPREAD = 3.0
+# Batches are not made smaller than this: fewer images take hardly less time.
+_LEAST = 8
 
 
 def margin(logits: Tensor, labels: Tensor, target: Tensor | None = None) -> Tensor:
@@ -140,19 +142,38 @@ class Kept:
     Attributes:
         points: (N, ...).
         fallen: (N,) whether the point fools the model.
+        rows: which images are climbed still; the others have fallen.
     """
 
     def __init__(self, x: Tensor, labels: Tensor) -> None:
         self.points, self._labels = x.clone(), labels
         self.fallen = torch.zeros(len(x), dtype=torch.bool, device=x.device)
+        self.rows = torch.arange(len(x), device=x.device)
         self._highest = torch.full(x.shape[:1], -torch.inf, device=x.device)
 
     def judge(self, x: Tensor, logits: Tensor) -> None:
-        """Take in points x, of which the model as it is makes logits."""
-        height, fools = margin(logits, self._labels), logits.argmax(1) != self._labels
-        new = ~self.fallen & ((height > self._highest) | fools)
-        self.points[new], self._highest[new] = x[new], height[new]
-        self.fallen |= fools
+        """Take in points x of ``rows``, of which the model as it is makes logits."""
+        rows, labels = self.rows, self._labels[self.rows]
+        height, fools = margin(logits, labels), logits.argmax(1) != labels
+        new = ~self.fallen[rows] & ((height > self._highest[rows]) | fools)
+        self.points[rows[new]], self._highest[rows[new]] = x[new], height[new]
+        self.fallen[rows] |= fools
+
+    def standing(self) -> Tensor | None:
+        """Return what to keep of ``rows`` where half or more of them have fallen, else None.
+
+        Of n images a half, a quarter and so on are kept, so that few sizes of batch occur; what
+        of them has fallen goes on in vain. ``rows`` are those kept from here on.
+        """
+        stands = ~self.fallen[self.rows]
+        size = len(stands)
+        while (size + 1) // 2 >= max(_LEAST, int(stands.sum())):
+            size = (size + 1) // 2
+        if size == len(stands):
+            return None
+        keep = stands.int().argsort(descending=True, stable=True)[:size].sort().values
+        self.rows = self.rows[keep]
+        return keep
 
 
 class Climb(fb.attacks.base.FixedEpsilonAttack):
@@ -308,6 +329,10 @@ class PGD(Climb):
             kept.judge(x, logits)
             if last or gradient is None or bool(kept.fallen.all()):
                 break
+            keep = kept.standing()
+            if keep is not None:
+                x, x0, gradient, labels = x[keep], x0[keep], gradient[keep], labels[keep]
+                target = None if target is None else target[keep]
             share = 1 - step / self.steps if self.decay else 1.0
             x = x + share * self.rel_step * eps * ascend(gradient, self.norm)
             x = project(x, x0, eps, self.norm, bounds)

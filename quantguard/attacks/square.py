@@ -18,7 +18,7 @@ from ..spec import NORMS
 from ._foolbox import fb
 from .bridge import labels_of, module_of
 from .noise import seed_of
-from .pgd import margin, project
+from .pgd import Kept, margin, project
 
 # Section 4: the share of pixels changed at a time starts at p and is halved at these iterations of
 # 10,000; a shorter search scales them.
@@ -119,22 +119,33 @@ class Square(fb.attacks.base.FixedEpsilonAttack):
         generators = [torch.Generator().manual_seed(seed_of(image, f"{self.seed} square"))
                       for image in x]
 
+        kept = Kept(x, labels)
+
         def drawn(*size: int) -> Tensor:
-            return torch.stack([torch.rand(size, generator=g) for g in generators]).to(x.device)
+            return torch.stack([torch.rand(size, generator=generators[row])
+                                for row in kept.rows.tolist()]).to(x.device)
 
         search = (_Corners if self.norm == "linf" else _Bumps)(images, eps, model.bounds, drawn)
         best = search.start()
-        highest = margin(module(best.reshape(x.shape)), labels)
+        logits = module(best.reshape(x.shape))
+        highest = margin(logits, labels)
+        kept.judge(best.reshape(x.shape), logits)
         for step in range(1, self.steps):
-            standing = highest <= 0
-            if not bool(standing.any()):
+            if bool(kept.fallen.all()):
                 break
+            keep = kept.standing()
+            if keep is not None:
+                best, highest, labels = best[keep], highest[keep], labels[keep]
+                search.keep(keep)
             share = self.p / 2 ** sum(step > h * self.steps / 10_000 for h in _HALVINGS)
             trial = search.trial(best, share * pixels, step)
-            value = margin(module(trial.reshape(x.shape)), labels)
-            better = standing & (value > highest)
+            points = trial.reshape(-1, *x.shape[1:])
+            logits = module(points)
+            kept.judge(points, logits)
+            value = margin(logits, labels)
+            better = value > highest
             best[better], highest[better] = trial[better], value[better]
-        return best.reshape(x.shape)
+        return kept.points
 
 
 class _Proposals:
@@ -148,6 +159,10 @@ class _Proposals:
         self.x, self.eps, self.bounds, self.drawn = x, eps, bounds, drawn
         _, self.channels, self.height, self.width = x.shape
 
+    def keep(self, rows: Tensor) -> None:
+        """Go on with these images alone."""
+        self.x = self.x[rows]
+
     def size(self, area: float) -> tuple[int, int]:
         """Return rows and columns of a window of area pixels, a square where it fits."""
         rows = min(max(1, round(math.sqrt(area))), self.height)
@@ -156,6 +171,10 @@ class _Proposals:
 
 class _Corners(_Proposals):
     """Algorithm 2: in Linf, squares at +-eps."""
+
+    def keep(self, rows: Tensor) -> None:
+        super().keep(rows)
+        self.least, self.most = self.least[rows], self.most[rows]
 
     def start(self) -> Tensor:
         """Return stripes, one pixel wide: images are known to be sensitive to them."""
