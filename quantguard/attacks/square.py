@@ -172,6 +172,9 @@ class _Proposals:
 class _Corners(_Proposals):
     """Algorithm 2: in Linf, squares at +-eps."""
 
+    least: Tensor
+    most: Tensor
+
     def keep(self, rows: Tensor) -> None:
         super().keep(rows)
         self.least, self.most = self.least[rows], self.most[rows]
