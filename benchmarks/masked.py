@@ -130,12 +130,12 @@ def rows(folder: Path) -> dict[str, tuple[nn.Module, nn.Module | None]]:
         return network(folder / f"{name}.safetensors")
     float_model, one, two = load("float"), load("fixed1"), load("fixed2")
     torch.manual_seed(SEED)
-    winners = swapped(float_model, lambda _: KWTA())
+    winners = swapped(load("float"), lambda _: KWTA())  # not float_model: they share weights
     for module in winners.modules():
         if hasattr(module, "reset_parameters"):
             module.reset_parameters()
     train_clean(winners, load_data("fashion-mnist", "train", batch_size=128), 1)
-    open_round = swapped(float_model, lambda _: OpenRound())
+    open_round = swapped(load("float"), lambda _: OpenRound())
     return {
         "logits x10": (Scaled(load("float"), 10.0), float_model),
         "logits x30": (Scaled(load("float"), 30.0), float_model),
