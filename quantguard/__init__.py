@@ -18,26 +18,29 @@ if TYPE_CHECKING:
     from .checkpoint import load, save
     from .conversion import convert, inspect, restore
     from .evaluation import evaluate
+    from .hardening import harden
     from .masking import Flag
-    from .pipeline import Comparison, ablate, compare, harden
+    from .pipeline import Comparison, ablate, compare
     from .plan import Plan
     from .recipes import Recipe
     from .results import Evaluation
+    from .sensitive import Sensitivity, sensitivity
 
 _LAZY = {
     "QuantActivation": "activation", "backward": "activation", "bypass": "activation",
     "soften": "activation", "load": "checkpoint", "save": "checkpoint",
     "Evaluation": "results", "evaluate": "evaluation", "Flag": "masking",
-    "Comparison": "pipeline", "ablate": "pipeline", "compare": "pipeline", "harden": "pipeline",
+    "Comparison": "pipeline", "ablate": "pipeline", "compare": "pipeline", "harden": "hardening",
+    "Sensitivity": "sensitive", "sensitivity": "sensitive",
     "Recipe": "recipes", "convert": "conversion", "inspect": "conversion", "restore": "conversion",
     "Plan": "plan",
 }
 
 __all__ = [
     "Comparison", "ConversionError", "DataError", "Evaluation", "Flag", "LoadError", "Plan",
-    "QuantActivation", "QuantSpec", "QuantguardError", "Recipe", "SpecError", "Threat", "ablate",
-    "attacks", "backward", "bypass", "compare", "convert", "evaluate", "harden", "inspect", "load",
-    "restore", "save", "soften",
+    "QuantActivation", "QuantSpec", "QuantguardError", "Recipe", "Sensitivity", "SpecError",
+    "Threat", "ablate", "attacks", "backward", "bypass", "compare", "convert", "evaluate", "harden",
+    "inspect", "load", "restore", "save", "sensitivity", "soften",
 ]
 
 

@@ -75,6 +75,7 @@ class QuantActivation(nn.Module):
     base_width: Tensor
     zero_level: Tensor
     function: nn.Module
+    exempt = False  # from every context, while it is held in float (sensitive.py)
 
     def __init__(self, spec: QuantSpec, function: nn.Module | None = None, *,
                  channels: int = 1, axis: int = 1, inplace: bool = False) -> None:
@@ -294,8 +295,9 @@ def _per_row(value: Tensor | float, rows: torch.Size, device: torch.device, name
 
 
 def staircases(model: nn.Module) -> dict[str, QuantActivation]:
-    """Return every staircase of model by its full name."""
-    return {name: m for name, m in model.named_modules() if isinstance(m, QuantActivation)}
+    """Return every staircase of model by its full name, but for those held in float."""
+    return {name: m for name, m in model.named_modules()
+            if isinstance(m, QuantActivation) and not m.exempt}
 
 
 @contextmanager

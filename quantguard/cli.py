@@ -121,7 +121,7 @@ _EVALUATION = _options(
     click.option("--json", "json_file", type=click.Path(dir_okay=False), help="Write JSON."),
     click.option("--strict", is_flag=True, help="Exit with 1 unless the verdict is resolved."))
 _TRAINING = _options(
-    click.option("--recipe", default="pgd", show_default=True, help="pgd, nfgsm or clean."),
+    click.option("--recipe", default="pgd", show_default=True, help="pgd, trades, nfgsm or clean."),
     click.option("--set", "settings", multiple=True, metavar="KEY=VALUE",
                  help="A field of the recipe: lr=1e-3; may be given several times."),
     click.option("--epochs", type=click.IntRange(1), default=3, show_default=True),
@@ -290,25 +290,27 @@ def convert(model: str, arch: str | None, trust: bool, output: str | None, force
 @click.option("--bits", type=int, help="2 by default, or as converted; 32: a float control.")
 @click.option("--dynamic/--fixed", default=None,
               help="Learned (default) or constant thresholds.")
+@click.option("--max-clean-drop", type=click.FloatRange(0, 1), metavar="SHARE",
+              help="Walk down in bits while clean accuracy falls by no more (0.02: 2 points).")
 @_THREAT
 @_TRAINING
 @_LOADING
 @_RUNNING
 def harden(model: str, arch: str | None, trust: bool, data: str, output: str | None, force: bool,
-           bits: int | None, dynamic: bool | None, eps: float, norm: str, recipe: str,
-           settings: tuple[str, ...], epochs: int, train: str, augment: bool, batch_size: int,
-           size: int | None, mean: Any, std: Any, seed: int, run_dir: str | None,
-           device: str | None, quiet: bool) -> None:
+           bits: int | None, dynamic: bool | None, max_clean_drop: float | None, eps: float,
+           norm: str, recipe: str, settings: tuple[str, ...], epochs: int, train: str,
+           augment: bool, batch_size: int, size: int | None, mean: Any, std: Any, seed: int,
+           run_dir: str | None, device: str | None, quiet: bool) -> None:
     """Quantize MODEL where it is not yet, and fine-tune it adversarially."""
     from .checkpoint import save
-    from .pipeline import harden as run
+    from .hardening import harden as run
     target = _output(model, output, ".hardened.qg", force)
     chosen = _recipe(recipe, settings)
     threat = _threat(eps, norm, mean, std)
     loader = _loader(data, "train", batch_size, size, mean, std, augment)
     hardened = run(_open(model, arch, trust), loader, threat, bits=bits, dynamic=dynamic,
-                   recipe=chosen, epochs=epochs, train=train, run_dir=run_dir, seed=seed,
-                   device=device, progress=not quiet)
+                   recipe=chosen, epochs=epochs, train=train, max_clean_drop=max_clean_drop,
+                   run_dir=run_dir, seed=seed, device=device, progress=not quiet)
     save(hardened, target, arch=_arch_of(model, arch))
     click.echo(f"wrote {target}")
 

@@ -1,136 +1,30 @@
-"""Compose the rooms: harden, compare, ablate. No logic of their own."""
+"""Compose the rooms: compare, ablate. No logic of their own."""
 
 from __future__ import annotations
 
-import copy
-import itertools
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from .activation import bypass, staircases
-from .attacks import logits_of
+from .activation import staircases
 from .batches import unpack
-from .conversion import conversion_of, convert, unwrap
+from .conversion import conversion_of, unwrap
 from .crossed import crossed
 from .errors import DataError, SpecError
 from .evaluation import evaluate
 from .files import write_text
+from .hardening import hardened, prepare
 from .images import image_tensor
 from .masking import mcnemar
 from .recipes import Recipe, recipe_of
 from .results import Evaluation
-from .running import device_of, evaluating, run, seeded, to_device, usable_device
-from .spec import FLOAT_BITS, QuantSpec, Threat
-from .training import History, fit
-
-
-def harden(model: nn.Module, loader: Iterable[Any], threat: Threat = Threat(), *,
-           bits: int | None = None, dynamic: bool | None = None, recipe: str | Recipe = "pgd",
-           epochs: int = 3, train: str = "all", val: Iterable[Any] | None = None,
-           run_dir: str | os.PathLike[str] | None = None, seed: int = 0,
-           device: str | torch.device | None = None, progress: bool = True) -> nn.Module:
-    """Return a copy of model, quantized where it is not yet, and adversarially fine-tuned.
-
-    Args:
-        model: a float or a converted classifier; it is not touched.
-        loader: re-iterable of (images, labels). Of a map-style DataLoader a seeded 5 % is held
-            out, on which a probe picks the best epoch.
-        threat: the attacker to train against, in pixel units; mean and std where the loader
-            normalises.
-        bits: 1 to 8, or 32 for a float control; None: as converted already, else 2.
-        dynamic: learned thresholds; None: as converted already, else True.
-        recipe: ``pgd``, ``nfgsm``, ``clean``, or a :class:`quantguard.Recipe`.
-        epochs: passes over the loader.
-        train: ``all``, or ``thresholds`` for thresholds and steps only.
-        val: batches for the probe instead of a held-out slice; never the test set.
-        run_dir: keeps metrics and state; the same call again goes on from there.
-        seed: of order, random starts and the held-out slice.
-        device: where to train; None: where the model is.
-        progress: whether to show it.
-
-    Returns:
-        The hardened copy, in the mode the model came in, on its device.
-
-    Raises:
-        SpecError: settings that contradict each other or the model.
-        DataError: a batch that does not fit; its number is named.
-        ConversionError: a model that cannot be converted.
-
-    Example:
-        >>> hardened = harden(model, loader, Threat(eps=0.1))  # doctest: +SKIP
-    """
-    return harden_with_history(model, loader, threat, bits=bits, dynamic=dynamic, recipe=recipe,
-                               epochs=epochs, train=train, val=val, run_dir=run_dir, seed=seed,
-                               device=device, progress=progress)[0]
-
-
-def harden_with_history(model: nn.Module, loader: Iterable[Any], threat: Threat, *,
-                        bits: int | None, dynamic: bool | None, recipe: str | Recipe, epochs: int,
-                        train: str, val: Iterable[Any] | None,
-                        run_dir: str | os.PathLike[str] | None, seed: int,
-                        device: str | torch.device | None,
-                        progress: bool) -> tuple[nn.Module, History]:
-    """Do what :func:`harden` does, and return how it went, too."""
-    model, chosen = unwrap(model), recipe_of(recipe)
-    if device is not None:
-        usable_device(device)  # before any work
-    before = next((p.device for p in model.parameters()), torch.device("cpu"))
-    result = prepare(model, loader, bits, dynamic, chosen)
-    if device is not None:
-        result.to(usable_device(device))
-    history = fit(result, loader, threat, chosen, epochs=epochs, train=train, val=val,
-                  run_dir=run_dir, seed=seed, progress=progress)
-    return result.to(before), history
-
-
-def prepare(model: nn.Module, loader: Iterable[Any], bits: int | None,
-            dynamic: bool | None, recipe: Recipe) -> nn.Module:
-    """Return the copy that is trained: converted as asked, or as it is converted already.
-
-    Raises:
-        SpecError: bits or dynamic contradict the model's conversion.
-    """
-    done = {(m.spec.bits, m.spec.dynamic) for m in staircases(model).values()}
-    if done:
-        for name, asked, have in (("bits", bits, {b for b, _ in done}),
-                                  ("dynamic", dynamic, {d for _, d in done})):
-            if asked is not None and have != {asked}:
-                raise SpecError(
-                    f"{name}={asked} contradicts the model, which is converted with {name}="
-                    f"{', '.join(map(str, sorted(have)))}",
-                    fix=f"Leave {name} out, or quantguard.restore(model) first.")
-        return copy.deepcopy(model)
-    if bits == FLOAT_BITS:
-        return copy.deepcopy(model)
-    spec = QuantSpec(2 if bits is None else bits, True if dynamic is None else dynamic)
-    wanted = recipe.range_factor or 1.0
-    # Finer steps make a small net sturdier and may leave a deep one with nothing to start from.
-    for factor in dict.fromkeys((wanted, (1 + wanted) / 2, 1.0)):
-        converted = convert(model, replace(spec, range_factor=factor), data=loader)
-        if factor == 1.0 or agreement(converted, loader) >= 0.5:
-            break
-    return converted
-
-
-def agreement(model: nn.Module, loader: Iterable[Any]) -> float:
-    """Return the share of a loader's first images on which model answers as under ``bypass``."""
-    same = total = 0
-    device = device_of(model)
-    with torch.no_grad(), evaluating(model), seeded(0):
-        for batch in itertools.islice(loader, 4):
-            inputs = to_device(unpack(batch)[0], device)
-            answers = logits_of(run(model, inputs)).argmax(1)
-            with bypass(model):
-                same += int((logits_of(run(model, inputs)).argmax(1) == answers).sum())
-            total += len(answers)
-    return same / max(total, 1)
+from .spec import FLOAT_BITS, Threat
 
 
 @dataclass(frozen=True, eq=False)
@@ -287,12 +181,12 @@ def ablate(model: nn.Module, train_loader: Iterable[Any], test_loader: Iterable[
     for row, row_bits, row_train in plans:
         if progress:
             print(row, flush=True, file=_stderr())
-        rows[row], history = harden_with_history(
+        made = hardened(
             model, train_loader, threat, bits=row_bits,
             dynamic=None if row_bits == FLOAT_BITS else dynamic, recipe=chosen, epochs=epochs,
             train=row_train, val=val, seed=seed, device=device, progress=progress,
             run_dir=None if where is None else where / row.replace(" ", "-"))
-        training[row] = history.to_dict()
+        rows[row], training[row] = made.model, made.to_dict()
     ordered = {"float": rows["float"], "float + fine-tune": rows["float + fine-tune"],
                name: converted, f"{name} + fine-tune": rows[f"{name} + fine-tune"]}
     table = compare(ordered, test_loader, threat, suite=suite, images=images,

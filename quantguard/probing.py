@@ -16,7 +16,7 @@ from .batching import Source
 from .errors import DataError
 from .evidence import predict
 from .images import image_tensor
-from .running import device_of, evaluating, frozen
+from .running import accepts, device_of, evaluating, frozen
 from .spec import Threat
 
 _PROBE_IMAGES = 512
@@ -32,33 +32,67 @@ def copied(model: nn.Module) -> dict[str, Tensor]:
 
 
 class PixelBatches:
-    """Turn what a loader yields into pixels and labels for one model, checked."""
+    """Turn what a loader yields into pixels and labels for one model, checked.
 
-    def __init__(self, model: PixelModel, threat: Threat) -> None:
-        self.model, self.threat = model, threat
+    Args:
+        model: whose images they are.
+        threat: maps them to pixels.
+        unlabelled: whether images may come without labels, or with the label -1.
+    """
+
+    def __init__(self, model: PixelModel, threat: Threat, unlabelled: bool = False) -> None:
+        self.model, self.threat, self.unlabelled = model, threat, unlabelled
         self.device = device_of(model)
         self.classes: int | None = None
+        self.layout = torch.contiguous_format  # memory order of images, see lay_out
         self.shapes: set[torch.Size] = set()  # of images that the model is known to accept
 
     def __call__(self, batch: Any, number: int,
                  name: str = "the loader") -> tuple[Tensor, Tensor]:
         where = f"batch {number} of {name}"
         inputs, labels = unpack(batch)
+        self.model.key, x = image_tensor(inputs, where)
+        if labels is None and self.unlabelled:
+            labels = torch.full((len(x),), -1)
         if labels is None:
             raise DataError(f"{where} has no labels", fix="Yield (images, labels).")
-        self.model.key, x = image_tensor(inputs, where)
-        check_labels(labels, self.classes, where)
+        self._check(labels, where)
         if len(x) != len(labels):
             raise DataError(f"{where} has {len(x)} images and {len(labels)} labels")
         pixels = to_pixels(x.to(self.device).float(), self.threat)
         check_images(pixels, self.threat.bounds, where)
-        pixels = pixels.clamp(*self.threat.bounds)  # undoing a normalisation rounds
+        # undoing a normalisation rounds
+        pixels = pixels.clamp(*self.threat.bounds).contiguous(memory_format=self.layout)
         if pixels.shape[1:] not in self.shapes:
             with evaluating(self.model):
                 self.classes = predict(self.model, pixels[:2], 2, where).shape[1]
             self.shapes.add(pixels.shape[1:])
-            check_labels(labels, self.classes, where)
+            self._check(labels, where)
         return pixels, labels.to(self.device).long()
+
+    def _check(self, labels: Tensor, where: str) -> None:
+        check_labels(labels[labels != -1] if self.unlabelled else labels, self.classes, where)
+
+
+def lay_out(model: PixelModel, batches: PixelBatches, pixels: Tensor) -> None:
+    """Put convolutions' weights and images in channels-last order, where the model takes that.
+
+    Kernels are faster so. A forward that asks for a view across channels does not take it.
+    """
+    if pixels.dim() != 4:
+        return
+    order_weights(model, torch.channels_last)
+    if accepts(model, pixels[:2].contiguous(memory_format=torch.channels_last)):
+        batches.layout = torch.channels_last
+    else:
+        order_weights(model, torch.contiguous_format)
+
+
+def order_weights(model: nn.Module, layout: torch.memory_format) -> None:
+    """Put the weights of 2-d convolutions in a memory order."""
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            module.weight.data = module.weight.data.contiguous(memory_format=layout)
 
 
 class Probed(NamedTuple):
@@ -86,6 +120,7 @@ def probe(model: PixelModel, val: Iterable[Any] | None, batches: PixelBatches, t
         fmodel = FoolboxModel(model, threat)
         for number, batch in enumerate(val):
             x, y = batches(batch, number, "val")
+            x, y = x[y >= 0], y[y >= 0]
             with torch.no_grad():
                 standing = (model(x).argmax(1) == y).nonzero().flatten()
             total += len(x)
@@ -101,6 +136,23 @@ def probe(model: PixelModel, val: Iterable[Any] | None, batches: PixelBatches, t
     if not total:
         raise DataError("val is empty", fix="Give at least one batch, or leave val= out.")
     return Probed(clean / total, robust / total, total)
+
+
+def accuracy_under(attack: Callable[[Tensor, Tensor], Tensor], model: PixelModel,
+                   val: Iterable[Any], batches: PixelBatches) -> float:
+    """Return the accuracy on some 512 held-out images that an attack has moved."""
+    right = total = 0
+    with evaluating(model):
+        for number, batch in enumerate(val):
+            x, y = batches(batch, number, "val")
+            x, y = x[y >= 0], y[y >= 0]
+            with torch.no_grad():
+                moved = attack(x, y)
+                right += int((model(moved).argmax(1) == y).sum())
+            total += len(x)
+            if total >= _PROBE_IMAGES:
+                break
+    return right / max(total, 1)
 
 
 def parent_accuracy(model: PixelModel, val: Iterable[Any] | None,

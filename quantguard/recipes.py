@@ -1,36 +1,35 @@
-"""Recipes of the adversarial fine-tune: their settings, inner attacks and loss terms."""
+"""Recipes of the fine-tune: their settings, and which stages they go through."""
 
 from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-
-from .activation import listening, soften, staircases
-from .attacks.pgd import ascend, input_gradient, project
 from .errors import SpecError
-from .pooling import pools_first
-from .running import evaluating, frozen
-from .spec import Threat
+from .spec import FLOAT_BITS
+
+# Fields that are numbers of something, and those that are several numbers.
+_INTEGERS, _LISTS, _WORDS = ("steps", "batch_size"), ("sharpness", "walk"), ("precision",)
+PRECISIONS = ("auto", "float32", "bfloat16")
 
 _DEFAULTS: dict[str, dict[str, Any]] = {
     # Plain fine-tuning, without an attack.
     "clean": {"steps": 0, "rel_step": 0.0, "noise": 0.0, "sharpness": None, "stability": 0.0,
-              "range_factor": 1.0},
+              "range_factor": 1.0, "beta": 0.0, "walk": ()},
     # Madry et al. 2018, arXiv:1706.06083, the inner attack through the softened twin.
     "pgd": {"steps": 3, "rel_step": 0.5, "noise": 1.0, "sharpness": (3.0, 8.0, 16.0),
-            "stability": 1.0, "range_factor": 0.4},
+            "stability": 1.0, "range_factor": 0.4, "beta": 0.0, "walk": (FLOAT_BITS,)},
+    # Zhang et al. 2019, arXiv:1901.08573, equation 5: clean cross-entropy, and beta times how far
+    # an attack moves the answers.
+    "trades": {"steps": 3, "rel_step": 0.5, "noise": 1.0, "sharpness": (3.0, 8.0, 16.0),
+               "stability": 1.0, "range_factor": 0.4, "beta": 6.0, "walk": (FLOAT_BITS,)},
     # de Jorge et al. 2022, arXiv:2202.01181: noise, one step of eps, no projection. Their noise of
     # 2 eps is for 8/255; at the 0.1 of Fashion-MNIST it cost 2 points of clean accuracy and gained
     # no robust ones.
     "nfgsm": {"steps": 1, "rel_step": 1.0, "noise": 1.0, "sharpness": None, "stability": 0.0,
-              "range_factor": 1.0},
+              "range_factor": 1.0, "beta": 0.0, "walk": ()},
 }
 
 
@@ -39,7 +38,7 @@ class Recipe:
     """Describe one way of fine-tuning; each name has its own defaults, None means those.
 
     Args:
-        name: ``clean``, ``pgd`` or ``nfgsm``.
+        name: ``clean``, ``pgd``, ``trades`` or ``nfgsm``.
         lr: peak learning rate of AdamW under a one-cycle schedule; None: from the scale of the
             model's own gradients, so that a large pretrained net is not wrecked.
         threshold_lr: the same for thresholds and steps, relative to the gaps.
@@ -53,6 +52,19 @@ class Recipe:
         stability: weight of the term that keeps pre-activations off the thresholds.
         ema: decay of the averaged weights that are returned; 0: the last weights.
         range_factor: multiplies the step that calibration finds, where harden converts.
+        mix: share of the clean images' cross-entropy in the loss, 0 to 1; half is what the source
+            paper's lineage trains with.
+        beta: weight of TRADES' term, which also is what the inner attack climbs; 0: none.
+        awp: length of the step, over the weights' own norm, by which weights are moved against
+            the loss before its gradient is taken (adversarial weight perturbation, Wu et al. 2020,
+            arXiv:2004.05884); 0: none.
+        distill: share of the loss, 0 to 1, that is the distance to what the float parent answers
+            on the clean image (as in Goldblum et al. 2019, arXiv:1905.09747); above 0 images whose
+            label is -1, or batches without labels, train as well.
+        walk: bits that harden trains at first, each from what the one before has learned; 32 is
+            float. They share half of the epochs.
+        precision: of the inner attack: ``float32``, ``bfloat16``, or ``auto``: bfloat16 where the
+            machine multiplies it faster. What is trained is float32.
 
     Raises:
         SpecError: an unknown name, or a value out of its range.
@@ -74,6 +86,12 @@ class Recipe:
     stability: float | None = None
     ema: float = 0.995
     range_factor: float | None = None
+    mix: float = 0.0
+    beta: float | None = None
+    awp: float = 0.0
+    distill: float = 0.0
+    walk: tuple[int, ...] | None = None
+    precision: str = "auto"
 
     def __post_init__(self) -> None:
         if self.name not in _DEFAULTS:
@@ -92,7 +110,7 @@ class Recipe:
             except (TypeError, ValueError):
                 raise SpecError(f"recipe {self.name}: sharpness={self.sharpness!r} must be "
                                 "numbers") from None
-        for name in ("steps", "batch_size"):
+        for name in _INTEGERS:
             value = getattr(self, name)
             if value is not None and not isinstance(value, int):
                 raise SpecError(f"recipe {self.name}: {name}={value!r} must be an integer")
@@ -100,12 +118,25 @@ class Recipe:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise SpecError(f"recipe {self.name}: {name}={value!r} must be positive")
-        for name in ("weight_decay", "steps", "rel_step", "noise", "stability"):
+        for name in ("weight_decay", "steps", "rel_step", "noise", "stability", "beta", "awp"):
             if not getattr(self, name) >= 0:
                 raise SpecError(f"recipe {self.name}: {name}={getattr(self, name)!r} must not be "
                                 "negative")
         if not 0 <= self.ema < 1:
             raise SpecError(f"recipe {self.name}: ema={self.ema!r} must be in [0, 1)")
+        for name in ("mix", "distill"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise SpecError(f"recipe {self.name}: {name}={getattr(self, name)!r} must be in "
+                                "[0, 1]")
+        walk = self.walk if isinstance(self.walk, (tuple, list)) else (self.walk,)
+        if not all(isinstance(b, int) and (1 <= b <= 8 or b == FLOAT_BITS) for b in walk):
+            raise SpecError(f"recipe {self.name}: walk={self.walk!r} must be bits, 1 to 8 or 32")
+        object.__setattr__(self, "walk", tuple(walk))
+        if self.precision not in PRECISIONS:
+            raise SpecError(f"recipe {self.name}: precision={self.precision!r} is unknown",
+                            fix=f"Use one of {', '.join(PRECISIONS)}.")
+        if self.beta and not self.steps:
+            raise SpecError(f"recipe {self.name}: beta={self.beta!r} needs an attack, and steps=0")
         if not all(0 < k < math.inf for k in self.sharpness or ()):
             raise SpecError(f"recipe {self.name}: sharpness={self.sharpness!r} must be positive")
 
@@ -136,81 +167,23 @@ def recipe_of(recipe: str | Recipe, settings: dict[str, str] | None = None) -> R
                             fix=f"Did you mean {near[0]!r}?" if near else
                             f"Fields: {', '.join(sorted(known))}.")
         try:
-            if key == "sharpness":
-                values[key] = tuple(float(v) for v in text.split(",") if v)
-            elif key in ("steps", "batch_size"):
-                values[key] = int(text)
+            if key in _LISTS:
+                kind = int if key == "walk" else float
+                values[key] = tuple(kind(v) for v in text.split(",") if v)
             else:
-                values[key] = float(text)
+                values[key] = text if key in _WORDS else \
+                    int(text) if key in _INTEGERS else float(text)
         except ValueError:
             raise SpecError(f"{key}={text!r} is not a number") from None
     return Recipe(recipe, **values)
 
 
-def craft(model: nn.Module, pixels: Tensor, labels: Tensor, threat: Threat,
-          recipe: Recipe) -> Tensor:
-    """Return the training images of a batch: attacked ones, or pixels themselves.
+def stages(recipe: Recipe, bits: int, epochs: int) -> list[tuple[int, int]]:
+    """Return (bits, epochs) of every stage, the last of which has at least half of the epochs.
 
-    BatchNorm is in eval mode and no parameter gets a gradient while crafting. Random starts come
-    from torch's global generator.
+    Where epochs are few, the first bits of the walk are what is left out.
     """
-    if not recipe.attacks:
-        return pixels
-    noise, rel_step, steps = recipe.noise or 0.0, recipe.rel_step or 0.0, recipe.steps or 0
-    if threat.norm == "linf":
-        start = torch.empty_like(pixels).uniform_(-1, 1)
-    else:
-        start = ascend(torch.randn_like(pixels), "l2") * torch.rand(
-            (len(pixels), *[1] * (pixels.dim() - 1)), device=pixels.device)
-    x = (pixels + noise * threat.eps * start).clamp(*threat.bounds)
-    with evaluating(model), frozen(model):
-        for step in range(steps):
-            twin: Any = nullcontext()
-            if recipe.sharpness:
-                twin = soften(model, recipe.sharpness[min(step, len(recipe.sharpness) - 1)])
-            with twin, pools_first(model):
-                gradient = input_gradient(model, x, labels, "ce")[0]
-            x = x + rel_step * threat.eps * ascend(gradient, threat.norm)
-            if recipe.name == "nfgsm":
-                # projecting would undo the noise that keeps one-step training from collapsing
-                x = x.clamp(*threat.bounds)
-            else:
-                x = project(x, pixels, threat.eps, threat.norm, threat.bounds)
-    return x.detach()
-
-
-@contextmanager
-def stability_term(model: nn.Module, weight: float) -> Iterator[Callable[[], Tensor | float]]:
-    """Collect how near the thresholds pre-activations are, during a forward inside the context.
-
-    ``mean 4 p (1 - p)``, p = sigma(8 (z - t_i) / step), over elements, thresholds and sites (above
-    4 bits of the nearest threshold alone): a pre-activation off every threshold does not change its
-    level when the image moves a little.
-    """
-    terms: list[Tensor] = []
-    modules = staircases(model)
-
-    def listener(name: str) -> Callable[[Tensor], None]:
-        module = modules[name]
-
-        def listen(z: Tensor) -> None:
-            t, step = module.thresholds.detach(), module.step.detach()
-            m = t.shape[-1]
-            if module.axis is not None:
-                z, step = z.movedim(module.axis, -1).flatten(0, -2), step.unsqueeze(0)
-            if m <= 15 or module.axis is not None:
-                centers: list[Tensor] = list(t.unbind(-1))
-            else:  # from one threshold to the next p (1 - p) falls to a thousandth
-                centers = [t[torch.bucketize(z.detach(), (t[1:] + t[:-1]) / 2)]]
-            total = torch.zeros((), device=z.device)
-            for center in centers:
-                p = torch.sigmoid((z - center) * (8 / step))
-                total = total + (p * (1 - p)).mean()
-            terms.append(4 / m * total)
-        return listen
-
-    if not weight or not modules:
-        yield lambda: 0.0
-        return
-    with listening(model, {name: listener(name) for name in modules}):
-        yield lambda: weight * torch.stack(terms).mean() if terms else 0.0
+    before = [b for b in recipe.walk or () if b > bits]
+    before = before[max(0, len(before) - epochs // 2):] if epochs > 1 else []
+    each = max(1, epochs // (2 * len(before))) if before else 0
+    return [*((b, each) for b in before), (bits, epochs - each * len(before))]

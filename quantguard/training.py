@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import os
 import time
@@ -13,30 +12,37 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .activation import QuantActivation, staircases
+from .activation import QuantActivation, bypass, staircases
 from .attacks import PixelModel
 from .batching import Source, hold_out
+from .crafting import Objective, climbs_in_bfloat16, craft, perturbed
 from .errors import DataError, Interrupted, SpecError
-from .files import replacing
-from .pooling import pools_first
+from .guards import RETRIES, Remedy, one_step, remedy
+from .keeping import RunDir
+from .optimizing import Average, merging, parameter_groups
 from .probing import (
     LR_RANGE,
     PixelBatches,
+    accuracy_under,
     auto_lr,
     copied,
+    lay_out,
     levels_used,
+    order_weights,
     parent_accuracy,
     probe,
 )
 from .progress import Progress
-from .recipes import Recipe, craft, stability_term
-from .running import modes_kept, uninterrupted
+from .recipes import Recipe
+from .running import duplicate, modes_kept, uninterrupted
 from .spec import Threat
 
 _SAVE_EVERY = 60.0
+# What is kept of a run beside its model, optimizer and random numbers.
+_KEPT = ("best", "chosen", "best_score", "epoch", "number", "total_loss", "retries", "cycle", "lr",
+         "parts", "events")
 
 
 @dataclass(frozen=True)
@@ -60,59 +66,24 @@ class History:
         chosen: the epoch whose weights were returned.
         lr: peak learning rate of weights.
         levels: how many of its levels each staircase took on the held-out slice, at the end.
+        events: what went wrong on the way, and what was done about it.
     """
 
     epochs: tuple[Epoch, ...]
     chosen: int
     lr: float
     levels: dict[str, int]
+    events: tuple[str, ...] = ()
+
+    @property
+    def kept(self) -> Epoch:
+        """Return the epoch whose weights were returned."""
+        return next(e for e in self.epochs if e.epoch == self.chosen)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON types."""
         return {"epochs": [vars(e) for e in self.epochs], "chosen": self.chosen, "lr": self.lr,
-                "levels": self.levels}
-
-
-def parameter_groups(model: nn.Module, recipe: Recipe, lr: float,
-                     train: str) -> list[dict[str, Any]]:
-    """Return the optimizer's groups: weights, those without decay, and thresholds with steps."""
-    thresholds = {id(p): p for m in staircases(model).values() for p in m.parameters(recurse=False)}
-    if train == "thresholds" and not thresholds:
-        raise SpecError("train='thresholds', but the model has no learnable thresholds",
-                        why="Its staircases are fixed, or it has none.",
-                        fix="Convert with dynamic=True, or use train='all'.")
-    weights = [p for p in model.parameters()
-               if p.requires_grad and id(p) not in thresholds and train == "all"]
-    groups = [group for group in (
-        {"params": [p for p in weights if p.dim() > 1], "lr": lr,
-         "weight_decay": recipe.weight_decay},
-        {"params": [p for p in weights if p.dim() <= 1], "lr": lr, "weight_decay": 0.0},
-        {"params": list(thresholds.values()), "lr": recipe.threshold_lr, "weight_decay": 0.0},
-    ) if group["params"]]
-    if not groups:
-        raise SpecError("nothing to train: every parameter is frozen",
-                        fix="Set requires_grad on the parameters that may change.")
-    return groups
-
-
-class _Average:
-    """Keep an exponential moving average of every floating tensor of a model."""
-
-    def __init__(self, model: nn.Module, decay: float) -> None:
-        self.decay, self.count = decay, 0
-        self.values = {k: v.detach().clone() for k, v in model.state_dict().items()}
-
-    @torch.no_grad()
-    def update(self, model: nn.Module) -> None:
-        self.count += 1
-        # a young average forgets faster: else it is the start, for 1 / (1 - decay) steps
-        decay = min(self.decay, self.count / (self.count + 10)) if self.decay else 0.0
-        for name, value in model.state_dict().items():
-            kept = self.values[name]
-            if value.is_floating_point() and decay:
-                kept.lerp_(value, 1 - decay)
-            else:
-                kept.copy_(value)
+                "levels": self.levels, "events": list(self.events)}
 
 
 class Trainer:
@@ -121,36 +92,60 @@ class Trainer:
     def __init__(self, model: nn.Module, source: Source, threat: Threat, recipe: Recipe,
                  epochs: int, train: str, run_dir: Path | None, seed: int, show: bool) -> None:
         self.model, self.source, self.threat, self.recipe = model, source, threat, recipe
-        self.epochs, self.train, self.run_dir, self.seed = epochs, train, run_dir, seed
+        self.epochs, self.train, self.seed = epochs, train, seed
         self.pixel_model = PixelModel(model, threat)
-        self.batches = PixelBatches(self.pixel_model, threat)
+        self.batches = PixelBatches(self.pixel_model, threat, unlabelled=recipe.distill > 0)
+        self.low = climbs_in_bfloat16(recipe, self.batches.device)
+        self.objective = Objective(self.pixel_model, threat, recipe)
+        if recipe.distill:
+            self.objective.teacher = self._teacher()
         self.per_epoch = source.count()
         self.bar = Progress(f"harden ({recipe.name})", epochs * self.per_epoch, show)
         self.history: list[Epoch] = []
-        self.epoch = self.number = self.chosen = self.retries = 0
-        self.best_score, self.total_loss = -1.0, 0.0
+        self.events: list[str] = []
+        self.epoch = self.number = self.chosen = self.retries = self.cycle = 0
+        self.parts = 1  # into which a batch is cut that does not fit into memory
+        self.best_score, self.total_loss, self.lr = -1.0, 0.0, 0.0
         self.parent_clean: float | None = None  # of the float model, on the held-out slice
         self.started = False
         self.best = copied(model)
         self.saved = time.monotonic()
+        start = hashlib.blake2b(b"".join(
+            v.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+            for v in self.best.values()), digest_size=16).hexdigest()
+        self.directory = RunDir(run_dir, {
+            "threat": threat.to_dict(), "recipe": recipe.to_dict(), "epochs": epochs,
+            "train": train, "seed": seed, "start": start, "batches": self.per_epoch,
+            "tensors": sorted(f"{k} {tuple(v.shape)}" for k, v in self.best.items())})
+
+    def _teacher(self) -> Callable[[Tensor], Tensor]:
+        """Return the float parent's logits as a function of pixels."""
+        parent = PixelModel(duplicate(self.model).eval().requires_grad_(False), self.threat)
+
+        def logits(pixels: Tensor) -> Tensor:
+            parent.key = self.pixel_model.key
+            with torch.no_grad(), bypass(parent):
+                return parent(pixels)  # type: ignore[no-any-return]
+        return logits
 
     def loss(self, pixels: Tensor, labels: Tensor) -> Tensor:
         """Return the training loss of one batch: attacked images, hard forward."""
-        x = craft(self.pixel_model, pixels, labels, self.threat, self.recipe)
+        return self._objective(self._crafted(pixels, labels), pixels, labels)
+
+    def _crafted(self, pixels: Tensor, labels: Tensor) -> Tensor:
+        if self.objective.teacher is not None and bool((labels < 0).any()):
+            labels = torch.where(labels < 0, self.objective.teacher(pixels).argmax(1), labels)
+        return craft(self.pixel_model, pixels, labels, self.threat, self.recipe, low=self.low)
+
+    def _objective(self, x: Tensor, pixels: Tensor, labels: Tensor) -> Tensor:
         # what is frozen keeps its BatchNorm statistics, too
         self.model.train(self.train == "all")
-        with stability_term(self.model, self.recipe.stability or 0.0) as term, \
-                pools_first(self.model):
-            value = F.cross_entropy(self.pixel_model(x), labels)
-            return value + term()
+        return self.objective(x, pixels, labels)
 
     def run(self) -> History:
         """Train, and leave the best epoch's weights in the model."""
-        start = copied(self.model)
-        self.start = hashlib.blake2b(b"".join(
-            v.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-            for v in start.values()), digest_size=16).hexdigest()
-        told = self._read()
+        start = self.best
+        told = self.directory.read(self.batches.device)
         torch.manual_seed(self.seed)
         self.rng = torch.get_rng_state()
         parameter_groups(self.model, self.recipe, 1.0, self.train)  # raises before work is done
@@ -159,10 +154,7 @@ class Trainer:
                 self._begin(told)
                 interrupt()
                 while self.epoch < self.epochs:
-                    self._train_epoch(interrupt)
-                    if self._wrecked():
-                        self._begin_again(start)
-                    self._warn()
+                    self._train_epoch(interrupt, start)
                     self._write()
                     interrupt()
                 self.model.load_state_dict(self.best)
@@ -171,10 +163,13 @@ class Trainer:
             raise self._interrupted() from None
         self.bar.note = self._said().lstrip(", ") + f", kept epoch {self.chosen}"
         self.bar.close()
-        return History(tuple(self.history), self.chosen, self.lr, levels)
+        return History(tuple(self.history), self.chosen, self.lr, levels, tuple(self.events))
 
     def _levels(self) -> dict[str, int]:
         """Count the levels in use, and say where some are not."""
+        for name in merging(self.model):
+            self._event(f"thresholds of {name} have merged: fix them (--fixed), or lower "
+                        "threshold_lr")
         if self.source.val is None:
             return {}
         used = levels_used(self.pixel_model, self.source.val, self.batches)
@@ -185,70 +180,74 @@ class Trainer:
                              "images: fewer bits would do there")
         return used
 
+    def _event(self, text: str) -> None:
+        self.events.append(text)
+        self.bar.say(text)
+
     def _begin(self, told: dict[str, Any] | None) -> None:
         """Take up what a run directory told, or look at the model as it comes."""
-        lr = told["lr"] if told else self.recipe.lr or (
-            auto_lr(self.model, self.source, self.batches, self.loss) if self.train == "all"
-            else LR_RANGE[1])
-        self._prepare(lr)
+        for batch in self.source.epoch(0, 0):
+            lay_out(self.pixel_model, self.batches, self.batches(batch, 0)[0])
+            break
         if told:
             self._resume(told)
             return
+        self._prepare(self.recipe.lr or (
+            auto_lr(self.model, self.source, self.batches, self.loss) if self.train == "all"
+            else LR_RANGE[1]))
         self.parent_clean = parent_accuracy(self.pixel_model, self.source.val, self.batches)
-        self._score(0, None, 0.0)
+        self._note(0, None, 0.0)
+        self._keep()
         self.rng = torch.get_rng_state()
         self.started = True
 
-    def _begin_again(self, start: dict[str, Tensor]) -> None:
-        """Go back to the start with a smaller learning rate."""
-        clean = self.history.pop().clean
-        self.model.load_state_dict(start)
-        self._prepare(self.lr / 5)
-        self.retries += 1
-        self.bar.say(f"clean accuracy fell to {clean:.1%} in the first epoch: starting again with "
-                     f"lr {self.lr:.2g}")
-        self.epoch = self.chosen = 0
-        # the wrecked epoch may have scored well: it must not stand in the way of better ones
-        self.best, self.best_score = start, self.history[0].probe or 0.0
-
     def _prepare(self, lr: float) -> None:
-        """Make optimizer, schedule and average for a peak learning rate."""
+        """Make optimizer, schedule and average for the epochs from ``cycle`` on."""
         groups = parameter_groups(self.model, self.recipe, lr, self.train)
         self.lr = lr
         self.parameters = [p for group in groups for p in group["params"]]
         self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99))
-        steps = max(self.epochs * self.per_epoch, 2) + 1  # the last one is never taken
+        # the last one is never taken
+        steps = max((self.epochs - self.cycle) * self.per_epoch, 2) + 1
         self.schedule = torch.optim.lr_scheduler.OneCycleLR(
             self.optimizer, [group["lr"] for group in groups], total_steps=steps,
             pct_start=max(0.2, 2 / steps))  # one step of warm-up at least
-        self.average = _Average(self.model, self.recipe.ema)
+        self.average = Average(self.model, self.recipe.ema)
 
-    def _train_epoch(self, interrupt: Callable[[], None]) -> None:
+    def _train_epoch(self, interrupt: Callable[[], None], start: dict[str, Tensor]) -> None:
         begin = time.monotonic()
         for batch in self.source.epoch(self.epoch, self.number):
-            self._step(*self.batches(batch, self.number))
+            loss = self._step(*self.batches(batch, self.number))
+            if not math.isfinite(loss):
+                self._go_back(start, self._not_finite(loss))
+                return
             interrupt()
             if self.source.resumable and time.monotonic() - self.saved > _SAVE_EVERY:
                 self._write()
         last = copied(self.model)
         try:
             self.model.load_state_dict(self.average.values)
-            self._score(self.epoch + 1, self.total_loss / max(self.number, 1),
-                        time.monotonic() - begin)
+            self._note(self.epoch + 1, self.total_loss / max(self.number, 1),
+                       time.monotonic() - begin)
+            found = self._remedy()
+            if found is None:
+                self._keep()
         finally:  # also where a second Ctrl-C comes in the middle of the probe
             self.model.load_state_dict(last)
+        if found is not None:
+            self.history.pop()
+            self._go_back(start, found)
+            return
         self.epoch, self.number, self.total_loss = self.epoch + 1, 0, 0.0
         self.rng = torch.get_rng_state()  # the held-out images may have drawn, too
+        self._warn()
 
-    def _step(self, pixels: Tensor, labels: Tensor) -> None:
-        loss = self.loss(pixels, labels)
-        value = float(loss.detach())
-        if not math.isfinite(value):
-            raise DataError(f"the loss is {value} at epoch {self.epoch + 1}, batch {self.number}",
-                            why=f"The peak learning rate is {self.lr:.2g}.",
-                            fix="Use a smaller lr (--set lr=…).")
+    def _step(self, pixels: Tensor, labels: Tensor) -> float:
+        """Take one step, and return the loss; where that is not finite, take none."""
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
+        value = self._gradients(pixels, labels)
+        if not math.isfinite(value):
+            return value
         nn.utils.clip_grad_norm_(self.parameters, 5.0)
         self.optimizer.step()
         self.schedule.step()
@@ -258,30 +257,97 @@ class Trainer:
         self.rng = torch.get_rng_state()
         self.bar.advance(1, f"epoch {self.epoch + 1}/{self.epochs}, "
                             f"loss {self.total_loss / self.number:.3f}{self._said()}")
+        return value
 
-    def _score(self, epoch: int, loss: float | None, seconds: float) -> None:
-        """Probe the model, note the epoch, and keep its weights unless others were better.
+    def _gradients(self, pixels: Tensor, labels: Tensor) -> float:
+        """Leave the gradient of a batch in the parameters, and return its loss.
+
+        A batch that does not fit into memory is cut into parts, whose gradients add up.
+        """
+        while True:
+            rng = torch.get_rng_state()
+            try:
+                return sum(self._part(x, y, len(y) / len(labels)) for x, y in zip(
+                    pixels.tensor_split(self.parts), labels.tensor_split(self.parts), strict=True))
+            except (RuntimeError, MemoryError) as error:
+                if not _out_of_memory(error):
+                    raise
+                if 2 * self.parts > len(labels):
+                    raise DataError("out of memory, even with one image at a time",
+                                    fix="Use a smaller model or image, or another device.",
+                                    ) from None
+            self.parts *= 2
+            self.optimizer.zero_grad(set_to_none=True)
+            torch.set_rng_state(rng)
+            if self.batches.device.type == "cuda":
+                torch.cuda.empty_cache()
+            self._event(f"out of memory: batches of {len(labels)} go through in {self.parts} parts "
+                        "from here on, their gradients added")
+
+    def _part(self, pixels: Tensor, labels: Tensor, share: float) -> float:
+        x = self._crafted(pixels, labels)
+        with perturbed(self.model, self.recipe.awp, lambda: self.objective(x, pixels, labels)):
+            loss = self._objective(x, pixels, labels) * share
+            value = float(loss.detach())
+            if math.isfinite(value):
+                loss.backward()  # type: ignore[no-untyped-call]
+        return value
+
+    def _note(self, epoch: int, loss: float | None, seconds: float) -> None:
+        """Probe the model, and note the epoch."""
+        clean, robust, self.probed = probe(self.pixel_model, self.source.val, self.batches,
+                                           self.threat, self.recipe.attacks, self.seed)
+        self.history.append(Epoch(epoch, loss, clean, robust, self.lr, seconds))
+
+    def _keep(self) -> None:
+        """Keep the model's weights unless an earlier epoch was better.
 
         Better by more than the standard error of the best: among epochs that so few images cannot
         tell apart the latest is kept, whose learning rate was lowest.
         """
-        clean, robust, images = probe(self.pixel_model, self.source.val, self.batches, self.threat,
-                                      self.recipe.attacks, self.seed)
-        self.history.append(Epoch(epoch, loss, clean, robust, self.lr, seconds))
-        if self.run_dir is not None:
-            with open(self.run_dir / "metrics.jsonl", "a", encoding="utf-8") as file:
-                file.write(json.dumps(vars(self.history[-1])) + "\n")
+        robust, images = self.history[-1].probe, self.probed
         score = -1.0 if robust is None else robust
         best = (max(self.best_score, 0.0) * images + 1) / (images + 2)  # 0 and 1 have errors, too
         if score >= self.best_score - math.sqrt(best * (1 - best) / (images + 2)):
-            self.best, self.chosen = copied(self.model), epoch
+            self.best, self.chosen = copied(self.model), self.history[-1].epoch
         self.best_score = max(self.best_score, score)
 
-    def _wrecked(self) -> bool:
-        """Return whether the first epoch cost the model most of its clean accuracy."""
-        before, now = self.history[0].clean, self.history[-1].clean
-        return (self.epoch == 1 and self.retries < 2 and self.recipe.lr is None
-                and before is not None and now is not None and now < 0.6 * before)
+    def _remedy(self) -> Remedy | None:
+        """Return what is wrong with the epoch that was noted last, and what to do about it."""
+        if self.retries >= RETRIES or self.source.val is None:
+            return None
+        last, own = self.history[-1], None
+        if one_step(self.recipe):
+            own = accuracy_under(self._crafted, self.pixel_model, self.source.val, self.batches)
+        return remedy(self.recipe, self.history[0].clean, last.clean, last.probe, own,
+                      first=last.epoch == self.cycle + 1 == 1)
+
+    def _not_finite(self, loss: float) -> Remedy:
+        """Return the remedy of a loss that is NaN or infinite.
+
+        Raises:
+            DataError: it has been tried, or the first batches are at fault.
+        """
+        where = f"the loss is {loss} at epoch {self.epoch + 1}, batch {self.number}"
+        if self.retries >= RETRIES or self.recipe.lr is not None:
+            raise DataError(where, why=f"The peak learning rate is {self.lr:.2g}.",
+                            fix="Use a smaller lr (--set lr=…).")
+        return Remedy(where, self.recipe, 0.2)
+
+    def _go_back(self, start: dict[str, Tensor], found: Remedy) -> None:
+        """Go back to the best epoch, or to the start, and go on from there with other settings."""
+        if found.restart:
+            # the wrecked epoch may have scored well: it must not stand in the way of better ones
+            self.best, self.best_score, self.chosen = start, self.history[0].probe or 0.0, 0
+        self.history = [row for row in self.history if row.epoch <= self.chosen]
+        self.model.load_state_dict(self.best)
+        self.recipe = self.objective.recipe = found.recipe
+        self.epoch = self.cycle = self.chosen
+        self.number, self.total_loss = 0, 0.0
+        self.retries += 1
+        self._prepare(self.lr * found.lr_factor)
+        self.rng = torch.get_rng_state()
+        self._event(f"{found.reason}: starting again from epoch {self.chosen} with {found.said}")
 
     def _warn(self) -> None:
         """Say so where the first epoch leaves far less than the float model had."""
@@ -299,74 +365,52 @@ class Trainer:
 
     def _interrupted(self) -> Interrupted:
         self.bar.close()
-        if self.run_dir is None or not self.started:
+        path = self.directory.path
+        if path is None or not self.started:
             return Interrupted("interrupted; nothing was kept",
-                               fix="" if self.run_dir else
+                               fix="" if path else
                                "With run_dir= (--run-dir DIR) the next run goes on from where "
                                "it stopped.")
         where = f"epoch {self.epoch + 1}, batch {self.number}"
         if self.source.resumable:
             self._write()
-            return Interrupted(f"interrupted at {where}; saved in {self.run_dir}",
+            return Interrupted(f"interrupted at {where}; saved in {path}",
                                fix="Run the same command again to go on.")
-        return Interrupted(f"interrupted at {where}; {self.run_dir} has the "
-                           "end of the epoch before",
+        return Interrupted(f"interrupted at {where}; {path} has the end of the epoch before",
                            why="This loader's order is not ours to repeat.",
                            fix="Run the same command again to go on from there.")
 
-    def _settings(self) -> dict[str, Any]:
-        """Return what a run directory must agree on."""
-        settings: dict[str, Any] = json.loads(json.dumps({
-            "threat": self.threat.to_dict(), "recipe": self.recipe.to_dict(),
-            "epochs": self.epochs, "train": self.train, "seed": self.seed, "start": self.start,
-            "batches": self.per_epoch, "tensors": sorted(
-                f"{k} {tuple(v.shape)}" for k, v in self.model.state_dict().items())}))
-        return settings
-
     def _write(self) -> None:
-        if self.run_dir is None:
-            return
-        with replacing(self.run_dir / "training.pt") as beside:
-            torch.save({
-                "settings": self._settings(), "lr": self.lr, "model": self.model.state_dict(),
-                "optimizer": self.optimizer.state_dict(), "schedule": self.schedule.state_dict(),
-                "average": self.average.values, "average_count": self.average.count,
-                "history": [vars(e) for e in self.history], "best": self.best,
-                "chosen": self.chosen, "best_score": self.best_score, "epoch": self.epoch,
-                "number": self.number, "total_loss": self.total_loss, "rng": self.rng,
-                "retries": self.retries}, beside)
+        self.directory.write({
+            "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(), "average": self.average.values,
+            "average_count": self.average.count, "history": [vars(e) for e in self.history],
+            "recipe": self.recipe.to_dict(), "rng": self.rng,
+            **{name: getattr(self, name) for name in _KEPT}}, [vars(e) for e in self.history])
         self.saved = time.monotonic()
 
-    def _read(self) -> dict[str, Any] | None:
-        if self.run_dir is None:
-            return None
-        self.run_dir.mkdir(parents=True, exist_ok=True)
-        path = self.run_dir / "training.pt"
-        if not path.exists():
-            return None
-        told: dict[str, Any] = torch.load(path, weights_only=True,
-                                          map_location=self.batches.device)
-        mine = self._settings()
-        different = sorted(k for k in mine if mine[k] != told["settings"].get(k))
-        if different:
-            raise SpecError(f"{self.run_dir} holds a run of other settings",
-                            why=f"Different: {', '.join(different)}.",
-                            fix="Use another run directory, or delete this one.")
-        return told
-
     def _resume(self, told: dict[str, Any]) -> None:
+        for name in _KEPT:
+            setattr(self, name, told[name])
+        self.recipe = self.objective.recipe = Recipe(**told["recipe"])
+        self._prepare(self.lr)
         self.model.load_state_dict(told["model"])
         self.optimizer.load_state_dict(told["optimizer"])
         self.schedule.load_state_dict(told["schedule"])
         self.average.values, self.average.count = told["average"], told["average_count"]
         self.history = [Epoch(**row) for row in told["history"]]
-        for name in ("best", "chosen", "best_score", "epoch", "number", "total_loss", "retries"):
-            setattr(self, name, told[name])
         self.started = True
         self.rng = told["rng"].cpu()
         torch.set_rng_state(self.rng)
         self.bar.skip(self.epoch * self.per_epoch + self.number)
-        self.bar.say(f"resumed from {self.run_dir} at epoch {self.epoch + 1}, batch {self.number}")
+        self.bar.say(f"resumed from {self.directory.path} at epoch {self.epoch + 1}, "
+                     f"batch {self.number}")
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    """Return whether there was no memory: CUDA says so by a type of its own, the CPU in words."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or \
+        "can't allocate memory" in str(error) or "not enough memory" in str(error)
 
 
 def fit(model: nn.Module, loader: Iterable[Any], threat: Threat, recipe: Recipe, *, epochs: int,
@@ -396,6 +440,7 @@ def fit(model: nn.Module, loader: Iterable[Any], threat: Threat, recipe: Recipe,
             return Trainer(model, source, threat, recipe, epochs, train, directory, seed,
                            progress).run()
     finally:
+        order_weights(model, torch.contiguous_format)
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
             parameter.grad = None

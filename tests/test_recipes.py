@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from quantguard.activation import QuantActivation, staircases
 from quantguard.attacks import PixelModel
 from quantguard.conversion import convert
+from quantguard.crafting import craft, stability_term
 from quantguard.errors import SpecError
-from quantguard.recipes import Recipe, craft, recipe_of, stability_term
+from quantguard.recipes import Recipe, recipe_of
 from quantguard.spec import QuantSpec, Threat
 
 Untouched = Callable[[nn.Module], AbstractContextManager[None]]
@@ -28,7 +29,8 @@ Digits = tuple[Tensor, Tensor]
 
 
 @pytest.mark.parametrize(("name", "steps", "noise", "attacks"), [
-    ("clean", 0, 0.0, False), ("pgd", 3, 1.0, True), ("nfgsm", 1, 1.0, True)])
+    ("clean", 0, 0.0, False), ("pgd", 3, 1.0, True), ("trades", 3, 1.0, True),
+    ("nfgsm", 1, 1.0, True)])
 def test_each_name_has_its_own_defaults(name: str, steps: int, noise: float,
                                         attacks: bool) -> None:
     recipe = Recipe(name)
@@ -52,7 +54,8 @@ def test_what_is_given_wins_over_the_names_defaults() -> None:
     ("batch_size", 1.5), ("steps", -1), ("steps", 2.5), ("rel_step", -0.1), ("noise", -1.0),
     ("noise", math.nan), ("stability", -1.0), ("weight_decay", -1e-9), ("ema", 1.0), ("ema", -0.1),
     ("sharpness", (0,)), ("sharpness", (3, -1)), ("sharpness", (math.nan,)),
-    ("range_factor", 0), ("range_factor", -1.0)])
+    ("range_factor", 0), ("range_factor", -1.0), ("beta", -1.0), ("awp", -0.1), ("mix", 1.1),
+    ("distill", -0.1), ("walk", (9,)), ("walk", (0.5,)), ("precision", "float16")])
 def test_a_value_out_of_its_range_is_refused_by_name(field: str, value: Any) -> None:
     with pytest.raises(SpecError, match=rf"recipe pgd: {field}="):
         Recipe("pgd", **{field: value})
@@ -63,21 +66,22 @@ def test_a_value_out_of_its_range_is_refused_by_name(field: str, value: Any) -> 
 def test_an_unknown_recipe_names_the_nearest(name: str, near: str) -> None:
     with pytest.raises(SpecError, match=f"did you mean {near}"):
         Recipe(name)
-    with pytest.raises(SpecError, match="clean, pgd, nfgsm"):
+    with pytest.raises(SpecError, match="clean, pgd, trades, nfgsm"):
         Recipe("")
 
 
 def test_recipe_of_parses_text() -> None:
     recipe = recipe_of("pgd", {"lr": "1e-3", "steps": "5", "sharpness": "3,8", "ema": "0",
-                               "batch_size": "32"})
-    assert recipe == Recipe("pgd", lr=1e-3, steps=5, sharpness=(3, 8), ema=0.0, batch_size=32)
+                               "batch_size": "32", "walk": "32,8", "precision": "float32"})
+    assert recipe == Recipe("pgd", lr=1e-3, steps=5, sharpness=(3, 8), ema=0.0, batch_size=32,
+                            walk=(32, 8), precision="float32")
     assert recipe_of("pgd", {"sharpness": ""}).sharpness == ()
     assert recipe_of("nfgsm") == Recipe("nfgsm")
     assert recipe_of(recipe) is recipe
 
 
 @pytest.mark.parametrize(("settings", "message"), [
-    ({"step": "3"}, "no field 'step'(.|\n)*'steps'"), ({"xyz": "3"}, "Fields: batch_size, ema"),
+    ({"step": "3"}, "no field 'step'(.|\n)*'steps'"), ({"qqqq": "3"}, "Fields: awp, batch_size"),
     ({"name": "clean"}, "no field 'name'"), ({"lr": "fast"}, "lr='fast' is not a number"),
     ({"steps": "2.5"}, "steps='2.5' is not a number"),
     ({"sharpness": "3;8"}, "is not a number"), ({"ema": "2"}, "ema=2.0")])

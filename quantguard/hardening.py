@@ -1,0 +1,331 @@
+"""Harden a model: convert it, and fine-tune it stage by stage, until bits are as low as asked."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import json
+import os
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from .activation import bypass, staircases
+from .attacks import logits_of
+from .batches import unpack
+from .batching import hold_out
+from .conversion import convert, restore, unwrap
+from .errors import SpecError
+from .files import write_text
+from .recipes import Recipe, recipe_of, stages
+from .running import (
+    device_of,
+    evaluating,
+    modes_kept,
+    run,
+    seeded,
+    to_device,
+    usable_device,
+)
+from .sensitive import costs
+from .spec import FLOAT_BITS, QuantSpec, Threat
+from .training import History, fit
+
+# The bits that a goal is looked for at, one after the other.
+_LADDER = (FLOAT_BITS, 8, 4, 3, 2)
+# Batches that BatchNorm statistics are estimated from.
+_STATISTICS = 32
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Hold one stage of a walk down in bits: its name, what it trained, how it went."""
+
+    name: str
+    bits: int
+    epochs: int
+    history: History
+    holds: bool = True
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON types."""
+        return {"name": self.name, "bits": self.bits, "epochs": self.epochs, "holds": self.holds,
+                **{f"history_{k}" if k == "epochs" else k: v
+                   for k, v in self.history.to_dict().items()}}
+
+
+@dataclass(frozen=True)
+class Hardened:
+    """Hold a hardened model, and the stages that it went through."""
+
+    model: nn.Module = field(repr=False)
+    stages: tuple[Stage, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything but the model, as plain JSON types."""
+        return {"stages": [stage.to_dict() for stage in self.stages]}
+
+
+def harden(model: nn.Module, loader: Iterable[Any], threat: Threat = Threat(), *,
+           bits: int | None = None, dynamic: bool | None = None, recipe: str | Recipe = "pgd",
+           epochs: int = 3, train: str = "all", val: Iterable[Any] | None = None,
+           max_clean_drop: float | None = None,
+           run_dir: str | os.PathLike[str] | None = None, seed: int = 0,
+           device: str | torch.device | None = None, progress: bool = True) -> nn.Module:
+    """Return a copy of model, quantized where it is not yet, and adversarially fine-tuned.
+
+    Args:
+        model: a float or a converted classifier; it is not touched.
+        loader: re-iterable of (images, labels). Of a map-style DataLoader a seeded 5 % is held
+            out, on which a probe picks the best epoch.
+        threat: the attacker to train against, in pixel units; mean and std where the loader
+            normalises.
+        bits: 1 to 8, or 32 for a float control; None: as converted already, else 2.
+        dynamic: learned thresholds; None: as converted already, else True.
+        recipe: ``pgd``, ``trades``, ``nfgsm``, ``clean``, or a :class:`quantguard.Recipe`.
+        epochs: passes over the loader, in all stages together.
+        train: ``all``, or ``thresholds`` for thresholds and steps only.
+        val: batches for the probe instead of a held-out slice; never the test set.
+        max_clean_drop: walk down from float over 8, 4, 3 to ``bits``, each with ``epochs``, while
+            held-out clean accuracy is at most so much (0 to 1) below float's with the same
+            fine-tune, and return the lowest that holds.
+        run_dir: keeps metrics and state; the same call again goes on from there.
+        seed: of order, random starts and the held-out slice.
+        device: where to train; None: where the model is.
+        progress: whether to show it.
+
+    Returns:
+        The hardened copy, in the mode the model came in, on its device.
+
+    Raises:
+        SpecError: settings that contradict each other or the model.
+        DataError: a batch that does not fit; its number is named.
+        ConversionError: a model that cannot be converted.
+
+    Example:
+        >>> hardened = harden(model, loader, Threat(eps=0.1))  # doctest: +SKIP
+    """
+    return hardened(model, loader, threat, bits=bits, dynamic=dynamic, recipe=recipe,
+                    epochs=epochs, train=train, val=val, max_clean_drop=max_clean_drop,
+                    run_dir=run_dir, seed=seed, device=device, progress=progress).model
+
+
+def hardened(model: nn.Module, loader: Iterable[Any], threat: Threat, *, bits: int | None,
+             dynamic: bool | None, recipe: str | Recipe, epochs: int, train: str,
+             val: Iterable[Any] | None, run_dir: str | os.PathLike[str] | None, seed: int,
+             device: str | torch.device | None, progress: bool,
+             max_clean_drop: float | None = None) -> Hardened:
+    """Do what :func:`harden` does, and return how it went, too."""
+    model, chosen = unwrap(model), recipe_of(recipe)
+    if device is not None:
+        usable_device(device)  # before any work
+    if not isinstance(epochs, int) or epochs < 1:
+        raise SpecError(f"epochs={epochs!r} must be an integer, 1 or more")
+    walk = Walk(model, loader, threat, dynamic, chosen, train, val,
+                None if run_dir is None else Path(run_dir), seed, device, progress)
+    if max_clean_drop is not None:
+        return walk.to_goal(2 if bits is None else bits, epochs, max_clean_drop)
+    return walk.to_bits(bits, epochs)
+
+
+class Walk:
+    """Go down in bits: every stage starts from what the one before has learned."""
+
+    def __init__(self, model: nn.Module, loader: Iterable[Any], threat: Threat,
+                 dynamic: bool | None, recipe: Recipe, train: str, val: Iterable[Any] | None,
+                 run_dir: Path | None, seed: int, device: str | torch.device | None,
+                 progress: bool) -> None:
+        self.model, self.loader, self.threat, self.dynamic = model, loader, threat, dynamic
+        self.recipe, self.train, self.val, self.run_dir = recipe, train, val, run_dir
+        self.seed, self.device, self.progress = seed, device, progress
+        self.stages: list[Stage] = []
+
+    def to_bits(self, bits: int | None, epochs: int) -> Hardened:
+        """Go through the recipe's own walk."""
+        wanted = 2 if bits is None else bits
+        plan = [(wanted, epochs)]
+        if not staircases(self.model) and self.train == "all":
+            plan = stages(self.recipe, wanted, epochs)
+        model = self.model
+        for stage_bits, stage_epochs in plan:
+            last = (stage_bits, stage_epochs) == plan[-1]
+            model, history = self._stage(
+                model, bits if last else stage_bits, stage_epochs, None if len(plan) == 1 else
+                f"{len(self.stages) + 1}-{_name(stage_bits).replace(' ', '-')}")
+            self.stages.append(Stage(_name(stage_bits), stage_bits, stage_epochs, history))
+        self._write()
+        return Hardened(model, tuple(self.stages))
+
+    def to_goal(self, lowest: int, epochs: int, drop: float) -> Hardened:
+        """Go down while the clean accuracy holds.
+
+        Raises:
+            SpecError: a converted model, bits that are no step of the walk, or nothing held out.
+        """
+        if staircases(self.model):
+            raise SpecError("max_clean_drop starts from a float model, and this one is converted",
+                            fix="quantguard.restore(model) gives the float one.")
+        if not 0 <= drop <= 1:
+            raise SpecError(f"max_clean_drop={drop} must be from 0 to 1")
+        ladder = [b for b in _LADDER if b > lowest] + [lowest]
+        if lowest == FLOAT_BITS:
+            raise SpecError("max_clean_drop walks down in bits, and bits=32 is float",
+                            fix="Use bits=1 to 8.")
+        kept = self.model
+        least = 0.0
+        for bits in ladder:
+            model, history = self._stage(kept, bits, epochs, _name(bits).replace(" ", "-"))
+            clean = history.kept.clean
+            if clean is None:
+                raise SpecError("max_clean_drop needs held-out images",
+                                fix="Give a map-style DataLoader, or val=.")
+            if bits == FLOAT_BITS:
+                least = clean - drop
+            holds = clean >= least
+            self.stages.append(Stage(_name(bits), bits, epochs, history, holds))
+            self._say(f"{_name(bits)}: held-out clean {clean:.1%}, attacked "
+                      f"{history.kept.probe or 0:.1%}: {'holds' if holds else 'too low'} "
+                      f"(at least {least:.1%})")
+            if not holds:
+                kept = self._one_site_more(kept, model, bits, epochs, least)
+                break
+            kept = model
+        if not staircases(kept):
+            self._say("no bits hold: the float model is returned")
+        self._write()
+        return Hardened(kept, tuple(self.stages))
+
+    def _one_site_more(self, kept: nn.Module, failed: nn.Module, bits: int, epochs: int,
+                       least: float) -> nn.Module:
+        """Where one site is what hurts, try again with its bits as they were before.
+
+        Args:
+            kept: the last model that holds.
+            failed: the one that does not.
+
+        Returns:
+            The new model where it holds, else kept.
+        """
+        before = {name: m.spec.bits for name, m in staircases(kept).items()}
+        val = hold_out(self.loader, self.val, self.recipe.batch_size, self.seed).val
+        found = costs(failed, val or self.loader, self.threat, self.seed)
+        site = max(found, key=lambda name: found[name][1])  # by attacked accuracy
+        clean = self.stages[-1].history.kept.clean or 0.0
+        if not before or len(before) < 2 or 2 * found[site][0] < least - clean:
+            self._say("no single site is what hurts")
+            return kept
+        more = before.get(site, 8)
+        name = f"{bits} bits, {site} {more}"
+        model, history = self._stage(kept, {"*": bits, site: more}, epochs,
+                                     f"{bits}-bit-{site}-{more}")
+        now = history.kept.clean or 0.0
+        self.stages.append(Stage(name, bits, epochs, history, now >= least))
+        self._say(f"{name}: held-out clean {now:.1%}: "
+                  f"{'holds' if now >= least else 'too low'}")
+        return model if now >= least else kept
+
+    def _stage(self, model: nn.Module, bits: int | dict[str, int] | None, epochs: int,
+               name: str | None) -> tuple[nn.Module, History]:
+        """Convert a model to bits, unless it came converted, and fine-tune it."""
+        if staircases(model) and model is not self.model:
+            model = restore(model)
+        before = device_of(model)
+        dynamic = None if bits == FLOAT_BITS else self.dynamic
+        result = prepare(model, self.loader, bits, dynamic, self.recipe)
+        if self.device is not None:
+            result.to(usable_device(self.device))
+        if name is not None and model is not self.model:
+            reestimate(result, self.loader)
+        directory = self.run_dir if self.run_dir is None or name is None else self.run_dir / name
+        if name is not None:
+            self._say(f"stage {name}, {epochs} epochs")
+        history = fit(result, self.loader, self.threat, self.recipe, epochs=epochs,
+                      train=self.train, val=self.val, run_dir=directory, seed=self.seed,
+                      progress=self.progress)
+        return result.to(before), history
+
+    def _say(self, text: str) -> None:
+        if self.progress:
+            print(text, flush=True, file=sys.stderr)
+
+    def _write(self) -> None:
+        if self.run_dir is not None and len(self.stages) > 1:
+            write_text(self.run_dir / "walk.json", json.dumps(
+                [stage.to_dict() for stage in self.stages], indent=1))
+
+
+def _name(bits: int) -> str:
+    return "float" if bits == FLOAT_BITS else f"{bits} bits"
+
+
+def prepare(model: nn.Module, loader: Iterable[Any], bits: int | dict[str, int] | None,
+            dynamic: bool | None, recipe: Recipe) -> nn.Module:
+    """Return the copy that is trained: converted as asked, or as it is converted already.
+
+    Raises:
+        SpecError: bits or dynamic contradict the model's conversion.
+    """
+    done = {(m.spec.bits, m.spec.dynamic) for m in staircases(model).values()}
+    if done:
+        for name, asked, have in (("bits", bits, {b for b, _ in done}),
+                                  ("dynamic", dynamic, {d for _, d in done})):
+            if asked is not None and have != {asked}:
+                raise SpecError(
+                    f"{name}={asked} contradicts the model, which is converted with {name}="
+                    f"{', '.join(map(str, sorted(have)))}",
+                    fix=f"Leave {name} out, or quantguard.restore(model) first.")
+        return copy.deepcopy(model)
+    if bits == FLOAT_BITS:
+        return copy.deepcopy(model)
+    table = bits if isinstance(bits, dict) else {"*": 2 if bits is None else bits}
+    specs = {site: QuantSpec(b, True if dynamic is None else dynamic) for site, b in table.items()}
+    wanted = recipe.range_factor or 1.0
+    # Finer steps make a small net sturdier and may leave a deep one with nothing to start from.
+    for factor in dict.fromkeys((wanted, (1 + wanted) / 2, 1.0)):
+        converted = convert(model, {site: replace(spec, range_factor=factor)
+                                    for site, spec in specs.items()}, data=loader)
+        if factor == 1.0 or agreement(converted, loader) >= 0.5:
+            break
+    return converted
+
+
+def agreement(model: nn.Module, loader: Iterable[Any]) -> float:
+    """Return the share of a loader's first images on which model answers as under ``bypass``."""
+    same = total = 0
+    device = device_of(model)
+    with torch.no_grad(), evaluating(model), seeded(0):
+        for batch in itertools.islice(loader, 4):
+            inputs = to_device(unpack(batch)[0], device)
+            answers = logits_of(run(model, inputs)).argmax(1)
+            with bypass(model):
+                same += int((logits_of(run(model, inputs)).argmax(1) == answers).sum())
+            total += len(answers)
+    return same / max(total, 1)
+
+
+def reestimate(model: nn.Module, loader: Iterable[Any]) -> None:
+    """Estimate BatchNorm statistics anew, from a loader's first images.
+
+    Those that came with the weights are of other activations.
+    """
+    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    if not norms:
+        return
+    momenta = [norm.momentum for norm in norms]
+    with torch.no_grad(), modes_kept(model), seeded(0):
+        model.eval()
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum, norm.training = None, True  # None: the mean over batches
+        try:
+            for batch in itertools.islice(loader, _STATISTICS):
+                run(model, to_device(unpack(batch)[0], device_of(model)))
+        finally:
+            for norm, momentum in zip(norms, momenta, strict=True):
+                norm.momentum = momentum

@@ -1,0 +1,62 @@
+"""A run directory: the state of a fine-tune, its metrics, and what it must agree on."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .errors import SpecError
+from .files import replacing, write_text
+
+
+class RunDir:
+    """Hold a run directory, or the lack of one.
+
+    Args:
+        path: None: nothing is kept.
+        settings: what a run that goes on from here must agree on, as plain JSON types.
+    """
+
+    def __init__(self, path: Path | None, settings: dict[str, Any]) -> None:
+        self.path = path
+        self.settings: dict[str, Any] = json.loads(json.dumps(settings))
+
+    def read(self, device: torch.device) -> dict[str, Any] | None:
+        """Return what was written, or None.
+
+        Raises:
+            SpecError: it belongs to a run of other settings.
+        """
+        if self.path is None:
+            return None
+        self.path.mkdir(parents=True, exist_ok=True)
+        for left in self.path.glob(".training.pt.*"):  # by a process that was killed writing
+            left.unlink(missing_ok=True)
+        file = self.path / "training.pt"
+        if not file.exists():
+            return None
+        told: dict[str, Any] = torch.load(file, weights_only=True, map_location=device)
+        kept = told["settings"]
+        different = sorted(f"{k} ({_short(kept.get(k))}, now {_short(v)})"
+                           for k, v in self.settings.items() if kept.get(k) != v)
+        if different:
+            raise SpecError(f"{self.path} holds a run of other settings",
+                            why=f"Different: {', '.join(different)}.",
+                            fix="Use another run directory, or delete this one.")
+        return told
+
+    def write(self, state: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+        """Replace what is kept: the state, and ``metrics.jsonl``, a line for each of rows."""
+        if self.path is None:
+            return
+        with replacing(self.path / "training.pt") as beside:
+            torch.save({"settings": self.settings, **state}, beside)
+        write_text(self.path / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "..."

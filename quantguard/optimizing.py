@@ -1,0 +1,70 @@
+"""What the optimizer trains, and the running average of the weights that is returned."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from .activation import GAP_FLOOR, staircases
+from .errors import SpecError
+from .recipes import Recipe
+
+# A gap this near to its floor, over where it started, has merged as far as it can.
+_MERGED = 1.5 * GAP_FLOOR
+
+
+def parameter_groups(model: nn.Module, recipe: Recipe, lr: float,
+                     train: str) -> list[dict[str, Any]]:
+    """Return the optimizer's groups: weights, those without decay, and thresholds with steps."""
+    thresholds = {id(p): p for m in staircases(model).values() for p in m.parameters(recurse=False)}
+    if train == "thresholds" and not thresholds:
+        raise SpecError("train='thresholds', but the model has no learnable thresholds",
+                        why="Its staircases are fixed, or it has none.",
+                        fix="Convert with dynamic=True, or use train='all'.")
+    weights = [p for p in model.parameters()
+               if p.requires_grad and id(p) not in thresholds and train == "all"]
+    groups = [group for group in (
+        {"params": [p for p in weights if p.dim() > 1], "lr": lr,
+         "weight_decay": recipe.weight_decay},
+        {"params": [p for p in weights if p.dim() <= 1], "lr": lr, "weight_decay": 0.0},
+        {"params": list(thresholds.values()), "lr": recipe.threshold_lr, "weight_decay": 0.0},
+    ) if group["params"]]
+    if not groups:
+        raise SpecError("nothing to train: every parameter is frozen",
+                        fix="Set requires_grad on the parameters that may change.")
+    return groups
+
+
+def merging(model: nn.Module) -> list[str]:
+    """Return the staircases whose learned thresholds have merged, or are no longer finite."""
+    found = []
+    for name, module in staircases(model).items():
+        t = module.thresholds.detach()
+        before = module.base[..., 1:] - module.base[..., :-1]
+        gaps = t[..., 1:] - t[..., :-1]
+        if not bool(t.isfinite().all()) or bool((gaps < _MERGED * before).any()):
+            found.append(name)
+    return found
+
+
+class Average:
+    """Keep an exponential moving average of every floating tensor of a model."""
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.decay, self.count = decay, 0
+        self.values = {k: v.detach().clone() for k, v in model.state_dict().items()}
+
+    @torch.no_grad()
+    def update(self, model: nn.Module) -> None:
+        """Take in the model as it is now."""
+        self.count += 1
+        # a young average forgets faster: else it is the start, for 1 / (1 - decay) steps
+        decay = min(self.decay, self.count / (self.count + 10)) if self.decay else 0.0
+        for name, value in model.state_dict().items():
+            kept = self.values[name]
+            if value.is_floating_point() and decay:
+                kept.lerp_(value, 1 - decay)
+            else:
+                kept.copy_(value)
