@@ -276,7 +276,8 @@ def test_nothing_to_train_is_an_error(recipe: Recipe, cnn: nn.Module,
 
 
 @pytest.mark.parametrize("recipe", [FAST, Recipe("pgd"), Recipe("nfgsm"), Recipe("clean"),
-                                    Recipe("trades", awp=0.01), Recipe("pgd", mix=0.5, distill=0.5)],
+                                    Recipe("trades", awp=0.01),
+                                    Recipe("pgd", mix=0.5, distill=0.5)],
                          ids=lambda r: f"{r.name} lr={r.lr}")
 def test_every_recipe_trains_logs_and_leaves_modes_and_random_numbers(
         recipe: Recipe, quantized: nn.Module, small: TensorDataset) -> None:

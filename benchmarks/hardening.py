@@ -1,0 +1,191 @@
+"""How much robustness do 1, 2, 3 and 4 bits keep, beside float with the same fine-tune?
+
+    python benchmarks/hardening.py                           # every cell that is missing, the table
+    python benchmarks/hardening.py --cells lenet-32 lenet-2-fixed --seeds 0
+    python benchmarks/hardening.py --try lr=1e-3 stability=3 --cells lenet-2-fixed
+    python benchmarks/hardening.py --table-only
+
+Fashion-MNIST, Linf eps 0.1. A LeNet (5x5 convolutions 32-64, linear 256; or `resnet`: ResNet-18's
+blocks at quarter width, no pre-activation) is trained clean, then hardened by `recipe="pgd"` with
+EPOCHS epochs in all: a quantized row spends the first half of them in float. `ramp` is the naive
+way at equal cost: the same epochs, the inner attack through the ramp, no stability term, no float
+stage. The standard suite, twin included, attacks the first test images, 500 of them (`resnet`:
+1,000), once per cell. --try trains a cell with other settings and judges it by the quick suite on
+images that are held out of training: all that was tried is listed, and no test image is seen.
+
+Each cell writes its own JSON when it is done, and is resumed where it was interrupted; on a GPU
+give --device cuda.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Subset
+
+import quantguard as qg
+from quantguard.data import load_data
+from quantguard.demo import train_clean
+from quantguard.files import write_text
+from quantguard.hardening import hardened
+from quantguard.recipes import recipe_of
+
+HERE = Path(__file__).parent / "results" / "hardening"
+EPS, EPOCHS, CLEAN_EPOCHS, HELD = 0.1, 4, 2, 1000
+NAIVE: dict[str, Any] = {"sharpness": (), "stability": 0.0, "range_factor": 1.0, "walk": ()}
+CELLS = ["lenet-32", *(f"lenet-{b}-{kind}" for b in (4, 3, 2, 1) for kind in ("fixed", "dynamic")),
+         "lenet-2-fixed-ramp", "resnet-32", "resnet-2-fixed", "resnet-2-dynamic"]
+
+
+def lenet() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(1, 32, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Conv2d(32, 64, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Flatten(), nn.Linear(3136, 256), nn.ReLU(), nn.Linear(256, 10))
+
+
+class Block(nn.Module):
+    """Two convolutions and a shortcut, ReLU last."""
+
+    def __init__(self, before: int, width: int, stride: int) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(before, width, 3, stride, 1, bias=False)
+        self.norm1, self.norm2 = nn.BatchNorm2d(width), nn.BatchNorm2d(width)
+        self.second = nn.Conv2d(width, width, 3, 1, 1, bias=False)
+        self.short = nn.Identity() if before == width and stride == 1 else nn.Sequential(
+            nn.Conv2d(before, width, 1, stride, bias=False), nn.BatchNorm2d(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm2(self.second(self.norm1(self.first(x)).relu()))
+        return (y + self.short(x)).relu()  # type: ignore[no-any-return]
+
+
+def resnet() -> nn.Module:
+    layers: list[nn.Module] = [nn.Conv2d(1, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU()]
+    before = 16
+    for width, stride in ((16, 1), (32, 2), (64, 2), (128, 2)):
+        layers += [Block(before, width, stride), Block(width, width, 1)]
+        before = width
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(before, 10))
+
+
+def data(batch: int = 128) -> tuple[DataLoader[Any], DataLoader[Any]]:
+    """Return what is trained on, and what tries are judged by: the last training images."""
+    whole: Any = load_data("fashion-mnist", "train", batch_size=batch).dataset
+    cut = len(whole) - HELD
+    return (DataLoader(Subset(whole, range(cut)), batch_size=batch, shuffle=True),
+            DataLoader(Subset(whole, range(cut, len(whole))), batch_size=batch))
+
+
+def clean_model(net: str, seed: int) -> nn.Module:
+    """Train a float network as a user would have; kept, so that all rows start from the same."""
+    torch.manual_seed(seed)
+    model = {"lenet": lenet, "resnet": resnet}[net]()
+    path = HERE / "work" / f"{net}-{seed}.pt"
+    if path.exists():
+        model.load_state_dict(torch.load(path, weights_only=True))
+        return model.eval()
+    train_clean(model, data()[0], CLEAN_EPOCHS)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(model.state_dict(), path)
+    return model
+
+
+def trained(cell: str, seed: int, settings: dict[str, str], device: str | None,
+            name: str) -> tuple[nn.Module, dict[str, Any]]:
+    net, bits, *kind = cell.split("-")
+    recipe = recipe_of("pgd", settings)
+    if "ramp" in kind:
+        recipe = qg.Recipe("pgd", **NAIVE)
+    made = hardened(clean_model(net, seed), data()[0], qg.Threat(eps=EPS), bits=int(bits),
+                    dynamic=None if bits == "32" else "dynamic" in kind, recipe=recipe,
+                    epochs=EPOCHS, train="all", val=None, run_dir=HERE / "work" / name, seed=seed,
+                    device=device, progress=True)
+    return made.model, {"cell": cell, "seed": seed, "epochs": EPOCHS, "eps": EPS,
+                        "recipe": recipe.to_dict(), **made.to_dict()}
+
+
+def machine() -> dict[str, Any]:
+    return {"python": platform.python_version(), "torch": version("torch"),
+            "machine": platform.machine(), "cores": os.cpu_count(),
+            "threads": torch.get_num_threads()}
+
+
+def measure(cell: str, seed: int, device: str | None) -> None:
+    target = HERE / f"{cell}-seed{seed}.json"
+    if target.exists():
+        return
+    model, record = trained(cell, seed, {}, device, f"{cell}-{seed}")
+    images = 1000 if cell.startswith("resnet") else 500
+    result = qg.evaluate(model, load_data("fashion-mnist", "test"), qg.Threat(eps=EPS),
+                         images=images, seed=seed, device=device,
+                         run_dir=HERE / "work" / f"{cell}-{seed}" / "evaluation")
+    write_text(target, json.dumps({**record, "evaluation": result.to_dict(), **machine()}))
+
+
+def attempt(cell: str, seed: int, settings: dict[str, str], device: str | None) -> None:
+    told = ",".join(f"{k}={v}" for k, v in sorted(settings.items()))
+    name = f"{cell}-seed{seed}-{told.replace(',', '_').replace('=', '') or 'default'}"
+    target = HERE / "tries" / f"{name}.json"
+    if not target.exists():
+        model, record = trained(cell, seed, settings, device, f"try-{name}")
+        result = qg.evaluate(model, data()[1], qg.Threat(eps=EPS), suite="quick", images=500,
+                             seed=seed, device=device)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        write_text(target, json.dumps({**record, "settings": told, **machine(),
+                                       "evaluation": result.to_dict()}))
+
+
+def table() -> None:
+    print(f"Fashion-MNIST, Linf eps {EPS}, first test images, standard suite; per cent: mean (each "
+          "seed); attacked figures are upper bounds")
+    for cell in CELLS:
+        rows = [json.loads(f.read_text()) for f in sorted(HERE.glob(f"{cell}-seed*.json"))]
+        found = [qg.Evaluation.from_dict(row["evaluation"]) for row in rows]
+        if not found:
+            print(f"{cell:20} missing")
+            continue
+        clean, robust = ([100 * getattr(e, f"{kind}_accuracy") for e in found]
+                         for kind in ("clean", "robust"))
+        low, high = (100 * v for v in found[0].interval)
+        print(f"{cell:20} clean {statistics.mean(clean):5.1f}  robust {statistics.mean(robust):5.1f}"
+              f"  ({', '.join(f'{v:.1f}' for v in robust)}; 95 % of the first {low:.1f}-{high:.1f};"
+              f" {', '.join(e.verdict for e in found)})")
+    for file in sorted((HERE / "tries").glob("*.json")):
+        row = json.loads(file.read_text())
+        e = qg.Evaluation.from_dict(row["evaluation"])
+        print(f"tried {row['cell']}, seed {row['seed']}: {row['settings'] or 'defaults'}: held-out "
+              f"clean {e.clean_accuracy:.1%}, quick suite {e.robust_accuracy:.1%}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--cells", nargs="*", default=CELLS, choices=CELLS)
+    parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
+    parser.add_argument("--try", dest="settings", nargs="*", metavar="KEY=VALUE")
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--device")
+    parser.add_argument("--table-only", action="store_true")
+    args = parser.parse_args()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    for seed in args.seeds if not args.table_only else ():
+        for cell in args.cells:
+            if args.settings is not None:
+                attempt(cell, seed, dict(s.split("=", 1) for s in args.settings), args.device)
+            elif cell.startswith("lenet") or seed == 0:
+                measure(cell, seed, args.device)
+    table()
+
+
+if __name__ == "__main__":
+    main()
