@@ -157,9 +157,9 @@ def table() -> None:
         clean, robust = ([100 * getattr(e, f"{kind}_accuracy") for e in found]
                          for kind in ("clean", "robust"))
         low, high = (100 * v for v in found[0].interval)
-        print(f"{cell:20} clean {statistics.mean(clean):5.1f}  robust {statistics.mean(robust):5.1f}"
-              f"  ({', '.join(f'{v:.1f}' for v in robust)}; 95 % of the first {low:.1f}-{high:.1f};"
-              f" {', '.join(e.verdict for e in found)})")
+        print(f"{cell:20} clean {statistics.mean(clean):5.1f}  robust "
+              f"{statistics.mean(robust):5.1f}  ({', '.join(f'{v:.1f}' for v in robust)}; 95 % of "
+              f"the first {low:.1f}-{high:.1f}; {', '.join(e.verdict for e in found)})")
     for file in sorted((HERE / "tries").glob("*.json")):
         row = json.loads(file.read_text())
         e = qg.Evaluation.from_dict(row["evaluation"])

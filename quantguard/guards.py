@@ -66,10 +66,10 @@ def remedy(recipe: Recipe, start: float | None, clean: float | None, attacked: f
     if own is not None and own - attacked > _FOOLED and attacked < _SHARE * own:
         return Remedy(f"the training attack leaves {own:.1%} and the probe {attacked:.1%} "
                       "(catastrophic overfitting)", smaller_step(recipe))
-    if first and clean < _WRECKED * start:
-        reason = f"clean accuracy fell from {start:.1%} to {clean:.1%} in the first epoch"
+    if clean < _WRECKED * start:
+        reason = f"clean accuracy fell from {start:.1%} to {clean:.1%}"
         if recipe.attacks and (recipe.rel_step or 0) > 1:
             return Remedy(reason, smaller_step(recipe), restart=True)
-        if recipe.lr is None:
-            return Remedy(reason, recipe, 0.2, restart=True)
+        if first and recipe.lr is None:
+            return Remedy(f"{reason} in the first epoch", recipe, 0.2, restart=True)
     return None

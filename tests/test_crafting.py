@@ -1,0 +1,143 @@
+"""What training descends: mixed and TRADES losses, distillation, perturbed weights, bfloat16."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from quantguard.activation import soften
+from quantguard.attacks import PixelModel
+from quantguard.crafting import Objective, climbs_in_bfloat16, craft, perturbed
+from quantguard.recipes import Recipe
+from quantguard.spec import Threat
+
+Digits = tuple[Tensor, Tensor]
+THREAT = Threat(eps=0.1)
+
+
+@pytest.fixture
+def batch(digits: Digits) -> Digits:
+    return digits[0][:32], digits[1][:32]
+
+
+def log_softmax(model: nn.Module, x: Tensor) -> Tensor:
+    return model(x).log_softmax(1)  # type: ignore[no-any-return]
+
+
+def test_trades_is_clean_cross_entropy_and_beta_times_the_divergence(
+        quantized: nn.Module, batch: Digits) -> None:
+    x, y = batch
+    near = (x + 0.05).clamp(0, 1)
+    p, q = log_softmax(quantized, x), log_softmax(quantized, near)
+    # KL(clean || attacked), by hand
+    expected = F.nll_loss(p, y) + 6 * (p.exp() * (p - q)).sum(1).mean()
+    got = Objective(PixelModel(quantized, THREAT), THREAT, Recipe("trades", stability=0.0))(
+        near, x, y)
+    assert torch.allclose(got, expected, rtol=1e-5)
+    other = F.nll_loss(p, y) + 6 * (q.exp() * (q - p)).sum(1).mean()
+    assert not torch.allclose(got, other, rtol=1e-3)  # the other way around is another loss
+
+
+def test_mix_is_the_share_of_the_clean_loss(quantized: nn.Module, batch: Digits) -> None:
+    x, y = batch
+    near = (x + 0.05).clamp(0, 1)
+    losses = {}
+    for mix in (0.0, 0.25, 1.0):
+        recipe = Recipe("pgd", stability=0.0, mix=mix)
+        objective = Objective(PixelModel(quantized, THREAT), THREAT, recipe)
+        losses[mix] = float(objective(near, x, y).detach())
+    assert losses[0.0] == pytest.approx(float(F.cross_entropy(quantized(near), y).detach()))
+    assert losses[1.0] == pytest.approx(float(F.cross_entropy(quantized(x), y).detach()))
+    assert losses[0.25] == pytest.approx(0.75 * losses[0.0] + 0.25 * losses[1.0], rel=1e-5)
+
+
+def test_distillation_needs_no_labels_and_weighs_by_its_share(
+        quantized: nn.Module, cnn: nn.Module, batch: Digits) -> None:
+    x, y = batch
+    near, half = (x + 0.05).clamp(0, 1), y.clone()
+    half[::2] = -1
+    model = PixelModel(quantized, THREAT)
+    with torch.no_grad():
+        p, q = log_softmax(cnn, x), log_softmax(quantized, near)
+        away = (q.exp() * 0 + p.exp() * (p - q)).sum(1).mean()
+        known = F.nll_loss(q, y, reduction="none")[1::2].sum() / len(y)
+        got = Objective(model, THREAT, Recipe("pgd", stability=0.0, distill=0.25), cnn)(
+            near, x, half)
+    assert torch.allclose(got, 0.75 * known + 0.25 * away, rtol=1e-4)
+
+
+def test_trades_climbs_the_divergence_and_needs_no_true_label(quantized: nn.Module,
+                                                              batch: Digits) -> None:
+    x, y = batch
+    model, recipe = PixelModel(quantized, THREAT), Recipe("trades", steps=5, precision="float32")
+    torch.manual_seed(0)
+    found = craft(model, x, y, THREAT, recipe)
+    torch.manual_seed(0)
+    assert torch.equal(found, craft(model, x, 0 * y, THREAT, recipe))
+    assert float((found - x).abs().max()) <= 0.1 + 1e-6
+    with torch.no_grad():
+        p = log_softmax(quantized, x)
+        random = (x + 0.1 * (2 * torch.rand_like(x) - 1)).clamp(0, 1)
+        away = [(p.exp() * (p - log_softmax(quantized, z))).sum(1).mean() for z in (random, found)]
+    assert away[1] > 1.5 * away[0]
+
+
+def test_perturbed_weights_raise_the_loss_by_their_share_and_come_back(cnn: nn.Module,
+                                                                       batch: Digits) -> None:
+    model = copy.deepcopy(cnn)
+    x, y = batch
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+
+    def loss() -> Tensor:
+        return F.cross_entropy(model(x), y)
+    plain = float(loss().detach())
+    with perturbed(model, 0.02, loss):
+        raised = float(loss().detach())
+        for name, value in model.named_parameters():
+            moved = float((value.detach() - before[name]).norm() / before[name].norm())
+            assert moved == pytest.approx(0.02 if value.dim() > 1 else 0.0, rel=1e-3)
+    assert raised > plain
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    with pytest.raises(RuntimeError, match="died"), perturbed(model, 0.02, loss):
+        raise RuntimeError("died")
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    with perturbed(model, 0.0, loss):
+        assert torch.equal(model[0].weight, before["0.weight"])
+
+
+def test_bfloat16_is_for_the_attack_alone_and_nearly_as_strong(quantized: nn.Module,
+                                                               digits: Digits) -> None:
+    x, y = digits[0][:200], digits[1][:200]
+    model, losses = PixelModel(quantized, THREAT), {}
+    for low in (False, True):
+        torch.manual_seed(0)
+        found = craft(model, x, y, THREAT, Recipe("pgd"), low=low)
+        assert found.dtype == torch.float32
+        with torch.no_grad(), soften(quantized, 16):
+            losses[low] = float(F.cross_entropy(quantized(found), y))
+    assert losses[True] > 0.9 * losses[False]
+
+
+@pytest.mark.parametrize(("precision", "expected"), [("float32", False), ("bfloat16", True)])
+def test_precision_is_what_the_recipe_says(precision: str, expected: bool) -> None:
+    recipe = Recipe("pgd", precision=precision)
+    assert climbs_in_bfloat16(recipe, torch.device("cpu")) is expected
+
+
+def test_auto_precision_asks_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    for has in (False, True):
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda has=has: has)
+        assert climbs_in_bfloat16(Recipe("pgd"), torch.device("cpu")) is has
+    assert climbs_in_bfloat16(Recipe("pgd"), torch.device("meta")) is False
+
+
+def test_noise_that_is_given_is_what_it_starts_from(quantized: nn.Module, batch: Digits) -> None:
+    x, y = batch
+    model, recipe = PixelModel(quantized, THREAT), Recipe("pgd", rel_step=0.0)
+    noise: Any = 2 * torch.rand_like(x) - 1
+    assert torch.equal(craft(model, x, y, THREAT, recipe, noise), (x + 0.1 * noise).clamp(0, 1))

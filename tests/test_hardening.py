@@ -1,0 +1,195 @@
+"""Hardening in stages: the walk down in bits, the goal, what each site costs."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import quantguard as qg
+from quantguard import hardening
+from quantguard.activation import staircases
+from quantguard.errors import SpecError
+from quantguard.hardening import hardened, reestimate
+from quantguard.recipes import Recipe, stages
+from quantguard.sensitive import costs, one_float
+from quantguard.spec import Threat
+from quantguard.training import Epoch, History
+
+Digits = tuple[Tensor, Tensor]
+THREAT = Threat(eps=0.1)
+FAST = Recipe("pgd", steps=2, lr=1e-3)
+
+
+@pytest.fixture(scope="module")
+def loader(train_digits: TensorDataset) -> DataLoader[Any]:
+    return DataLoader(train_digits, batch_size=64, shuffle=True)
+
+
+@pytest.mark.parametrize(("walk", "bits", "epochs", "expected"), [
+    ((32,), 2, 1, [(2, 1)]), ((32,), 2, 2, [(32, 1), (2, 1)]), ((32,), 2, 3, [(32, 1), (2, 2)]),
+    ((32,), 2, 6, [(32, 3), (2, 3)]), ((32,), 32, 6, [(32, 6)]), ((), 2, 6, [(2, 6)]),
+    ((32, 8, 4), 2, 12, [(32, 2), (8, 2), (4, 2), (2, 6)]),
+    ((32, 8, 4), 2, 4, [(8, 1), (4, 1), (2, 2)]), ((32, 8, 4), 4, 4, [(32, 1), (8, 1), (4, 2)])])
+def test_stages_share_the_epochs_and_the_last_has_half(walk: tuple[int, ...], bits: int,
+                                                       epochs: int, expected: Any) -> None:
+    assert stages(Recipe("pgd", walk=walk), bits, epochs) == expected
+
+
+def walked(model: nn.Module, loader: Any, **options: Any) -> hardening.Hardened:
+    options = {"bits": 2, "dynamic": True, "recipe": FAST, "epochs": 2, "train": "all", "val": None,
+               "run_dir": None, "seed": 0, "device": None, "progress": False, **options}
+    return hardened(model, loader, THREAT, **options)
+
+
+def test_a_quantized_row_starts_from_the_float_stage(cnn: nn.Module, loader: DataLoader[Any],
+                                                     tmp_path: Path) -> None:
+    before = copy.deepcopy(cnn.state_dict())
+    made = walked(cnn, loader, run_dir=tmp_path)
+    assert [(s.name, s.epochs) for s in made.stages] == [("float", 1), ("2 bits", 1)]
+    assert {m.spec.bits for m in staircases(made.model).values()} == {2}
+    assert all(torch.equal(v, before[k]) for k, v in cnn.state_dict().items())
+    told = json.loads((tmp_path / "walk.json").read_text())
+    assert [row["bits"] for row in told] == [32, 2] and told[0]["history_epochs"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["1-float", "2-2-bits", "walk.json"]
+    # what the float stage learned is where the second starts
+    alone = walked(cnn, loader, recipe=Recipe("pgd", steps=2, lr=1e-3, walk=()), epochs=1)
+    assert alone.stages[0].history.epochs[0] != made.stages[1].history.epochs[0]
+    # and the same call again reads what is there
+    again = walked(cnn, loader, run_dir=tmp_path)
+    assert all(torch.equal(v, again.model.state_dict()[k])
+               for k, v in made.model.state_dict().items())
+
+
+def test_a_converted_model_and_thresholds_alone_take_no_walk(
+        cnn: nn.Module, quantized: nn.Module, loader: DataLoader[Any]) -> None:
+    assert len(walked(quantized, loader, bits=None, dynamic=None).stages) == 1
+    assert len(walked(cnn, loader, train="thresholds").stages) == 1
+
+
+def told(clean: float) -> History:
+    return History((Epoch(0, None, clean, 0.5, 1e-3, 0.0),), 0, 1e-3, {})
+
+
+def faked(clean: dict[str, float], monkeypatch: pytest.MonkeyPatch,
+          sites: dict[str, tuple[float, float]]) -> list[str]:
+    """Let every stage have the clean accuracy that is said, and train nothing."""
+    seen: list[str] = []
+
+    def fit(model: nn.Module, *_: Any, **options: Any) -> History:
+        bits = sorted({m.spec.bits for m in staircases(model).values()})
+        seen.append("+".join(map(str, bits)) or "float")
+        return told(clean[seen[-1]])
+    monkeypatch.setattr(hardening, "fit", fit)
+    monkeypatch.setattr(hardening, "costs", lambda *_: sites)
+    return seen
+
+
+NONE = {"2": (0.0, 0.0), "5": (0.0, 0.01), "9": (0.0, 0.0), "12": (0.0, 0.0)}
+ONE = {**NONE, "5": (0.03, 0.1)}
+
+
+@pytest.mark.parametrize(("clean", "sites", "expected", "bits"), [
+    ({"float": 0.9, "8": 0.9, "4": 0.89, "3": 0.885, "2": 0.88}, NONE,
+     ["float", "8", "4", "3", "2"], [2]),
+    ({"float": 0.9, "8": 0.9, "4": 0.89, "3": 0.87}, NONE, ["float", "8", "4", "3"], [4]),
+    ({"float": 0.9, "8": 0.87}, NONE, ["float", "8"], []),
+    # one site is what hurts: it keeps its bits, and that holds, or not
+    ({"float": 0.9, "8": 0.9, "4": 0.89, "3": 0.87, "3+4": 0.885}, ONE,
+     ["float", "8", "4", "3", "3+4"], [3, 4]),
+    ({"float": 0.9, "8": 0.9, "4": 0.89, "3": 0.87, "3+4": 0.875}, ONE,
+     ["float", "8", "4", "3", "3+4"], [4])])
+def test_the_lowest_bits_that_hold_are_returned(
+        clean: dict[str, float], sites: Any, expected: list[str], bits: list[int], cnn: nn.Module,
+        loader: DataLoader[Any], monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str]) -> None:
+    seen = faked(clean, monkeypatch, sites)
+    made = walked(cnn, loader, bits=None, max_clean_drop=0.02, progress=True)
+    assert seen == expected
+    assert sorted({m.spec.bits for m in staircases(made.model).values()}) == bits
+    said = capsys.readouterr().err
+    assert said.count("held-out clean") == len(expected)
+    assert [s.holds for s in made.stages] == [clean[name] >= 0.88 - 1e-9 for name in expected]
+
+
+def test_a_goal_walks_on_real_digits(cnn: nn.Module, loader: DataLoader[Any]) -> None:
+    model = qg.harden(cnn, loader, THREAT, bits=4, recipe=Recipe("clean", lr=1e-3), epochs=1,
+                      max_clean_drop=0.2, progress=False)
+    assert {m.spec.bits for m in staircases(model).values()} == {4}
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    ({"max_clean_drop": 2.0}, "from 0 to 1"), ({"max_clean_drop": 0.1, "bits": 32}, "is float")])
+def test_impossible_goals(options: dict[str, Any], message: str, cnn: nn.Module,
+                          loader: DataLoader[Any]) -> None:
+    with pytest.raises(SpecError, match=message):
+        walked(cnn, loader, **options)
+
+
+def test_a_goal_needs_a_float_model_and_held_out_images(cnn: nn.Module, quantized: nn.Module,
+                                                        loader: DataLoader[Any]) -> None:
+    with pytest.raises(SpecError, match="this one is converted"):
+        walked(quantized, loader, max_clean_drop=0.1)
+    with pytest.warns(UserWarning, match="nothing can be held out"), \
+            pytest.raises(SpecError, match="needs held-out images"):
+        walked(cnn, list(loader)[:2], max_clean_drop=0.1, epochs=1)
+
+
+def test_statistics_are_those_of_the_new_activations(cnn: nn.Module,
+                                                     loader: DataLoader[Any]) -> None:
+    model = copy.deepcopy(cnn)
+    model[0].weight.data *= 3.0
+    momenta = [m.momentum for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+    reestimate(model, loader)
+    with torch.no_grad():
+        x = torch.cat([images for images, _ in loader])
+        inner = model[0](x)
+    assert torch.allclose(model[1].running_mean, inner.mean((0, 2, 3)), atol=1e-2)
+    assert torch.allclose(model[1].running_var, inner.var((0, 2, 3)), rtol=0.05)
+    assert momenta == [m.momentum for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+    assert not model.training and not model[1].training
+
+
+# --- what each site costs ---
+
+
+def test_one_site_is_float_whatever_is_switched(quantized: nn.Module, digits: Digits) -> None:
+    model, x = copy.deepcopy(quantized), digits[0][:8]
+    names = list(staircases(model))
+    expected = copy.deepcopy(model)
+    expected[int(names[1])] = nn.ReLU()
+    with torch.no_grad(), one_float(model, names[1]):
+        assert list(staircases(model)) == [names[0], *names[2:]]
+        assert torch.equal(model(x), expected(x))
+        with qg.soften(model, 3.0), qg.soften(expected, 3.0):
+            assert torch.equal(model(x), expected(x))
+    with torch.no_grad():
+        assert torch.equal(model(x), quantized(x)) and list(staircases(model)) == names
+
+
+def test_the_site_that_is_broken_costs_most(quantized: nn.Module, digits: Digits,
+                                            loader: DataLoader[Any]) -> None:
+    model = copy.deepcopy(quantized)
+    names = list(staircases(model))
+    bad = staircases(model)[names[2]]
+    bad.set_thresholds(bad.thresholds + 3, bad.step)  # hardly anything passes
+    found = qg.sensitivity(model, [(digits[0][:64], digits[1][:64])], Threat(eps=0.05),
+                           suite=[qg.attacks.PGD("ce", 3)], progress=False)
+    assert list(found.sites) == names
+    assert max(names, key=lambda name: found.cost(name)[0]) == names[2]
+    assert found.cost(names[2])[0] > 20 and names[2] in str(found).splitlines()[2]
+    assert json.loads(json.dumps(found.to_dict()))["sites"].keys() == set(names)
+    assert list(staircases(model)) == names
+    quick = costs(model, [(digits[0][:64], digits[1][:64])], Threat(eps=0.05), 0)
+    assert max(names, key=lambda name: quick[name][0]) == names[2]
+
+
+def test_a_float_model_has_no_site_to_cost(cnn: nn.Module, digits: Digits) -> None:
+    with pytest.raises(SpecError, match="no quantized site"):
+        qg.sensitivity(cnn, [(digits[0][:8], digits[1][:8])], progress=False)
