@@ -5,7 +5,8 @@
 The demo's CNN is hardened on digits in a process of its own, which gets SIGKILL at random moments
 and is started again, until it has been killed so often; then it may finish. Its weights are
 compared with those of a run that nobody disturbed. State is saved every 0.2 seconds here, by
-default every minute; moments are drawn so that each start gets some way beyond the one before.
+default every minute. Moments are drawn from half of the time that a start takes to write its first
+state, to what is left of the run, shared by the kills.
 """
 
 from __future__ import annotations
@@ -57,12 +58,17 @@ def main() -> None:
             return subprocess.Popen([sys.executable, "-c", RUN, f"{folder}/{name}",
                                      str(args.epochs), f"{folder}/{name}.pt"])
         begin = time.monotonic()
-        assert start("alone").wait() == 0
+        process = start("alone")
+        while not Path(folder, "alone", "1-float", "training.pt").exists():
+            time.sleep(0.05)
+        ready = time.monotonic() - begin
+        assert process.wait() == 0
         alone = time.monotonic() - begin
         begin, moments = time.monotonic(), []
         while len(moments) < args.kills:
             process = start("killed")
-            moment = draw.uniform(0.3, 1.0) * alone / 2
+            moment = ready * draw.uniform(0.5, 1.1) + \
+                draw.uniform(0, 1.5) * (alone - ready) / (args.kills + 1)
             try:
                 code = process.wait(moment)
                 raise SystemExit(f"it ended with {code} after {len(moments)} kills: use more "

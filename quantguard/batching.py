@@ -13,10 +13,14 @@ from torch.utils.data import BatchSampler, DataLoader, IterableDataset, Subset
 
 from .batches import require_reiterable
 from .errors import DataError
+from .world import world
 
 
 class SeededBatches(BatchSampler):
-    """Give the batches of one epoch in an order that a seed fixes, from any batch on."""
+    """Give the batches of one epoch in an order that a seed fixes, from any batch on.
+
+    Of several processes each gets its part of every batch.
+    """
 
     def __init__(self, size: int, batch: int, seed: int) -> None:
         self.size, self.batch, self.seed = size, batch, seed
@@ -26,12 +30,12 @@ class SeededBatches(BatchSampler):
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
         order = torch.randperm(self.size, generator=generator).tolist()
         for number in range(self.first, len(self)):
-            yield order[number * self.batch : (number + 1) * self.batch]
+            yield world().part(order[number * self.batch : (number + 1) * self.batch])
 
     def __len__(self) -> int:
-        # A last batch of one image has no variance for BatchNorm.
+        # A last batch of one image has no variance for BatchNorm, and every process needs one.
         rest = self.size % self.batch
-        return self.size // self.batch + (rest > 1 or self.size < self.batch)
+        return self.size // self.batch + (rest >= max(2, world().size) or self.size < self.batch)
 
 
 @dataclass

@@ -69,7 +69,7 @@ def _gradient(model: nn.Module, x: Tensor, labels: Tensor, answers: Tensor | Non
     with torch.enable_grad():
         leaf = x.detach().requires_grad_()
         with torch.autocast(x.device.type, torch.bfloat16, enabled=low):
-            logits = model(leaf).float()
+            logits = model(leaf).to(x.dtype)
         height = F.cross_entropy(logits, labels, reduction="sum") if answers is None else \
             F.kl_div(logits.log_softmax(1), answers, reduction="sum")
         (gradient,) = torch.autograd.grad(height, leaf)

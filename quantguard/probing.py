@@ -18,6 +18,7 @@ from .evidence import predict
 from .images import image_tensor
 from .running import accepts, device_of, evaluating, frozen
 from .spec import Threat
+from .world import World
 
 _PROBE_IMAGES = 512
 # One sign step of this size may change the loss by so much to first order: what a LeNet's
@@ -59,7 +60,7 @@ class PixelBatches:
         self._check(labels, where)
         if len(x) != len(labels):
             raise DataError(f"{where} has {len(x)} images and {len(labels)} labels")
-        pixels = to_pixels(x.to(self.device).float(), self.threat)
+        pixels = to_pixels(x.to(self.device, self.model.dtype), self.threat)
         check_images(pixels, self.threat.bounds, where)
         # undoing a normalisation rounds
         pixels = pixels.clamp(*self.threat.bounds).contiguous(memory_format=self.layout)
@@ -187,7 +188,7 @@ def levels_used(model: PixelModel, val: Iterable[Any], batches: PixelBatches) ->
 
 
 def auto_lr(model: nn.Module, source: Source, batches: PixelBatches,
-            loss: Callable[[Tensor, Tensor], Tensor]) -> float:
+            loss: Callable[[Tensor, Tensor], Tensor], world: World) -> float:
     """Return a peak learning rate from the model's own scale; model is left as it was.
 
     A step of AdamW moves every weight by about lr, so to first order the loss by lr times the
@@ -197,7 +198,7 @@ def auto_lr(model: nn.Module, source: Source, batches: PixelBatches,
     weights = [p for p in model.parameters() if p.requires_grad]
     for number, batch in enumerate(source.epoch(0, 0)):
         grads = torch.autograd.grad(loss(*batches(batch, number)), weights, allow_unused=True)
-        norm += sum(float(g.abs().sum()) for g in grads if g is not None)
+        norm += sum(float(world.total(g).abs().sum()) for g in grads if g is not None)
         count += 1
         if count == 4:
             break

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from .activation import QuantActivation, bypass, staircases
 from .attacks import PixelModel
 from .batching import Source, hold_out
-from .crafting import Objective, climbs_in_bfloat16, craft, perturbed
+from .crafting import Objective, climbs_in_bfloat16, craft, perturbed, random_start
 from .errors import DataError, Interrupted, SpecError
 from .guards import RETRIES, Remedy, one_step, remedy
 from .keeping import RunDir
@@ -38,6 +38,7 @@ from .progress import Progress
 from .recipes import Recipe
 from .running import duplicate, modes_kept, uninterrupted
 from .spec import Threat
+from .world import world
 
 _SAVE_EVERY = 60.0
 # What is kept of a run beside its model, optimizer and random numbers.
@@ -100,7 +101,9 @@ class Trainer:
         if recipe.distill:
             self.objective.teacher = self._teacher()
         self.per_epoch = source.count()
-        self.bar = Progress(f"harden ({recipe.name})", epochs * self.per_epoch, show)
+        self.world = world()
+        self.bar = Progress(f"harden ({recipe.name})", epochs * self.per_epoch,
+                            show and self.world.first)
         self.history: list[Epoch] = []
         self.events: list[str] = []
         self.epoch = self.number = self.chosen = self.retries = self.cycle = 0
@@ -129,13 +132,21 @@ class Trainer:
         return logits
 
     def loss(self, pixels: Tensor, labels: Tensor) -> Tensor:
-        """Return the training loss of one batch: attacked images, hard forward."""
-        return self._objective(self._crafted(pixels, labels), pixels, labels)
+        """Return this process's share of the loss of a batch: attacked images, hard forward."""
+        share = len(labels) / self.world.total_of(len(labels))
+        return self._objective(self._crafted(pixels, labels, self._noise(pixels)), pixels,
+                               labels) * share
 
-    def _crafted(self, pixels: Tensor, labels: Tensor) -> Tensor:
+    def _noise(self, pixels: Tensor) -> Tensor:
+        """Draw the random start of the whole batch, whichever part of it is here."""
+        count = round(self.world.total_of(len(pixels)))
+        return self.world.part(random_start(  # type: ignore[no-any-return]
+            pixels.new_empty(count, *pixels.shape[1:]), self.threat.norm))
+
+    def _crafted(self, pixels: Tensor, labels: Tensor, noise: Tensor | None = None) -> Tensor:
         if self.objective.teacher is not None and bool((labels < 0).any()):
             labels = torch.where(labels < 0, self.objective.teacher(pixels).argmax(1), labels)
-        return craft(self.pixel_model, pixels, labels, self.threat, self.recipe, low=self.low)
+        return craft(self.pixel_model, pixels, labels, self.threat, self.recipe, noise, self.low)
 
     def _objective(self, x: Tensor, pixels: Tensor, labels: Tensor) -> Tensor:
         # what is frozen keeps its BatchNorm statistics, too
@@ -151,6 +162,7 @@ class Trainer:
         parameter_groups(self.model, self.recipe, 1.0, self.train)  # raises before work is done
         try:
             with uninterrupted() as interrupt:
+                self.world.same(self.model)
                 self._begin(told)
                 interrupt()
                 while self.epoch < self.epochs:
@@ -193,7 +205,8 @@ class Trainer:
             self._resume(told)
             return
         self._prepare(self.recipe.lr or (
-            auto_lr(self.model, self.source, self.batches, self.loss) if self.train == "all"
+            auto_lr(self.model, self.source, self.batches, self.loss, self.world)
+            if self.train == "all"
             else LR_RANGE[1]))
         self.parent_clean = parent_accuracy(self.pixel_model, self.source.val, self.batches)
         self._note(0, None, 0.0)
@@ -224,6 +237,8 @@ class Trainer:
             interrupt()
             if self.source.resumable and time.monotonic() - self.saved > _SAVE_EVERY:
                 self._write()
+        # each process has seen other images
+        self.world.average([*self.model.buffers(), *self.average.values.values()])
         last = copied(self.model)
         try:
             self.model.load_state_dict(self.average.values)
@@ -264,11 +279,17 @@ class Trainer:
 
         A batch that does not fit into memory is cut into parts, whose gradients add up.
         """
+        noise = self._noise(pixels) if self.recipe.attacks else pixels
+        count = self.world.total_of(len(labels))
         while True:
             rng = torch.get_rng_state()
             try:
-                return sum(self._part(x, y, len(y) / len(labels)) for x, y in zip(
-                    pixels.tensor_split(self.parts), labels.tensor_split(self.parts), strict=True))
+                value = 0.0
+                for x, y, start in zip(*(v.tensor_split(self.parts)
+                                         for v in (pixels, labels, noise)), strict=True):
+                    value += self._part(x, y, start, len(y) / count)
+                self.world.add_gradients(self.parameters)
+                return self.world.total_of(value)
             except (RuntimeError, MemoryError) as error:
                 if not _out_of_memory(error):
                     raise
@@ -284,8 +305,8 @@ class Trainer:
             self._event(f"out of memory: batches of {len(labels)} go through in {self.parts} parts "
                         "from here on, their gradients added")
 
-    def _part(self, pixels: Tensor, labels: Tensor, share: float) -> float:
-        x = self._crafted(pixels, labels)
+    def _part(self, pixels: Tensor, labels: Tensor, noise: Tensor, share: float) -> float:
+        x = self._crafted(pixels, labels, noise)
         with perturbed(self.model, self.recipe.awp, lambda: self.objective(x, pixels, labels)):
             loss = self._objective(x, pixels, labels) * share
             value = float(loss.detach())
@@ -295,8 +316,9 @@ class Trainer:
 
     def _note(self, epoch: int, loss: float | None, seconds: float) -> None:
         """Probe the model, and note the epoch."""
-        clean, robust, self.probed = probe(self.pixel_model, self.source.val, self.batches,
-                                           self.threat, self.recipe.attacks, self.seed)
+        clean, robust, self.probed = self.world.agreed(tuple(probe(
+            self.pixel_model, self.source.val, self.batches, self.threat, self.recipe.attacks,
+            self.seed)))
         self.history.append(Epoch(epoch, loss, clean, robust, self.lr, seconds))
 
     def _keep(self) -> None:
@@ -318,7 +340,8 @@ class Trainer:
             return None
         last, own = self.history[-1], None
         if one_step(self.recipe):
-            own = accuracy_under(self._crafted, self.pixel_model, self.source.val, self.batches)
+            own = self.world.agreed(accuracy_under(self._crafted, self.pixel_model,
+                                                   self.source.val, self.batches))
         return remedy(self.recipe, self.history[0].clean, last.clean, last.probe, own,
                       first=last.epoch == self.cycle + 1 == 1)
 
@@ -381,13 +404,15 @@ class Trainer:
                            fix="Run the same command again to go on from there.")
 
     def _write(self) -> None:
+        self.saved = time.monotonic()
+        if not self.world.first:
+            return
         self.directory.write({
             "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(), "average": self.average.values,
             "average_count": self.average.count, "history": [vars(e) for e in self.history],
             "recipe": self.recipe.to_dict(), "rng": self.rng,
             **{name: getattr(self, name) for name in _KEPT}}, [vars(e) for e in self.history])
-        self.saved = time.monotonic()
 
     def _resume(self, told: dict[str, Any]) -> None:
         for name in _KEPT:

@@ -164,10 +164,10 @@ def undisturbed(quantized: nn.Module, noisy: DataLoader[Any]) -> tuple[nn.Module
 
 
 @pytest.mark.parametrize(("owner", "name", "calls", "action"), [
-    (Noisy, "__getitems__", 4, press),  # the first two calls are for the slice
+    (Noisy, "__getitems__", 5, press),  # one call is for the layout, two are for the slice
     (training, "craft", 8, press), (Progress, "advance", 5, press),
     (training, "probe", 2, press), (training, "probe", 3, press),
-    (Noisy, "__getitems__", 3, press_twice), (training, "craft", 3, press_twice),
+    (Noisy, "__getitems__", 4, press_twice), (training, "craft", 3, press_twice),
     (Progress, "advance", 2, press_twice), (training, "probe", 2, press_twice)],
     ids=lambda v: getattr(v, "__name__", str(v)))
 def test_an_interrupted_run_goes_on_to_the_same_bits(

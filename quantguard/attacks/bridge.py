@@ -61,13 +61,20 @@ class PixelModel(nn.Module):
             self.gradients += pixels.shape[0]
         x = from_pixels(pixels, self.threat)
         output = self.model(x) if self.key is None else self.model(**{self.key: x})
-        logits = logits_of(output).float()
+        logits = logits_of(output).to(pixels.dtype)  # of autocast, or a half-precision model
         if self.probabilities:
             logits = logits.clamp_min(torch.finfo(torch.float32).tiny).log()
         if pixels.requires_grad and torch.is_grad_enabled() and not logits.requires_grad:
             # no path back: an attack sees the zero gradient that this is, and a flag says so
             logits = logits + 0 * pixels.flatten(1).sum(1, keepdim=True)
         return logits
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Return the type of the pixels it is trained on: float64 where its weights are."""
+        first = next(self.model.parameters(), None)
+        double = first is not None and first.dtype == torch.float64
+        return torch.float64 if double else torch.float32
 
     @property
     def quantized(self) -> bool:
