@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import sys
 from collections.abc import Callable
 from fractions import Fraction
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from .errors import QuantguardError, SpecError
+from .files import write_text
 
 if TYPE_CHECKING:
     from torch import nn
@@ -195,6 +197,12 @@ def _threat(eps: float, norm: str, mean: Any, std: Any) -> Threat:
     return Threat(norm, eps, (0, 1), mean, std)
 
 
+def _first() -> bool:
+    """Return whether this process writes and speaks; of several only one does."""
+    from .world import world
+    return world().first
+
+
 def _loader(data: str, split: str, batch_size: int, size: int | None, mean: Any, std: Any,
             augment: bool = False) -> Any:
     from .data import load_data
@@ -311,8 +319,9 @@ def harden(model: str, arch: str | None, trust: bool, data: str, output: str | N
     hardened = run(_open(model, arch, trust), loader, threat, bits=bits, dynamic=dynamic,
                    recipe=chosen, epochs=epochs, train=train, max_clean_drop=max_clean_drop,
                    run_dir=run_dir, seed=seed, device=device, progress=not quiet)
-    save(hardened, target, arch=_arch_of(model, arch))
-    click.echo(f"wrote {target}")
+    if _first():
+        save(hardened, target, arch=_arch_of(model, arch))
+        click.echo(f"wrote {target}")
 
 
 @main.command()
@@ -351,13 +360,14 @@ def evaluate(model: str, arch: str | None, trust: bool, data: str, eps: float, n
     result = run(_open(model, arch, trust), loader, threat, suite=suite, images=images,
                  run_dir=run_dir, seed=seed, device=device, progress=not quiet, budget=budget,
                  replay=again)
-    click.echo(str(result))
-    if json_file:
-        result.save(json_file)
-    if adversarials:
-        result.save_adversarials(adversarials)
-    if report:
-        Comparison({Path(model).name: result}).save_page(report)
+    if _first():
+        click.echo(str(result))
+        if json_file:
+            result.save(json_file)
+        if adversarials:
+            result.save_adversarials(adversarials)
+        if report:
+            Comparison({Path(model).name: result}).save_page(report)
     if strict and not result.reliable:
         sys.exit(1)
 
@@ -420,9 +430,40 @@ def ablate(model: str, arch: str | None, trust: bool, data: str, output: str | N
     result = run(_open(model, arch, trust), *loaders, threat, bits=bits, dynamic=dynamic,
                  recipe=chosen, epochs=epochs, train=train, suite=suite, images=images,
                  run_dir=run_dir, seed=seed, device=device, progress=not quiet)
-    if target is not None:
+    if target is not None and _first():
         save(list(result.models.values())[-1], target, arch=_arch_of(model, arch))
     _show(result, report, json_file, strict)
+
+
+@main.command()
+@click.argument("model")
+@_MODEL
+@_DATA_OPTION
+@_THREAT
+@click.option("--suite", default="quick", show_default=True,
+              help="quick, standard, full or paper.")
+@click.option("--split", type=click.Choice(["train", "test"]), default="train", show_default=True,
+              help="Which images; what is chosen by the test set is no longer measured by it.")
+@click.option("--images", type=click.IntRange(1), help="How many, the first; all by default.")
+@click.option("--json", "json_file", type=click.Path(dir_okay=False), help="Write JSON.")
+@_LOADING
+@_RUNNING
+def sensitivity(model: str, arch: str | None, trust: bool, data: str, eps: float, norm: str,
+                suite: str, split: str, images: int | None, json_file: str | None,
+                batch_size: int, size: int | None, mean: Any, std: Any, seed: int,
+                run_dir: str | None, device: str | None, quiet: bool) -> None:
+    """Measure what the quantization of each site of MODEL costs, clean and attacked."""
+    from .sensitive import sensitivity as run
+    _writable(json_file)
+    threat = _threat(eps, norm, mean, std)
+    loader = _loader(data, split, batch_size, size, mean, std)
+    result = run(_open(model, arch, trust), loader, threat, suite=suite, images=images,
+                 run_dir=run_dir, seed=seed, device=device, progress=not quiet)
+    if _first():
+        click.echo(str(result))
+        if json_file:
+            write_text(json_file, json.dumps(result.to_dict(), indent=1))
+            click.echo(f"wrote {json_file}")
 
 
 @main.command()
@@ -439,15 +480,13 @@ def demo(output: str, seed: int, quiet: bool) -> None:
 
 
 def _show(result: Any, report: str | None, json_file: str | None, strict: bool) -> None:
-    click.echo(str(result))
-    import json
-
-    from .files import write_text
-    if report:
-        result.save_page(report)
-        click.echo(f"wrote {report}")
-    if json_file:
-        write_text(json_file, json.dumps(result.to_dict(), indent=1))
-        click.echo(f"wrote {json_file}")
+    if _first():
+        click.echo(str(result))
+        if report:
+            result.save_page(report)
+            click.echo(f"wrote {report}")
+        if json_file:
+            write_text(json_file, json.dumps(result.to_dict(), indent=1))
+            click.echo(f"wrote {json_file}")
     if strict and not all(e.reliable for e in result.rows.values()):
         sys.exit(1)

@@ -33,6 +33,7 @@ from .results import CurvePoint, Evaluation
 from .running import device_of, evaluating, frozen, seeded, usable_device
 from .schedule import Schedule, State
 from .spec import Threat
+from .world import world
 
 
 def environment(device: torch.device) -> dict[str, str]:
@@ -91,7 +92,7 @@ def evaluate(model: nn.Module, loader: Iterable[Any], threat: Threat = Threat(),
         threat, seed, images, budget = replay.threat, replay.seed, replay.images, None
         suite = suite if replay.suite == "list" else replay.suite
     limit = None if budget is None else seconds_of(budget)
-    before = device_of(model)
+    before, device = device_of(model), device or world().device
     if device is not None:
         model.to(usable_device(device))
     try:
@@ -130,7 +131,7 @@ class _true_float32:
 def _evaluate(model: nn.Module, loader: Iterable[Any], threat: Threat, suite: str | Sequence[Any],
               images: int | None, run_dir: str | os.PathLike[str] | None, seed: int,
               show: bool, budget: float | None, replay: Evaluation | None) -> Evaluation:
-    start = time.monotonic()
+    start, show = time.monotonic(), show and world().first
     data = gather(model, loader, threat, images)
     pixel_model = PixelModel(model, threat, data.key)
     batch = batch_size(data.pixels)

@@ -36,6 +36,7 @@ from .running import (
 from .sensitive import costs
 from .spec import FLOAT_BITS, QuantSpec, Threat
 from .training import History, fit
+from .world import world
 
 # The bits that a goal is looked for at, one after the other.
 _LADDER = (FLOAT_BITS, 8, 4, 3, 2)
@@ -238,8 +239,9 @@ class Walk:
         before = device_of(model)
         dynamic = None if bits == FLOAT_BITS else self.dynamic
         result = prepare(model, self.loader, bits, dynamic, self.recipe)
-        if self.device is not None:
-            result.to(usable_device(self.device))
+        where = self.device or world().device
+        if where is not None:
+            result.to(usable_device(where))
         if name is not None and model is not self.model:
             reestimate(result, self.loader)
         directory = self.run_dir if self.run_dir is None or name is None else self.run_dir / name
@@ -251,11 +253,11 @@ class Walk:
         return result.to(before), history
 
     def _say(self, text: str) -> None:
-        if self.progress:
+        if self.progress and world().first:
             print(text, flush=True, file=sys.stderr)
 
     def _write(self) -> None:
-        if self.run_dir is not None and len(self.stages) > 1:
+        if self.run_dir is not None and len(self.stages) > 1 and world().first:
             write_text(self.run_dir / "walk.json", json.dumps(
                 [stage.to_dict() for stage in self.stages], indent=1))
 

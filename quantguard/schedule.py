@@ -22,6 +22,7 @@ from .images import Images
 from .progress import Progress
 from .results import AttackResult, indices, mask_of
 from .spec import Threat
+from .world import world
 
 # Survivors that are enough to see whether another seed would break more.
 _RESEEDED = 64
@@ -59,7 +60,7 @@ class State:
     def add(self, result: AttackResult) -> None:
         self.results.append(result)
         self.survived &= ~result.broke
-        if self.path is None:
+        if self.path is None or not world().first:
             return
         rows = [{**vars(r), "attacked": indices(r.attacked), "broke": indices(r.broke)}
                 for r in self.results]
@@ -149,11 +150,12 @@ class Schedule:
             return entry.label in self.replay
         if self.deadline is None or not self._work:
             return True
-        if reserved is None:
-            return time.monotonic() < self.deadline
-        standing = int(self.state.survived.sum())
-        work = entry.cost * images + sum(other.cost for other in reserved) * standing
-        return time.monotonic() + work * self._seconds / self._work < self.deadline
+        left = self.deadline - time.monotonic()
+        if reserved is not None:
+            standing = int(self.state.survived.sum())
+            work = entry.cost * images + sum(other.cost for other in reserved) * standing
+            left -= work * self._seconds / self._work
+        return bool(world().agreed(left > 0))
 
     def _left_out(self, entry: Entry) -> None:
         if self.replay is None:
@@ -183,12 +185,15 @@ def _attack(fmodel: FoolboxModel, entry: Entry, data: Images, threat: Threat, ba
     counted = _counts(model)
     if isinstance(entry.attack, Substitute) and mask.any():
         entry.attack.fit(fmodel, data.pixels)
-    asked = _counts(model) - counted
+    asked = (_counts(model) - counted) * world().first
     minimum = isinstance(entry.attack, fb.attacks.base.MinimizationAttack)
-    broke, own, norms = np.zeros(len(mask), dtype=bool), 0, []
-    chosen = np.flatnonzero(mask)
-    for first in range(0, len(chosen), batch):
+    broke, own, norms = np.zeros(len(mask), dtype=bool), 0, np.full(len(mask), np.nan)
+    chosen, here = np.flatnonzero(mask), world()
+    mine = np.zeros(len(mask), dtype=bool)
+    # whole batches are shared out, so that each is what it is in one process
+    for first in here.part(range(0, len(chosen), batch)):
         rows = chosen[first : first + batch]
+        mine[rows] = True
         full = max(len(rows), 2)  # a forward that squeezes its axes of size 1 takes no single image
         x, size = padded(data.pixels[rows], full)
         y, _ = padded(data.labels[rows], full)
@@ -199,7 +204,8 @@ def _attack(fmodel: FoolboxModel, entry: Entry, data: Images, threat: Threat, ba
             # Foolbox answers "none found" with zeros, ours with the image.
             found = (model(raw).argmax(1) != y) & (raw != 0).flatten(1).any(1)
             own += int(found[:size].sum())
-            norms += (raw - x)[:size][found[:size]].flatten(1).norm(dim=1).tolist()
+            lengths = (raw - x)[:size].flatten(1).norm(dim=1)
+            norms[rows] = torch.where(found[:size], lengths, torch.nan).cpu().numpy()
             raw = torch.where(found.reshape(-1, *[1] * (x.dim() - 1)), raw, x)
         else:
             options = {}
@@ -221,10 +227,16 @@ def _attack(fmodel: FoolboxModel, entry: Entry, data: Images, threat: Threat, ba
         state.adversarials[rows[new]] = trial[:size].cpu().numpy()[new]
         state.margins[rows[new]] = height[new]
         standing = int((state.survived & ~broke).sum())
-        bar.advance(entry.cost * size, f"{entry.label}, {standing} of {len(mask)} standing")
-    queries, gradients = asked.tolist()
+        bar.advance(entry.cost * size * here.size,
+                    f"{entry.label}, {standing} of {len(mask)} standing")
+    broke, norms = here.joined(broke, mine), here.joined(norms, mine)
+    state.adversarials = here.joined(state.adversarials, mine)
+    state.margins = here.joined(state.margins, mine)
+    own = round(here.total_of(own))
+    queries, gradients = (round(here.total_of(count)) for count in asked.tolist())
+    lengths = norms[np.isfinite(norms)]
     return AttackResult(entry.settings(), mask.copy(), broke, own if minimum else None,
-                        float(np.median(norms)) if norms else None, queries, gradients,
+                        float(np.median(lengths)) if len(lengths) else None, queries, gradients,
                         time.monotonic() - begin)
 
 

@@ -96,7 +96,8 @@ class Trainer:
         self.epochs, self.train, self.seed = epochs, train, seed
         self.pixel_model = PixelModel(model, threat)
         self.batches = PixelBatches(self.pixel_model, threat, unlabelled=recipe.distill > 0)
-        self.low = climbs_in_bfloat16(recipe, self.batches.device)
+        self.low = climbs_in_bfloat16(recipe, self.batches.device) and \
+            self.pixel_model.dtype != torch.float64  # who asks for digits gets them
         self.objective = Objective(self.pixel_model, threat, recipe)
         if recipe.distill:
             self.objective.teacher = self._teacher()

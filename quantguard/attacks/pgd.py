@@ -149,7 +149,7 @@ class Kept:
         self.points, self._labels = x.clone(), labels
         self.fallen = torch.zeros(len(x), dtype=torch.bool, device=x.device)
         self.rows = torch.arange(len(x), device=x.device)
-        self._highest = torch.full(x.shape[:1], -torch.inf, device=x.device)
+        self._highest = x.new_full(x.shape[:1], -torch.inf)
 
     def judge(self, x: Tensor, logits: Tensor) -> None:
         """Take in points x of ``rows``, of which the model as it is makes logits."""
