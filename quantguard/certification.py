@@ -11,6 +11,7 @@ Both hold for the float32 function that runs, not only for real numbers: see
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -21,7 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from .attacks import PixelModel
 from .batches import check_labels
@@ -115,8 +116,11 @@ class _State:
         """Return the seconds that it took, earlier runs included."""
         return self.seconds + time.monotonic() - self._begin
 
-    def count(self, site: str, box: Box) -> None:
+    def count(self, flat: Flat, node: fx.Node, box: Any) -> None:
         """Count the intervals of a staircase that fall on one step."""
+        site = flat.staircase(node)
+        if site is None or not isinstance(box, Box):
+            return
         counts = self.sites.setdefault(site, [0, 0])
         counts[0] += int((box.lower == box.upper).sum())
         counts[1] += box.lower.numel()
@@ -182,7 +186,7 @@ def _bound(flat: Flat, model: PixelModel, data: Images, threat: Threat, batch: i
             rows = chosen[first : first + batch]
             taped = kind == "crown"
             box = propagate(flat, around(data.pixels[rows], threat), taped,
-                            None if taped else state.count)
+                            None if taped else functools.partial(state.count, flat))
             gaps = margins(box, data.labels[rows], taped)
             if not taped:
                 _check(model, box, gaps, data, logits, threat, batch, rows)

@@ -120,6 +120,12 @@ class Flat:
         """Return the layer that a call_module node calls."""
         return self.root.get_submodule(str(node.target))
 
+    def staircase(self, node: fx.Node) -> str | None:
+        """Return the name of the staircase that a node calls; None for other nodes."""
+        if node.op != "call_module" or not isinstance(self.module(node), QuantActivation):
+            return None
+        return layer_name(node)
+
 
 def node_name(root: nn.Module, node: fx.Node) -> str:
     """Return a node as the user knows it: the layer's name, or the function and its place."""
@@ -207,7 +213,7 @@ def _settle_writes(root: nn.Module, graph: fx.Graph) -> None:
             continue
         twins = [other for other in memory if other not in (source, node)
                  and memory[other] is memory[source]]
-        if memory[source].op in ("placeholder", "get_attr") or any(
+        if memory[source].op == "get_attr" or any(
                 order[user] > at for twin in twins for user in twin.users):
             raise ConversionError(
                 f"{node_name(root, node)} writes over what is read again elsewhere",

@@ -8,11 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from ..activation import QuantActivation
 from ..errors import ConversionError
 from ..spec import Threat
 from .boxes import Ball, Box, U
-from .flat import Flat, asked, layer_name, node_name, rule_of
+from .flat import Flat, asked, node_name, rule_of
 from .rules import apply
 from .steps import dot
 
@@ -44,13 +43,13 @@ def around(pixels: Tensor, threat: Threat) -> Box:
 
 
 def propagate(flat: Flat, x: Box, taped: bool = False,
-              seen: Callable[[str, Box], None] | None = None) -> Box:
+              seen: Callable[[fx.Node, Any], None] | None = None) -> Box:
     """Return the bounds of the logits.
 
     Args:
         x: bounds of pixels.
         taped: keep what :func:`margins` needs to go back through the whole graph.
-        seen: is told the name and the bounds of each staircase.
+        seen: is told every node and its value, a box or what does not depend on the image.
 
     Raises:
         ConversionError: an operation without a rule for how it is called.
@@ -63,9 +62,8 @@ def propagate(flat: Flat, x: Box, taped: bool = False,
         for box in (value,) if isinstance(value, Box) else ():
             if not taped and box.step is not None and not box.step.affine:
                 box.step = None
-            if seen is not None and node.op == "call_module" \
-                    and isinstance(flat.module(node), QuantActivation):
-                seen(layer_name(node), box)
+        if seen is not None:
+            seen(node, value)
         values[node] = value
         for unread in flat.last_use[node]:
             del values[unread]
