@@ -190,7 +190,7 @@ def _bound(flat: Flat, model: PixelModel, data: Images, threat: Threat, batch: i
             gaps = margins(box, data.labels[rows], taped)
             if not taped:
                 _check(model, box, gaps, data, logits, threat, batch, rows)
-            lower = gaps.amin(1).nan_to_num(-np.inf, np.inf)
+            lower = gaps.amin(1).nan_to_num(-np.inf, np.inf, -np.inf)
             state.lower[rows] = np.maximum(state.lower[rows], lower.cpu().numpy())
             state.done[rows] = number + 1
             state.save()

@@ -23,16 +23,19 @@ from ..kinds import overwrites
 from ..running import duplicate
 from ..spec import Threat
 from ..tracing import place_of
-from .rules import FUNCTIONS, METHODS, MODULES
+from .rules import FUNCTIONS, METHODS, MODULES, WRAPPED
 
 # What asks for shapes is carried out as it is: only where all it is given is known.
 _ASKS = {"size", "dim", "ndimension", "numel"}
 # What may give its input back as it is, or a window into it.
 _VIEWS = {"flatten", "view", "reshape", "permute", "transpose", "squeeze", "unsqueeze", "split",
-          "chunk", "contiguous", "detach", "float", "to", "getitem", "dropout", "dropout2d"}
+          "chunk", "contiguous", "detach", "float", "to", "getitem", "dropout", "dropout2d",
+          "stochastic_depth"}
 _VIEW_MODULES = (nn.Flatten, nn.Unflatten, nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d,
                  nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 _PREFIX = "model."
+# Operations without a rule that one error names.
+_NAMED = 8
 
 
 class _Whole(nn.Module):
@@ -245,7 +248,9 @@ def rule_of(flat: Flat, node: fx.Node) -> Callable[..., Any] | None:
         return None if rule is None else lambda *args, **settings: rule(module, *args, **settings)
     if node.op == "call_method":
         return METHODS.get(str(node.target))
-    return FUNCTIONS.get(node.target)
+    target = node.target
+    full_name = f"{getattr(target, '__module__', '')}.{getattr(target, '__name__', '')}"
+    return FUNCTIONS.get(target) or WRAPPED.get(full_name)
 
 
 def _check(flat: Flat) -> None:
@@ -268,7 +273,9 @@ def _check(flat: Flat) -> None:
             problems[f"{node_name(flat.root, node)}, which has hooks"] = None
     if problems:
         several = f"{len(problems)} operations have" if len(problems) > 1 else "one operation has"
-        raise ConversionError(f"no certificate: {several} no rule: {', '.join(problems)}",
+        named = list(problems)[:_NAMED]
+        more = f" and {len(problems) - _NAMED} more" * (len(problems) > _NAMED)
+        raise ConversionError(f"no certificate: {several} no rule: {', '.join(named)}{more}",
                               why="A bound through an unknown operation would be a guess.",
                               fix="See quantguard.certify for those that are.")
 

@@ -131,7 +131,7 @@ def margins(logits: Box, labels: Tensor, through: bool) -> Tensor:
         others = rows[first : first + per_call]
         a = rows[labels].unsqueeze(1) - others
         result[:, first : first + per_call] = lower_bound(logits, a, through)
-    result[torch.arange(n), labels] = torch.inf
+    result.scatter_(1, labels.unsqueeze(1), torch.inf)
     return result
 
 
@@ -158,13 +158,10 @@ def lower_bound(box: Box, a: Tensor, through: bool) -> Tensor:
     Returns:
         (N, K).
     """
-    total = a.new_zeros(a.shape[:2])
+    total = -_rounded(box, a)
     waiting = {box.number: (box, a)}
     while waiting:
         box, a = waiting.pop(max(waiting))
-        # What double may round: products, sums over elements, and sums of what comes together.
-        terms = a[0, 0].numel() + 256
-        total = total - terms * _DOUBLE * dot(a.abs(), box.size)
         step = box.step
         if step is None or not (step.affine or through):
             total = total + _lowest(box, a)
@@ -172,10 +169,19 @@ def lower_bound(box: Box, a: Tensor, through: bool) -> Tensor:
         parts, constant = step.back(a)
         total = total + constant
         for before, part in zip(step.inputs, parts, strict=True):
+            total = total - _rounded(before, part)
             if before.number in waiting:
                 part = part + waiting[before.number][1]
             waiting[before.number] = (before, part)
     return total
+
+
+def _rounded(box: Box, a: Tensor) -> Tensor:
+    """Return what double may round around coefficients: products, their sums, sums of parts.
+
+    It is charged for each part before parts of one box come together, where they may cancel.
+    """
+    return (a[0, 0].numel() + 256) * _DOUBLE * dot(a.abs(), box.size)
 
 
 def _lowest(box: Box, a: Tensor) -> Tensor:
@@ -186,7 +192,6 @@ def _lowest(box: Box, a: Tensor) -> Tensor:
         return lowest
     length = (a * ball.scale.unsqueeze(1)).flatten(2).norm(dim=2) * (1 + 1e-9)
     size = ball.center.abs() + ball.radius * ball.scale
-    terms = a[0, 0].numel() + 256
-    inside = dot(a, ball.center) - ball.radius * length - dot(
-        a.abs(), ball.error + terms * _DOUBLE * size)
+    slack = ball.error + (a[0, 0].numel() + 256) * _DOUBLE * size
+    inside = dot(a, ball.center) - ball.radius * length - dot(a.abs(), slack)
     return torch.maximum(lowest, inside)

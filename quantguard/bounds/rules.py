@@ -116,6 +116,11 @@ FUNCTIONS: dict[Any, Callable[..., Any]] = {
        if kind not in ("glu", "softmax", "attention", "prelu", "rrelu")},
 }
 
+# full name of a function that torch.fx is told not to look into -> rule
+WRAPPED: dict[str, Callable[..., Any]] = {
+    "torchvision.ops.stochastic_depth.stochastic_depth": form.stochastic_depth,
+}
+
 # name of a method of Tensor -> rule
 METHODS: dict[str, Callable[..., Any]] = {
     "add": num.add, "add_": num.add, "sub": num.sub, "sub_": num.sub, "mul": num.mul,

@@ -162,6 +162,11 @@ def dropout(x: Box, p: float = 0.5, training: bool = True, inplace: bool = False
     return x
 
 
+def stochastic_depth(x: Box, p: float, mode: str, training: bool = True) -> Box:
+    """Return x: in eval mode no branch is dropped."""
+    return dropout(x, p, training)
+
+
 def to(x: Box, *args: Any, **settings: Any) -> Box:
     for value in (*args, *settings.values()):
         if isinstance(value, (torch.dtype, Tensor)):
