@@ -56,6 +56,30 @@ def points(pixels: Tensor, threat: qg.Threat, many: int, seed: int = 0) -> Tenso
     return (pixels + threat.eps * d).clamp(*threat.bounds)
 
 
+def attacked(model: nn.Module, pixels: Tensor, labels: Tensor, threat: qg.Threat) -> Tensor:
+    """Return (steps * classes, N, ...) images within the threat, led towards each class."""
+    found = []
+    for target in range(3):
+        x = pixels.clone()
+        for _ in range(4):
+            x.requires_grad_()
+            try:
+                with torch.enable_grad():
+                    y = run(model, _eaten(x, threat))
+                    gap = (y.gather(1, labels[:, None])[:, 0] - y[:, target]).sum()
+                    (g,) = torch.autograd.grad(gap, x)
+            except RuntimeError:  # autograd refuses some writes in place
+                g = torch.randn_like(x)
+            if threat.norm == "linf":
+                x = pixels - threat.eps * g.sign()
+            else:
+                length = g.flatten(1).norm(dim=1).clamp_min(1e-12)
+                x = pixels - threat.eps * g / length.reshape(-1, *[1] * (g.dim() - 1))
+            x = x.clamp(*threat.bounds).detach()
+            found.append(x)
+    return torch.stack(found)
+
+
 def concrete(flat: Flat, x: Tensor) -> Iterator[tuple[fx.Node, Any]]:
     """Run the graph on pixels in float32, yielding what each node computes, when it does."""
     values: dict[fx.Node, Any] = {}
@@ -99,7 +123,10 @@ def sound(model: nn.Module, pixels: Tensor, threat: qg.Threat, many: int = 64,
         gaps = [margins(logits, labels, through) for through in (False, True)]
         plain = propagate(flat, around(pixels, threat))
         gaps.append(margins(plain, labels, False))
-        x = points(pixels, threat, many, seed).flatten(0, 1)
+        x = points(pixels, threat, many, seed)
+        x = torch.cat([x, attacked(model, pixels, labels, threat)])
+        many = len(x)
+        x = x.flatten(0, 1)
         for node, value in concrete(flat, x):
             if isinstance(found.get(node), Box):
                 inside(value, found[node], str(node))
@@ -254,17 +281,17 @@ nets = st.lists(st.tuples(st.sampled_from(BLOCKS), st.sampled_from([*ACTIVATIONS
 def test_nothing_in_a_random_network_leaves_its_bounds(
         names: list[tuple[str, str]], seed: int, eps: float, norm: str) -> None:
     threat = qg.Threat(norm, eps, mean=(0.4, 0.6), std=(0.5, 0.3))
-    assert sound(random_net(names, seed), images(4, seed), threat, 1000, seed) == 4000
+    assert sound(random_net(names, seed), images(4, seed), threat, 988, seed) == 4000
 
 
-@pytest.mark.parametrize("name", [*ACTIVATIONS, *QUANTIZERS])
+@pytest.mark.parametrize("name", sorted({*ACTIVATIONS, *QUANTIZERS} - {"relu in place"}))
 def test_every_activation_holds_and_is_tight(name: str) -> None:
     f = activation(name, torch.Generator().manual_seed(1)).eval()
     model = nn.Sequential(nn.Unflatten(1, (4, 2)), f, nn.Flatten())
     g = torch.Generator().manual_seed(2)
     x = 6 * torch.rand(400, 8, generator=g) - 3
     threat = qg.Threat(eps=0.7, bounds=(-3, 3))
-    assert sound(model, x, threat, 200) == 80_000
+    assert sound(model, x, threat, 188) == 80_000
     with torch.no_grad():
         flat = flattened(model, threat, None, x)
         box = propagate(flat, around(x, threat))
@@ -487,6 +514,25 @@ def test_a_linear_problem_is_certified_exactly_where_its_margin_says(norm: str) 
     assert (stairs.certified == result.certified).all()
 
 
+@pytest.mark.parametrize("stride", [1, 2])
+def test_an_l2_ball_passes_the_first_convolution_exactly(stride: int) -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.BatchNorm2d(2), nn.Conv2d(2, 3, 3, stride, 1, groups=1),
+                              nn.Flatten()).eval()
+    model[0].running_var.copy_(torch.tensor([0.5, 2.0]))
+    x, threat = images(2, 0, (2, 6, 6)) * 0.2 + 0.4, qg.Threat("l2", 0.3, std=(0.5, 2.0))
+    jacobian = torch.autograd.functional.jacobian(
+        lambda v: model(_eaten(v, threat)).sum(0), x)[:, 0].flatten(1)  # type: ignore[no-untyped-call]
+    reach = 0.3 * jacobian.norm(dim=1)
+    with torch.no_grad():
+        y = model(_eaten(x, threat))
+        box = propagate(flattened(model, threat, None, x), around(x, threat))
+    for bound, exact in ((box.upper, y + reach), (box.lower, y - reach)):
+        assert torch.allclose(bound, exact.double(), rtol=0, atol=2e-4)
+    assert (box.upper > y + reach).all() and (box.lower < y - reach).all()
+
+
 def test_independent_float64_code_agrees() -> None:
     g = torch.Generator().manual_seed(7)
     q = [staircase(2, g), staircase(3, g)]
@@ -547,6 +593,10 @@ def test_a_write_in_place_is_seen_by_all_who_read_it() -> None:
     assert sound(model, images(4, 0), qg.Threat(eps=0.01))
     with pytest.raises(qg.ConversionError, match="writes over what is read again"):
         flattened(apart, qg.Threat(), None, images(4, 0))
+    own = nn.Sequential(nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(50, 3))
+    with pytest.raises(qg.ConversionError, match=r"0 \(ReLU\) writes over the images"):
+        flattened(own, qg.Threat(), None, images(4, 0))
+    assert sound(own.eval(), images(4, 0), qg.Threat(mean=(0.5,), std=(0.5,)))
 
 
 def test_converted_models_are_certified_as_they_are(cnn: nn.Module, digits: Any) -> None:

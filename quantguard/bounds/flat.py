@@ -203,7 +203,7 @@ def _settle_writes(root: nn.Module, graph: fx.Graph) -> None:
     """Let what is read after an overwriting call read its result.
 
     Raises:
-        ConversionError: what it overwrites is read again through another view.
+        ConversionError: what it overwrites is read again through another view, or is the input.
     """
     order: dict[fx.Node, int] = {node: i for i, node in enumerate(graph.nodes)}
     memory: dict[fx.Node, fx.Node] = {}  # node -> the first node that gave out the same memory
@@ -216,6 +216,9 @@ def _settle_writes(root: nn.Module, graph: fx.Graph) -> None:
             continue
         twins = [other for other in memory if other not in (source, node)
                  and memory[other] is memory[source]]
+        if memory[source].op == "placeholder":
+            raise ConversionError(f"{node_name(root, node)} writes over the images it is given",
+                                  fix="Use the form that does not work in place.")
         if memory[source].op == "get_attr" or any(
                 order[user] > at for twin in twins for user in twin.users):
             raise ConversionError(
