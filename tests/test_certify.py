@@ -284,6 +284,16 @@ def test_nothing_in_a_random_network_leaves_its_bounds(
     assert sound(random_net(names, seed), images(4, seed), threat, 988, seed) == 4000
 
 
+@pytest.mark.slow
+@settings(parent=EXAMPLES, max_examples=250)
+@given(names=nets, seed=st.integers(0, 10**6), eps=st.sampled_from([1e-4, 0.01, 0.05, 0.3]),
+       norm=st.sampled_from(["linf", "l2"]))
+def test_nothing_in_a_million_points_leaves_its_bounds(
+        names: list[tuple[str, str]], seed: int, eps: float, norm: str) -> None:
+    assert sound(random_net(names, seed), images(4, seed), qg.Threat(norm, eps), 1000,
+                 seed) == 4048
+
+
 @pytest.mark.parametrize("name", sorted({*ACTIVATIONS, *QUANTIZERS} - {"relu in place"}))
 def test_every_activation_holds_and_is_tight(name: str) -> None:
     f = activation(name, torch.Generator().manual_seed(1)).eval()
@@ -608,6 +618,30 @@ def test_converted_models_are_certified_as_they_are(cnn: nn.Module, digits: Any)
             assert sound(model, x[:8], qg.Threat(eps=1e-3), 4)
 
 
+class Notes(nn.Module):
+    """A forward that conversion cannot hold in a graph: its calls are intercepted."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(2, 4, 3, padding=1), nn.Linear(100, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen = x.shape
+        return self.head(F.relu(F.relu(self.conv(x)) - 0.1).flatten(1))
+
+
+def test_intercepted_staircases_are_certified_too() -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = qg.convert(Notes().eval(), 2, example=images(2, 0))
+    assert "by interception" in str(qg.inspect(Notes(), example=images(2, 0)))
+    assert sound(model, images(4, 0), qg.Threat(eps=0.01))
+    x = images(8, 0)
+    with torch.no_grad():
+        y = model(x).argmax(1)
+    assert len(qg.certify(model, [(x, y)], qg.Threat(eps=0.01), progress=False).sites) == 2
+
+
 def test_the_same_answer_under_a_normalisation(cnn: nn.Module, digits: Any) -> None:
     x, y = digits
     x, y = x[:40], y[:40]
@@ -783,6 +817,21 @@ def test_what_there_is_no_time_for_is_not_certified(trained: Any) -> None:
     assert "left out for lack of time" in str(result)
     assert not result.certified[~np.isfinite(result.lower)].any()
     assert None in json.loads(json.dumps(result.to_dict()))["lower"]
+
+
+def test_on_the_command_line(trained: Any, tmp_path: Path) -> None:
+    from click.testing import CliRunner
+
+    from quantguard.cli import main
+    qg.save(trained[0], tmp_path / "model.qg")
+    arguments = ["certify", str(tmp_path / "model.qg"), "--trust", "--data", "digits", "--eps",
+                 "0.02", "--images", "100", "--json", str(tmp_path / "c.json"), "--quiet"]
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 0 and "Robust accuracy >= " in result.output, result.output
+    again = qg.certify(trained[0], trained[1], qg.Threat(eps=0.02), progress=False)
+    assert (Certificate.load(tmp_path / "c.json").certified == again.certified).all()
+    result = CliRunner().invoke(main, [*arguments, "--method", "best"])
+    assert result.exit_code == 1 and "Error: method='best' is unknown" in result.output
 
 
 def test_wrong_settings_and_data_are_said(trained: Any) -> None:

@@ -15,8 +15,9 @@ from .flat import Flat, asked, node_name, rule_of
 from .rules import apply
 from .steps import dot
 
-# Attackers clip to the ball in float32: the ball that is certified is larger by as much.
-_WIDER = 16 * U
+# Attackers clip to the ball in float32, which rounds eps, the sum and the bounds: the ball that is
+# certified is larger by as much.
+_WIDER = 4 * U
 # Double's own rounding, a term.
 _DOUBLE = 2.0**-52
 # Coefficients of one image and one row of a linear bound that fit: 2^24 doubles are 128 MB.

@@ -57,11 +57,15 @@ class Affine:
             lower, upper = (self.linear(*side) for side in ([b.lower for b in inputs],
                                                             [b.upper for b in inputs]))
         else:
-            middle = self._shifted(self.linear(*[(b.lower + b.upper) / 2 for b in inputs]))
             g = gamma(self.terms)
-            radius = self._off([(b.upper - b.lower) / 2 + g * (b.size + FLUSHED / g)
-                                for b in inputs])
-            radius = torch.where(radius < g * LARGEST, radius, torch.nan)
+            centers = [(b.lower + b.upper).mul_(0.5) for b in inputs]
+            radii = [(b.upper - b.lower).mul_(0.5) for b in inputs]
+            middle = self._shifted(self.linear(*centers))
+            # r + g (|c| + r), with nothing in between kept
+            radius = self._off([c.abs().mul_(g).add_(r, alpha=1 + g).add_(FLUSHED)
+                                for c, r in zip(centers, radii, strict=True)])
+            if not bool(radius.amax() < g * LARGEST):
+                radius = torch.where(radius < g * LARGEST, radius, torch.nan)
             lower, upper = middle - radius, middle + radius
         ball = inputs[0].ball if len(inputs) == 1 else None
         if ball is not None:
@@ -73,7 +77,7 @@ class Affine:
 
     def _off(self, parts: Sequence[Tensor]) -> Tensor:
         """Return how far y may be off where its inputs are off by parts and the bias is rounded."""
-        off = self.absolute(*parts) + 2 * self.terms * FLUSHED
+        off = self.absolute(*parts) + 2 * self.terms * FLUSHED  # a new tensor, whatever the map
         if self.weight_of_bias is not None:
             off = off + gamma(self.terms) * self.weight_of_bias
         return off
