@@ -703,6 +703,10 @@ def test_hooks_on_layers_are_named_and_those_of_the_root_are_followed() -> None:
     model[1][0].register_forward_hook(lambda module, args, y: 2 * y)
     with pytest.raises(qg.ConversionError, match=r"1.0 \(Linear\), which has hooks"):
         flattened(model, qg.Threat(), None, images(4, 0))
+    patched = _with(nn.ReLU()).eval()
+    patched[1][0].forward = lambda x: F.linear(x, patched[1][0].weight)
+    with pytest.raises(qg.ConversionError, match=r"1.0 \(Linear\), .* its own forward"):
+        flattened(patched, qg.Threat(), None, images(4, 0))
 
 
 class Moody(nn.Module):

@@ -273,7 +273,7 @@ def _check(flat: Flat) -> None:
         if rule_of(flat, node) is None:
             problems[node_name(flat.root, node)] = None
         elif node.op == "call_module" and _hooked(flat.module(node)):
-            problems[f"{node_name(flat.root, node)}, which has hooks"] = None
+            problems[f"{node_name(flat.root, node)}, which has hooks or its own forward"] = None
     if problems:
         several = f"{len(problems)} operations have" if len(problems) > 1 else "one operation has"
         named = list(problems)[:_NAMED]
@@ -284,7 +284,7 @@ def _check(flat: Flat) -> None:
 
 
 def _hooked(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks)
+    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
 
 
 def asked(node: fx.Node) -> bool:
