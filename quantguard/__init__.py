@@ -15,6 +15,8 @@ from .spec import QuantSpec, Threat
 if TYPE_CHECKING:
     from . import attacks
     from .activation import QuantActivation, backward, bypass, soften
+    from .certificate import Certificate
+    from .certification import certify
     from .checkpoint import load, save
     from .conversion import convert, inspect, restore
     from .evaluation import evaluate
@@ -28,7 +30,8 @@ if TYPE_CHECKING:
 
 _LAZY = {
     "QuantActivation": "activation", "backward": "activation", "bypass": "activation",
-    "soften": "activation", "load": "checkpoint", "save": "checkpoint",
+    "soften": "activation", "Certificate": "certificate", "certify": "certification",
+    "load": "checkpoint", "save": "checkpoint",
     "Evaluation": "results", "evaluate": "evaluation", "Flag": "masking",
     "Comparison": "pipeline", "ablate": "pipeline", "compare": "pipeline", "harden": "hardening",
     "Sensitivity": "sensitive", "sensitivity": "sensitive",
@@ -37,10 +40,10 @@ _LAZY = {
 }
 
 __all__ = [
-    "Comparison", "ConversionError", "DataError", "Evaluation", "Flag", "LoadError", "Plan",
-    "QuantActivation", "QuantSpec", "QuantguardError", "Recipe", "Sensitivity", "SpecError",
-    "Threat", "ablate", "attacks", "backward", "bypass", "compare", "convert", "evaluate", "harden",
-    "inspect", "load", "restore", "save", "sensitivity", "soften",
+    "Certificate", "Comparison", "ConversionError", "DataError", "Evaluation", "Flag", "LoadError",
+    "Plan", "QuantActivation", "QuantSpec", "QuantguardError", "Recipe", "Sensitivity", "SpecError",
+    "Threat", "ablate", "attacks", "backward", "bypass", "certify", "compare", "convert",
+    "evaluate", "harden", "inspect", "load", "restore", "save", "sensitivity", "soften",
 ]
 
 

@@ -107,12 +107,12 @@ _THREAT = _options(
     click.option("--eps", type=_Eps(), default="8/255", show_default=True,
                  help="Radius in [0,1] pixel units: 0.1 or 8/255."),
     click.option("--norm", type=click.Choice(["linf", "l2"]), default="linf", show_default=True))
-_RUNNING = _options(
-    click.option("--seed", type=int, default=0, show_default=True),
+_BARE_RUNNING = _options(
     click.option("--run-dir", type=click.Path(file_okay=False),
                  help="Keeps the state; the same command again goes on from there."),
     click.option("--device", help="cpu, cuda, …; where the model is by default."),
     click.option("--quiet", is_flag=True, help="No progress."))
+_RUNNING = _options(click.option("--seed", type=int, default=0, show_default=True), _BARE_RUNNING)
 _EVALUATION = _options(
     click.option("--suite", default="standard", show_default=True,
                  help="quick, standard, full or paper."),
@@ -370,6 +370,36 @@ def evaluate(model: str, arch: str | None, trust: bool, data: str, eps: float, n
             Comparison({Path(model).name: result}).save_page(report)
     if strict and not result.reliable:
         sys.exit(1)
+
+
+@main.command()
+@click.argument("model")
+@_MODEL
+@_DATA_OPTION
+@_THREAT
+@click.option("--method", default="auto", show_default=True,
+              help="ibp (intervals), crown (linear bounds), or auto: those where it pays.")
+@click.option("--split", type=click.Choice(["train", "test"]), default="test", show_default=True)
+@click.option("--images", type=click.IntRange(1), help="How many, the first; all by default.")
+@click.option("--json", "json_file", type=click.Path(dir_okay=False), help="Write JSON.")
+@click.option("--budget", help="Time that it may take, as 90s, 5m or 2h; images that there is no "
+                               "time for count as not certified.")
+@_LOADING
+@_BARE_RUNNING
+def certify(model: str, arch: str | None, trust: bool, data: str, eps: float, norm: str,
+            method: str, split: str, images: int | None, json_file: str | None,
+            budget: str | None, batch_size: int, size: int | None, mean: Any, std: Any,
+            run_dir: str | None, device: str | None, quiet: bool) -> None:
+    """Prove for how many images of DATA no attack on MODEL can succeed."""
+    from .certification import certify as run
+    _writable(json_file)
+    threat = _threat(eps, norm, mean, std)
+    loader = _loader(data, split, batch_size, size, mean, std)
+    result = run(_open(model, arch, trust), loader, threat, method=method, images=images,
+                 budget=budget, run_dir=run_dir, device=device, progress=not quiet)
+    click.echo(str(result))
+    if json_file:
+        result.save(json_file)
 
 
 @main.command()

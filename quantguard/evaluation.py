@@ -96,7 +96,7 @@ def evaluate(model: nn.Module, loader: Iterable[Any], threat: Threat = Threat(),
     if device is not None:
         model.to(usable_device(device))
     try:
-        with evaluating(model), frozen(model), seeded(seed), _true_float32():
+        with evaluating(model), frozen(model), seeded(seed), true_float32():
             return _evaluate(model, loader, threat, suite, images, run_dir, seed, progress, limit,
                              replay)
     finally:
@@ -117,7 +117,7 @@ def seconds_of(budget: float | str) -> float:
     return seconds
 
 
-class _true_float32:
+class true_float32:
     """Hold TF32 off: its rounding is larger than what separates a survivor from the fallen."""
 
     def __enter__(self) -> None:

@@ -11,6 +11,7 @@ from .text import (
     UPPER_BOUND,
     Cell,
     attack_rows,
+    certificate_text,
     columns,
     flag_lines,
     headline,
@@ -20,6 +21,7 @@ from .text import (
 )
 
 if TYPE_CHECKING:
+    from ..certificate import Certificate
     from ..pipeline import Comparison
     from ..results import Evaluation
 
@@ -137,6 +139,11 @@ def evaluation_html(evaluation: Evaluation) -> str:
     """Return an evaluation for a notebook."""
     return _framed(_evaluation(evaluation)
                    + f"<p><small>{html.escape(UPPER_BOUND)}</small></p>")
+
+
+def certificate_html(certificate: Certificate) -> str:
+    """Return a fragment for a notebook."""
+    return _framed(f"<pre>{html.escape(certificate_text(certificate))}</pre>")
 
 
 def comparison_html(comparison: Comparison) -> str:

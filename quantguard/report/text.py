@@ -12,11 +12,15 @@ from ..masking import wilson
 from ..progress import duration
 
 if TYPE_CHECKING:
+    from ..certificate import Certificate
     from ..pipeline import Comparison
     from ..results import Evaluation
 
 UPPER_BOUND = ("Attacked figures are upper bounds of the truth: a stronger attack can only lower "
                "them.\nIntervals are 95 % Wilson and cover the sampling of images only.")
+
+LOWER_BOUND = ("Certified figures are lower bounds of the truth: they hold for the float32 model "
+               "that runs.\nIntervals are 95 % Wilson and cover the sampling of images only.")
 
 
 @dataclass(frozen=True)
@@ -63,7 +67,7 @@ def table(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([lines[0], "  ".join("-" * w for w in widths), *lines[1:]])
 
 
-def threat_text(evaluation: Evaluation) -> str:
+def threat_text(evaluation: Evaluation | Certificate) -> str:
     """Return the attacker in one phrase."""
     threat = evaluation.threat
     norm = {"linf": "Linf", "l2": "L2"}[threat.norm]
@@ -137,6 +141,26 @@ def evaluation_text(evaluation: Evaluation) -> str:
     parts += ["", *side_lines(evaluation)]
     parts += [*flag_lines(evaluation), UPPER_BOUND]
     return "\n".join(parts)
+
+
+def certificate_text(certificate: Certificate) -> str:
+    """Return a certificate as text."""
+    cell = Cell(int(certificate.certified.sum()), certificate.images)
+    low, high = cell.interval
+    lines = [f"Robust accuracy >= {100 * cell.share:.1f} % (95 % interval {100 * low:.1f}-"
+             f"{100 * high:.1f}; {cell.count} of {cell.n} images are proven to withstand every "
+             "attack).",
+             f"Clean accuracy {Cell(int(certificate.correct.sum()), cell.n)} %. Threat: "
+             f"{threat_text(certificate)}; method {certificate.method}, "
+             f"{duration(certificate.seconds)}."]
+    if certificate.skipped:
+        lines.append(f"{certificate.skipped} images were left out for lack of time and count as "
+                     "not certified.")
+    if certificate.sites:
+        rows = [["staircase", "intervals on one step"],
+                *([name, f"{100 * share:.1f} %"] for name, share in certificate.sites.items())]
+        lines += ["", table(rows), ""]
+    return "\n".join([*lines, LOWER_BOUND])
 
 
 def comparison_rows(comparison: Comparison) -> list[list[str]]:

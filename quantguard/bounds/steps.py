@@ -1,0 +1,211 @@
+"""What makes a box of other boxes: affine maps, curves of one variable, the largest of several.
+
+Each says both ways: its bounds from its inputs' bounds (interval arithmetic), and how a linear
+lower bound of what follows goes back to its inputs (CROWN: Zhang, Weng, Chen, Hsieh, Daniel 2018,
+arXiv:1811.00866).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .boxes import FLUSHED, LARGEST, Ball, Box, gamma
+
+Map = Callable[..., Tensor]
+
+# An intercept is a minimum over corners whichever slope is chosen; steeper ones lose digits.
+_STEEPEST = 1e4
+# More corners than this are not tried one by one for a slope.
+_CORNERS = 8
+
+
+class Affine:
+    """The map ``y = linear(x_1, ...) + bias``.
+
+    Args:
+        inputs: one or more boxes.
+        linear: acts on each image alone; linear in all inputs together.
+        absolute: the same with the absolute values of its weights.
+        bias: broadcasts against y; None: 0.
+        terms: roundings on the way to one element of y; 0: none, values are only moved.
+        weight_of_bias: what the bias's rounding is relative to; None: ``|bias|``.
+        squares: the same with the squares of its weights, where each element of y is a sum of
+            different elements of x: how an L2 ball passes.
+        diagonal: whether each element of y comes from one element of x.
+    """
+
+    affine = True
+
+    def __init__(self, inputs: tuple[Box, ...], linear: Map, absolute: Map,
+                 bias: Tensor | None = None, terms: int = 0, *,
+                 weight_of_bias: Tensor | None = None, squares: Map | None = None,
+                 diagonal: bool = False) -> None:
+        self.inputs, self.linear, self.absolute, self.terms = inputs, linear, absolute, terms
+        self.bias = bias
+        self.weight_of_bias = bias.abs() if bias is not None and weight_of_bias is None \
+            else weight_of_bias
+        self.squares, self.diagonal = squares, diagonal
+
+    def box(self) -> Box:
+        """Return the bounds of y."""
+        inputs = self.inputs
+        if not self.terms:
+            lower, upper = (self.linear(*side) for side in ([b.lower for b in inputs],
+                                                            [b.upper for b in inputs]))
+        else:
+            g = gamma(self.terms)
+            centers = [(b.lower + b.upper).mul_(0.5) for b in inputs]
+            radii = [(b.upper - b.lower).mul_(0.5) for b in inputs]
+            middle = self._shifted(self.linear(*centers))
+            # r + g (|c| + r), with nothing in between kept
+            radius = self._off([c.abs().mul_(g).add_(r, alpha=1 + g).add_(FLUSHED)
+                                for c, r in zip(centers, radii, strict=True)])
+            if not bool(radius.amax() < g * LARGEST):
+                radius = torch.where(radius < g * LARGEST, radius, torch.nan)
+            lower, upper = middle - radius, middle + radius
+        ball = inputs[0].ball if len(inputs) == 1 else None
+        if ball is not None:
+            lower, upper, ball = self._through(ball, lower, upper)
+        return Box(lower, upper, self, ball)
+
+    def _shifted(self, y: Tensor) -> Tensor:
+        return y if self.bias is None else y + self.bias
+
+    def _off(self, parts: Sequence[Tensor]) -> Tensor:
+        """Return how far y may be off where its inputs are off by parts and the bias is rounded."""
+        off = self.absolute(*parts) + 2 * self.terms * FLUSHED  # a new tensor, whatever the map
+        if self.weight_of_bias is not None:
+            off = off + gamma(self.terms) * self.weight_of_bias
+        return off
+
+    def _through(self, ball: Ball, lower: Tensor,
+                 upper: Tensor) -> tuple[Tensor, Tensor, Ball | None]:
+        """Return the bounds narrowed by an L2 ball of inputs, and the ball of y if it is one."""
+        if not (self.diagonal or self.squares):
+            return lower, upper, None
+        center = self._shifted(self.linear(ball.center))
+        if self.terms:
+            g = gamma(self.terms)
+            size = ball.center.abs() + ball.radius * ball.scale + ball.error
+            error = self._off([ball.error + g * (size + FLUSHED / g)])
+        else:
+            error = self.absolute(ball.error)
+        if self.squares is None:
+            return lower, upper, Ball(center, self.absolute(ball.scale), error, ball.radius)
+        # |w . d| <= |w|_2 |d|_2
+        reach = ball.radius * self.squares(ball.scale.square()).sqrt() * (1 + 1e-9) + error
+        return torch.maximum(lower, center - reach), torch.minimum(upper, center + reach), None
+
+    def back(self, a: Tensor) -> tuple[list[Tensor], Tensor]:
+        """Go back through the transposed map, which autograd knows."""
+        n, k = a.shape[:2]
+        with torch.enable_grad():
+            zeros = [torch.zeros(n * k, *b.shape[1:], dtype=a.dtype, device=a.device,
+                                 requires_grad=True) for b in self.inputs]
+            parts = torch.autograd.grad(self.linear(*zeros), zeros, a.reshape(n * k, *a.shape[2:]))
+        constant = a.new_zeros(n, k)
+        if self.bias is not None:
+            constant = dot(a, self.bias.expand(a.shape[2:])[None])
+        if self.terms:
+            g = gamma(self.terms)
+            # 1 % covers double's rounding of the transposed map, 2^-29 of this a term.
+            error = 1.01 * self._off([g * (b.size + FLUSHED / g) for b in self.inputs])
+            constant = constant - dot(a.abs(), error)
+        return [p.reshape(n, k, *p.shape[1:]) for p in parts], constant
+
+
+def dot(a: Tensor, x: Tensor) -> Tensor:
+    """Return the sums over elements: a (N, K, ...), x (N or 1, ...) -> (N, K)."""
+    rows = x.reshape(x.shape[0], -1, 1).expand(a.shape[0], -1, 1)
+    result: Tensor = torch.bmm(a.flatten(2) if a.dim() > 2 else a.unsqueeze(2), rows).squeeze(2)
+    return result
+
+
+class Bent:
+    """A function of one variable that is straight between corners; jumps are two corners.
+
+    Args:
+        x: its input.
+        ends: the ends of the input's interval, lower and upper, (N, ...).
+        values: what the function is there.
+        corners: (place, value) pairs that broadcast against x; the value counts where the place
+            lies inside the interval.
+        error: (N, ...) or a number, how far rounding may lead from the function.
+    """
+
+    affine = False
+
+    def __init__(self, x: Box, ends: tuple[Tensor, Tensor], values: tuple[Tensor, Tensor],
+                 corners: Sequence[tuple[Any, Any]], error: Any = 0.0) -> None:
+        self.inputs: tuple[Box, ...] = (x,)
+        self.ends, self.values = ends, values
+        self.corners, self.error = corners, error
+
+    def back(self, a: Tensor) -> tuple[list[Tensor], Tensor]:
+        """Take the lower line where the coefficient is positive, the upper one elsewhere."""
+        low, low_at = lower_line(self.ends, self.values, self.corners)
+        negated = [(place, -value) for place, value in self.corners]
+        high, high_at = lower_line(self.ends, (-self.values[0], -self.values[1]), negated)
+        up, down = a.clamp(min=0), a.clamp(max=0)
+        constant = dot(up, low_at - self.error) + dot(down, self.error - high_at)
+        return [up * low.unsqueeze(1) - down * high.unsqueeze(1)], constant
+
+
+def lower_line(ends: tuple[Tensor, Tensor], values: tuple[Tensor, Tensor],
+               corners: Sequence[tuple[Any, Any]]) -> tuple[Tensor, Tensor]:
+    """Return slope and intercept of a line below a function that is straight between corners.
+
+    Whatever its slope, a line is below everywhere if it is so at the ends and at the corners. Of
+    flat lines, chords, and lines from a corner to an end, the highest at the interval's middle is
+    taken: it leaves the smallest area below.
+
+    Args:
+        ends, values, corners: as in :class:`Bent`.
+    """
+    (left, right), (first, last) = ends, values
+    inside = [(left <= place) & (place <= right) for place, _ in corners]
+    slopes = [torch.zeros_like(left), _slope(right - left, last - first)]
+    if len(corners) <= _CORNERS:
+        for (place, value), here in zip(corners, inside, strict=True):
+            slopes += [torch.where(here, _slope(place - left, value - first), 0.0),
+                       torch.where(here, _slope(right - place, last - value), 0.0)]
+    middle = (left + right) / 2
+    best = torch.full_like(left, -torch.inf)
+    slope, intercept = slopes[0], best
+    for tried in slopes:
+        at = torch.minimum(first - tried * left, last - tried * right)
+        for (place, value), here in zip(corners, inside, strict=True):
+            at = torch.minimum(at, torch.where(here, value - tried * place, torch.inf))
+        better = tried * middle + at > best
+        best = torch.where(better, tried * middle + at, best)
+        slope, intercept = torch.where(better, tried, slope), torch.where(better, at, intercept)
+    # Where nothing was better, something is NaN: then nothing is known.
+    return slope, torch.where(intercept.isinf(), torch.nan, intercept)
+
+
+def _slope(run: Tensor, rise: Tensor) -> Tensor:
+    slope = rise / run.clamp(min=1e-30)
+    return torch.where(slope.abs() < _STEEPEST, slope, 0.0)
+
+
+class Largest:
+    """A max-pool: never below the element of its window whose own lower bound is largest."""
+
+    affine = False
+
+    def __init__(self, x: Box, pool: Map, upper: Tensor) -> None:
+        self.inputs: tuple[Box, ...] = (x,)
+        self.pool, self.upper = pool, upper
+
+    def back(self, a: Tensor) -> tuple[list[Tensor], Tensor]:
+        """Go back to that element where the coefficient is positive; bound by a constant else."""
+        n, k = a.shape[:2]
+        x = self.inputs[0].lower
+        with torch.enable_grad():
+            at = x.unsqueeze(1).expand(n, k, *x.shape[1:]).flatten(0, 1).requires_grad_()
+            (part,) = torch.autograd.grad(self.pool(at), at, a.clamp(min=0).flatten(0, 1))
+        return [part.reshape(n, k, *x.shape[1:])], dot(a.clamp(max=0), self.upper)

@@ -1,0 +1,227 @@
+"""Certify robustness: a lower bound of each image's margin that no attack can break.
+
+Bounds are carried through the model as intervals (Gowal et al. 2018, arXiv:1810.12715), which pass
+a staircase exactly and collapse to a point where both ends fall on one step; what they leave
+undecided is tried again with linear bounds that go back from the margin to the pixels (CROWN:
+Zhang et al. 2018, arXiv:1811.00866) over the intervals' own bounds of what lies between.
+
+Both hold for the float32 function that runs, not only for real numbers: see
+:mod:`quantguard.bounds.boxes` for what is covered and what is not.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx, nn
+
+from .attacks import PixelModel
+from .batches import check_labels
+from .bounds import Box, Flat, around, flattened, margins, propagate
+from .certificate import Certificate
+from .errors import ConversionError, Interrupted, SpecError
+from .evaluation import environment, seconds_of, true_float32
+from .evidence import padded, predict
+from .files import replacing
+from .images import Images, batch_size, gather
+from .progress import Progress
+from .running import device_of, evaluating, frozen, seeded, usable_device
+from .spec import Threat
+
+METHODS = ("auto", "ibp", "crown")
+
+
+def certify(model: nn.Module, loader: Iterable[Any], threat: Threat = Threat(), *,
+            method: str = "auto", images: int | None = None,
+            budget: float | str | None = None,
+            run_dir: str | os.PathLike[str] | None = None,
+            device: str | torch.device | None = None, progress: bool = True) -> Certificate:
+    """Return, for every image, a lower bound of its margin that no attack can break.
+
+    Works on converted and on float models alike, and leaves no trace on them. The model must be
+    one graph of: convolutions, linear layers, BatchNorm, pooling (average, max, adaptive), sums,
+    concatenation, reshapes, arithmetic with constants, means, clamps, activations, staircases.
+
+    Args:
+        model: a classifier; what it returns is read as logits.
+        loader: re-iterable of (images, labels), or dicts with ``labels``.
+        threat: norm, eps and bounds in pixel units; mean and std where the loader normalises.
+        method: ``ibp`` (intervals), ``crown`` (linear bounds too, for all correct images), or
+            ``auto``: linear bounds for what intervals leave undecided.
+        images: how many images, the loader's first; None: all.
+        budget: seconds, or as in ``"90s"``, ``"5m"``, that it may take: images that there is no
+            time for count as not certified.
+        run_dir: keeps what is done; the same call again goes on from there.
+        device: where to run; None: where the model is.
+        progress: whether to show it.
+
+    Raises:
+        ConversionError: a layer or operation without a rule (it is named), a forward that cannot
+            be traced, or a model that returns no logits.
+        DataError: images or labels that do not fit.
+        SpecError: an unknown method, a budget that is no time, a run_dir of other settings.
+
+    Example:
+        >>> certificate = certify(model, loader, Threat(eps=8 / 255))  # doctest: +SKIP
+        >>> certificate.certified_accuracy  # doctest: +SKIP
+    """
+    if method not in METHODS:
+        raise SpecError(f"method={method!r} is unknown", fix=f"Use one of {', '.join(METHODS)}.")
+    limit = None if budget is None else seconds_of(budget)
+    before = device_of(model)
+    if device is not None:
+        model.to(usable_device(device))
+    try:
+        with evaluating(model), frozen(model), seeded(0), true_float32(), torch.no_grad():
+            return _certify(model, loader, threat, method, images, limit, run_dir, progress)
+    finally:
+        if device is not None:
+            model.to(before)
+
+
+class _State:
+    """Hold what is known so far; a run directory keeps it.
+
+    Attributes:
+        lower: (N,) bounds; minus infinity where nothing is known.
+        done: (N,) how many methods each image has been through.
+        sites: for each staircase, how many intervals fall on one step, and how many there are.
+    """
+
+    def __init__(self, path: Path | None, settings: dict[str, Any], n: int) -> None:
+        self.path, self.settings = path, settings
+        self.lower, self.done = np.full(n, -np.inf), np.zeros(n, dtype=np.int64)
+        self.sites: dict[str, list[int]] = {}
+        self.seconds, self._begin = 0.0, time.monotonic()
+        if path is not None and path.exists():
+            with np.load(path, allow_pickle=False) as file:
+                told = json.loads(str(file["state"]))
+                if told["settings"] != settings:
+                    raise SpecError(f"{path.parent} holds a certification of other settings",
+                                    fix="Use another run directory, or delete this one.")
+                self.lower, self.done = file["lower"], file["done"]
+            self.sites, self.seconds = told["sites"], told["seconds"]
+
+    @property
+    def spent(self) -> float:
+        """Return the seconds that it took, earlier runs included."""
+        return self.seconds + time.monotonic() - self._begin
+
+    def count(self, flat: Flat, node: fx.Node, box: Any) -> None:
+        """Count the intervals of a staircase that fall on one step."""
+        site = flat.staircase(node)
+        if site is None or not isinstance(box, Box):
+            return
+        counts = self.sites.setdefault(site, [0, 0])
+        counts[0] += int((box.lower == box.upper).sum())
+        counts[1] += box.lower.numel()
+
+    def save(self) -> None:
+        if self.path is None:
+            return
+        told = {"settings": self.settings, "sites": self.sites, "seconds": self.spent}
+        with replacing(self.path) as beside:
+            np.savez(beside, lower=self.lower, done=self.done, state=json.dumps(told))
+
+
+def _certify(model: nn.Module, loader: Iterable[Any], threat: Threat, method: str,
+             images: int | None, limit: float | None, run_dir: str | os.PathLike[str] | None,
+             show: bool) -> Certificate:
+    data = gather(model, loader, threat, images)
+    pixel_model = PixelModel(model, threat, data.key)
+    batch = batch_size(data.pixels)
+    logits = predict(pixel_model, data.pixels, batch)
+    check_labels(data.labels, logits.shape[1], "the loader")
+    correct = (logits.argmax(1) == data.labels).cpu().numpy()
+    flat = flattened(model, threat, data.key, data.pixels)
+    digest = hashlib.blake2b(data.pixels.cpu().numpy().tobytes()
+                             + data.labels.cpu().numpy().tobytes(), digest_size=16).hexdigest()
+    settings = json.loads(json.dumps({
+        "threat": threat.to_dict(), "method": method, "images": digest, "predictions":
+            hashlib.blake2b(logits.cpu().numpy().tobytes(), digest_size=16).hexdigest()}))
+    path = None
+    if run_dir is not None:
+        path = Path(run_dir) / "certificate.npz"
+        path.parent.mkdir(parents=True, exist_ok=True)
+    state = _State(path, settings, len(correct))
+    bar = Progress("certify", len(correct), show)
+    try:
+        _bound(flat, pixel_model, data, threat, batch, method, correct, logits, state, limit, bar)
+    except KeyboardInterrupt:
+        bar.close()
+        kept = "nothing was kept" if path is None else f"saved in {path.parent}"
+        raise Interrupted(f"interrupted after {int((state.done > 0).sum())} of {len(correct)} "
+                          f"images; {kept}", fix="With run_dir= the next run goes on from where "
+                          "it stopped.") from None
+    bar.close()
+    return Certificate(correct & (state.lower > 0), correct, state.lower,
+                       {name: one / max(every, 1) for name, (one, every) in state.sites.items()},
+                       state.spent, threat, method, environment(data.pixels.device), digest,
+                       int((state.done == 0).sum()))
+
+
+def _bound(flat: Flat, model: PixelModel, data: Images, threat: Threat, batch: int, method: str,
+           correct: np.ndarray, logits: Tensor, state: _State, limit: float | None,
+           bar: Progress) -> None:
+    """Bound all images by intervals; then, as method says, some by linear bounds."""
+    rounds = ["ibp"] if method == "ibp" else ["ibp", "crown"]
+    for number, kind in enumerate(rounds):
+        wanted = state.done == number
+        if kind == "crown":
+            wanted &= correct if method == "crown" else correct & ~(state.lower > 0)
+            bar.extend(int(wanted.sum()))
+        chosen = np.flatnonzero(wanted)
+        for first in range(0, len(chosen), batch):
+            if limit is not None and state.spent > limit:
+                return
+            rows = chosen[first : first + batch]
+            taped = kind == "crown"
+            box = propagate(flat, around(data.pixels[rows], threat), taped,
+                            None if taped else functools.partial(state.count, flat))
+            gaps = margins(box, data.labels[rows], taped)
+            if not taped:
+                _check(model, box, gaps, data, logits, threat, batch, rows)
+            lower = gaps.amin(1).nan_to_num(-np.inf, np.inf, -np.inf)
+            state.lower[rows] = np.maximum(state.lower[rows], lower.cpu().numpy())
+            state.done[rows] = number + 1
+            state.save()
+            bar.advance(len(rows), f"{int((state.lower > 0).sum())} certified")
+
+
+def _check(model: PixelModel, box: Box, gaps: Tensor, data: Images, logits: Tensor,
+           threat: Threat, batch: int, rows: np.ndarray) -> None:
+    """See that what the model itself answers lies within the bounds, at the images and beside.
+
+    It does by proof, unless the model is not what its graph says it is.
+
+    Args:
+        box, gaps: bounds of the logits and of the margins (N, C) of these rows.
+
+    Raises:
+        ConversionError: it does not.
+    """
+    pixels, labels = data.pixels[rows], data.labels[rows].unsqueeze(1)
+    signs = torch.randint(0, 2, pixels.shape, device=pixels.device) * 2.0 - 1
+    length = 1.0 if threat.norm == "linf" else pixels[0].numel() ** -0.5
+    corner = (pixels + threat.eps * length * signs).clamp(*threat.bounds)
+    part, size = padded(corner, batch)
+    for answer in (logits[rows].double(), model(part)[:size].double()):
+        outside = (answer < box.lower) | (answer > box.upper)
+        other = torch.ones_like(outside).scatter_(1, labels, False)
+        outside |= other & (answer.gather(1, labels) - answer < gaps)
+        if outside.any():
+            image = rows[int(outside.any(1).nonzero()[0])]
+            raise ConversionError(
+                f"the model's own answer for image {image} lies outside its bounds",
+                why="Its forward is not what its graph says: it may branch on values, keep state "
+                    "between calls, or run in less than float32.",
+                fix="No certificate can be had for this model as it is.")
