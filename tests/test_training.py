@@ -445,6 +445,33 @@ def test_a_model_in_train_mode_trains_without_a_warning(quantized: nn.Module, sm
     assert model.training and not [str(w.message) for w in recwarn]
 
 
+# --- memory order ---
+
+
+class Viewing(nn.Module):
+    """Asks for a view that channels-last order cannot give, or for a copy where there is none."""
+
+    def __init__(self, view: bool) -> None:
+        super().__init__()
+        self.conv, self.last, self.view = nn.Conv2d(3, 4, 3, padding=1), nn.Linear(256, 2), view
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x).relu()
+        flat = y.view(len(y), -1) if self.view else y.reshape(len(y), -1)
+        return self.last(flat)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("view", [False, True])
+def test_images_are_laid_out_as_the_model_takes_them_and_weights_come_back(view: bool) -> None:
+    model, loader = Viewing(view).eval(), [(torch.rand(8, 3, 8, 8), torch.tensor([0, 1] * 4))] * 2
+    seen = []
+    handle = model.conv.register_forward_pre_hook(lambda _, args: seen.append(
+        args[0].is_contiguous(memory_format=torch.channels_last)))
+    fit(model, loader, THREAT, FAST, epochs=1, val=loader[:1], progress=False)
+    handle.remove()
+    assert seen[-1] is not view and model.conv.weight.is_contiguous()
+
+
 # --- what thresholds do ---
 
 
