@@ -190,9 +190,10 @@ class Walk:
                 least = clean - drop
             holds = clean >= least
             self.stages.append(Stage(_name(bits), bits, epochs, history, holds))
-            self._say(f"{_name(bits)}: held-out clean {clean:.1%}, attacked "
-                      f"{history.kept.probe or 0:.1%}: {'holds' if holds else 'too low'} "
-                      f"(at least {least:.1%})")
+            attacked = f", attacked {history.kept.probe:.1%}" \
+                if self.recipe.attacks and history.kept.probe is not None else ""
+            self._say(f"{_name(bits)}: held-out clean {clean:.1%}{attacked}: "
+                      f"{'holds' if holds else 'too low'} (at least {least:.1%})")
             if not holds:
                 kept = self._one_site_more(kept, model, bits, epochs, least)
                 break
