@@ -18,8 +18,7 @@ from torch import Tensor
 from ..batches import check_images
 from ..errors import SpecError
 from ..running import frozen, seeded
-from ..spec import NORMS
-from ._foolbox import fb
+from ._foolbox import fb, known_norm
 from .bridge import PixelModel, labels_of, module_of
 from .noise import image_noise, seed_of
 from .pgd import ascend, margin
@@ -218,7 +217,7 @@ class DeepFool(_Bridged, fb.attacks.deepfool.DeepFoolAttack):
 
     def __init__(self, norm: str = "l2", steps: int = 50, *, candidates: int = 10,
                  overshoot: float = 0.02) -> None:
-        _known(norm)
+        known_norm(norm)
         _positive(steps=steps, overshoot=overshoot)
         if candidates < 2:
             raise SpecError(f"candidates={candidates} must be at least 2")
@@ -307,7 +306,7 @@ class HopSkipJump(_OneByOne, fb.attacks.HopSkipJumpAttack):
 
     def __init__(self, norm: str = "l2", steps: int = 5000, *, evaluations: int = 100,
                  gamma: float = 1.0, seed: int = 0) -> None:
-        _known(norm)
+        known_norm(norm)
         _enough(steps)
         _positive(evaluations=evaluations, gamma=gamma)
         super().__init__(steps=steps, initial_gradient_eval_steps=evaluations,
@@ -363,8 +362,3 @@ def _enough(steps: int) -> None:
     if steps < 2 * _TOGETHER:
         raise SpecError(f"steps={steps} must be at least {2 * _TOGETHER}",
                         why="They are queries, and finding a start takes the first of them.")
-
-
-def _known(norm: str) -> None:
-    if norm not in NORMS:
-        raise SpecError(f"norm {norm!r} is unknown", fix=f"Use one of {', '.join(NORMS)}.")

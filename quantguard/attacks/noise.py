@@ -9,7 +9,7 @@ import eagerpy as ep
 import torch
 from torch import Tensor
 
-from ._foolbox import fb
+from ._foolbox import InNorm, fb
 
 
 def seed_of(image: Tensor, salt: str) -> int:
@@ -39,7 +39,7 @@ def image_noise(x: Tensor, norm: str, seed: int, tag: str) -> Tensor:
     return out.to(x.device)
 
 
-class Noise(fb.attacks.base.FixedEpsilonAttack):
+class Noise(InNorm):
     """Add random noise of full strength, several times: what no gradient guided.
 
     Args:
@@ -50,10 +50,6 @@ class Noise(fb.attacks.base.FixedEpsilonAttack):
 
     def __init__(self, norm: str = "linf", repeats: int = 10, seed: int = 0) -> None:
         self.norm, self.repeats, self.seed = norm, repeats, seed
-
-    @property
-    def distance(self) -> Any:
-        return fb.distances.linf if self.norm == "linf" else fb.distances.l2
 
     def run(self, model: Any, inputs: Any, criterion: Any, *, epsilon: float,
             **kwargs: Any) -> Any:

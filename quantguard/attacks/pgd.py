@@ -19,9 +19,8 @@ from ..activation import at_bits, backward, soften
 from ..errors import SpecError
 from ..pooling import pools_first
 from ..running import frozen
-from ..spec import NORMS
 from ..straight import straight_through
-from ._foolbox import fb
+from ._foolbox import InNorm, fb, known_norm
 from .bridge import PixelModel, labels_of, module_of
 from .noise import image_noise
 
@@ -176,7 +175,7 @@ class Kept:
         return keep
 
 
-class Climb(fb.attacks.base.FixedEpsilonAttack):
+class Climb(InNorm):
     """What PGD and APGD share: where they start, what they climb, what they return.
 
     Arguments are those of :class:`PGD`.
@@ -193,8 +192,7 @@ class Climb(fb.attacks.base.FixedEpsilonAttack):
         if loss not in self.losses:
             raise SpecError(f"loss {loss!r} is unknown",
                             fix=f"Use one of {', '.join(self.losses)}.")
-        if norm not in NORMS:
-            raise SpecError(f"norm {norm!r} is unknown", fix="Use linf or l2.")
+        known_norm(norm)
         if steps < 1:
             raise SpecError(f"steps={steps} must be at least 1")
         if target and loss not in _TARGETED:
@@ -208,10 +206,6 @@ class Climb(fb.attacks.base.FixedEpsilonAttack):
         self.loss, self.steps, self.mode, self.twin, self.norm = loss, steps, mode, twin, norm
         self.noise, self.target, self.restart, self.seed = noise, target, restart, seed
         self.see_through = see_through
-
-    @property
-    def distance(self) -> Any:
-        return fb.distances.linf if self.norm == "linf" else fb.distances.l2
 
     def run(self, model: Any, inputs: Any, criterion: Any, *, epsilon: float,
             starting_points: Any = None, **kwargs: Any) -> Any:

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from ..errors import SpecError
-from ..spec import NORMS
-from ._foolbox import fb
+from ._foolbox import InNorm, fb, known_norm
 from .bridge import labels_of, module_of
 from .noise import seed_of
 from .pgd import Kept, margin, project
@@ -68,7 +67,7 @@ def inside(down: Tensor, across: Tensor, size: tuple[int, int]) -> Tensor:
     return (tall.unsqueeze(2) & wide.unsqueeze(1)).unsqueeze(1)
 
 
-class Square(fb.attacks.base.FixedEpsilonAttack):
+class Square(InNorm):
     """Change one random square at a time, and keep what raises the margin.
 
     In Linf a square goes to a corner of the ball; in L2 it takes over what another square has of
@@ -93,13 +92,8 @@ class Square(fb.attacks.base.FixedEpsilonAttack):
                  norm: str = "linf") -> None:
         if steps < 2 or not 0 < p <= 1:
             raise SpecError(f"steps={steps} must be at least 2, and p={p} in (0, 1]")
-        if norm not in NORMS:
-            raise SpecError(f"norm {norm!r} is unknown", fix=f"Use one of {', '.join(NORMS)}.")
+        known_norm(norm)
         self.steps, self.p, self.seed, self.norm = steps, p, seed, norm
-
-    @property
-    def distance(self) -> Any:
-        return fb.distances.linf if self.norm == "linf" else fb.distances.l2
 
     def run(self, model: Any, inputs: Any, criterion: Any, *, epsilon: float,
             **kwargs: Any) -> Any:

@@ -17,8 +17,7 @@ from torch import Tensor, nn
 from ..batches import check_images
 from ..errors import SpecError
 from ..running import seeded
-from ..spec import NORMS
-from ._foolbox import fb
+from ._foolbox import InNorm, fb, known_norm
 from .bridge import PixelModel, labels_of, module_of
 from .noise import image_noise, seed_of
 from .pgd import ascend, input_gradient, margin, project
@@ -62,7 +61,7 @@ class Net(nn.Module):
         return logits
 
 
-class Substitute(fb.attacks.base.FixedEpsilonAttack):
+class Substitute(InNorm):
     """PGD on a substitute that was trained on nothing but the classes the attacked model names.
 
     :meth:`fit` comes first, with images of the attacker's; what an image's result is then does not
@@ -95,8 +94,7 @@ class Substitute(fb.attacks.base.FixedEpsilonAttack):
                  epochs: int = 5, limit: int = 6400, seed: int = 0) -> None:
         if not losses or not set(losses) <= set(_LOSSES):
             raise SpecError(f"losses={losses!r} are not of {', '.join(_LOSSES)}")
-        if norm not in NORMS:
-            raise SpecError(f"norm {norm!r} is unknown", fix=f"Use one of {', '.join(NORMS)}.")
+        known_norm(norm)
         if steps < 1 or epochs < 1 or limit < 1 or rounds < 0:
             raise SpecError(f"steps={steps}, epochs={epochs} and limit={limit} must be at least 1, "
                             f"and rounds={rounds} 0 or more")
@@ -108,10 +106,6 @@ class Substitute(fb.attacks.base.FixedEpsilonAttack):
         self.limit, self.seed = limit, seed
         self._net: Net | None = None
         self._agreement = 0.0
-
-    @property
-    def distance(self) -> Any:
-        return fb.distances.linf if self.norm == "linf" else fb.distances.l2
 
     @property
     def agreement(self) -> float:

@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 
 from ..errors import SpecError
-from ..spec import NORMS
-from ._foolbox import fb
+from ._foolbox import InNorm, fb, known_norm
 from .bridge import labels_of, module_of
 from .noise import seed_of
 from .pgd import ascend, margin, project
@@ -32,7 +31,7 @@ Ask = Callable[[Tensor, Tensor], Tensor]
 Guide = Callable[[Tensor, Tensor, int], Tensor]
 
 
-class Differences(fb.attacks.base.FixedEpsilonAttack, ABC):
+class Differences(InNorm, ABC):
     """Climb the margin in the eps ball along a direction that differences of queries point out.
 
     An image that fell costs no further queries. Queries stay within the bounds, but not in the
@@ -54,8 +53,7 @@ class Differences(fb.attacks.base.FixedEpsilonAttack, ABC):
 
     def __init__(self, norm: str, steps: int, differences: int, h: float | None,
                  rel_h: float | None, rate: float, batch: int | None, seed: int) -> None:
-        if norm not in NORMS:
-            raise SpecError(f"norm {norm!r} is unknown", fix=f"Use one of {', '.join(NORMS)}.")
+        known_norm(norm)
         if steps < 1 or differences < 1:
             raise SpecError(f"steps={steps} and the differences in a step, {differences}, must be "
                             "at least 1")
@@ -68,10 +66,6 @@ class Differences(fb.attacks.base.FixedEpsilonAttack, ABC):
             raise SpecError(f"batch={batch} must be at least 2: a difference is two queries")
         self.norm, self.steps, self.h, self.rel_h, self.rate = norm, steps, h, rel_h, rate
         self.batch, self.seed = batch, seed
-
-    @property
-    def distance(self) -> Any:
-        return fb.distances.linf if self.norm == "linf" else fb.distances.l2
 
     def run(self, model: Any, inputs: Any, criterion: Any, *, epsilon: float,
             **kwargs: Any) -> Any:
