@@ -193,7 +193,7 @@ def table(names: list[str]) -> None:
             print(f"  {record['model']}, draw {record['draw']}: {flag['name']} [{flag['kind']}] "
                   f"{flag['value']:.2f}, threshold {flag['threshold']:g}. {flag['reason']}")
     print("\nflag: false alarms, undecided; largest value of a draw; masked, whose points are of "
-          "all images: largest mean of a model's draws, as of one evaluation of them all; threshold")
+          "all images: largest mean of a model's draws, as of one evaluation of all; threshold")
     for flag in dict.fromkeys(f["name"] for r in records for f in r["flags"]):
         found = [(r["model"], f) for r in records for f in r["flags"] if f["name"] == flag]
         raised = Counter(f["kind"] for _, f in found if f["raised"])
