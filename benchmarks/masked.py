@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from controls import network
+from fashion_lenet import lenet
 from torch import Tensor, nn
 
 import quantguard as qg
@@ -124,19 +125,21 @@ def swapped(model: nn.Module, kind: Any) -> nn.Module:
     return nn.Sequential(*(kind(m) if isinstance(m, acts) else m for m in model)).eval()
 
 
-def rows(folder: Path) -> dict[str, tuple[nn.Module, nn.Module | None]]:
+def winners() -> nn.Module:
+    """Train a k-WTA network without attacks."""
+    torch.manual_seed(SEED)
+    model = swapped(lenet(), lambda _: KWTA())
+    train_clean(model, load_data("fashion-mnist", "train", batch_size=128), 1)
+    return model.eval()
+
+
+def rows(folder: Path, some: list[str] | None) -> dict[str, tuple[nn.Module, nn.Module | None]]:
     """Return by name: the network, and the one that tells its truth (None: near 0)."""
     def load(name: str) -> nn.Module:
         return network(folder / f"{name}.safetensors")
     float_model, one, two = load("float"), load("fixed1"), load("fixed2")
-    torch.manual_seed(SEED)
-    winners = swapped(load("float"), lambda _: KWTA())  # not float_model: they share weights
-    for module in winners.modules():
-        if hasattr(module, "reset_parameters"):
-            module.reset_parameters()
-    train_clean(winners, load_data("fashion-mnist", "train", batch_size=128), 1)
     open_round = swapped(load("float"), lambda _: OpenRound())
-    return {
+    found: dict[str, tuple[nn.Module, nn.Module | None]] = {
         "logits x10": (Scaled(load("float"), 10.0), float_model),
         "logits x30": (Scaled(load("float"), 30.0), float_model),
         "logits x100": (Scaled(load("float"), 100.0), float_model),
@@ -147,7 +150,8 @@ def rows(folder: Path) -> dict[str, tuple[nn.Module, nn.Module | None]]:
         "1 bit by torch.sign": (swapped(load("fixed1"), Sign), one),
         "2 bits, trained through the ramp": (load("fixed2"), two),
         "2 bits, surrogate lost": (swapped(load("fixed2"), Lost), two),
-        "k-WTA": (winners.eval(), None)}
+        **({} if some else {"k-WTA": (winners(), None)})}
+    return {name: row for name, row in found.items() if not some or any(s in name for s in some)}
 
 
 def main() -> None:
@@ -155,6 +159,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--images", type=int, default=200)
     parser.add_argument("--suite", default="quick")
+    parser.add_argument("--rows", nargs="*", help="parts of names; the JSON is not written then")
     args = parser.parse_args()
     torch.set_num_threads(1)
     truths: dict[int, float] = {}
@@ -163,7 +168,7 @@ def main() -> None:
     def evaluated(model: nn.Module) -> qg.Evaluation:
         return qg.evaluate(model, load_data("fashion-mnist", "test"), qg.Threat(eps=EPS),
                            suite=args.suite, images=args.images, seed=SEED, progress=False)
-    for name, (model, behind) in rows(args.folder).items():
+    for name, (model, behind) in rows(args.folder, args.rows).items():
         result = evaluated(model)
         if behind is None:
             truth = 0.0
@@ -180,6 +185,8 @@ def main() -> None:
               f"{result.robust_accuracy:6.1%}  truth {truth:6.1%}  "
               f"{'seen through' if table[-1]['through'] else 'NOT SEEN THROUGH'}; "
               f"{', '.join(flags) or 'NOT CAUGHT'}", flush=True)
+    if args.rows:
+        return
     HERE.mkdir(exist_ok=True)
     write_text(HERE / "masked.json", json.dumps({
         "rows": table, "images": args.images, "suite": args.suite, "eps": EPS, "seed": SEED,

@@ -1,9 +1,11 @@
 """A gradient through foreign steps while attacking: rounding, signs, Functions that give zeros.
 
-What the model computes does not change; only the backward of what has a zero gradient does: the
-straight-through estimate (Bengio, Leonard, Courville 2013, arXiv:1308.3432), which an attacker may
-take as well as anyone (backward pass differentiable approximation, Athalye, Carlini, Wagner 2018,
-arXiv:1802.00420, section 4.1). Comparisons that turn into booleans stay what they are.
+Straight-through, what the model computes does not change, only the backward of what has a zero
+gradient (Bengio, Leonard, Courville 2013, arXiv:1308.3432), which an attacker may take as well as
+anyone (backward pass differentiable approximation, Athalye, Carlini, Wagner 2018, arXiv:1802.00420,
+section 4.1). With a sharpness k the step is softened as our own staircases are: its value is the
+mean over a window around x that shrinks with k, and its gradient the mean's own. Comparisons that
+turn into booleans stay what they are.
 """
 
 from __future__ import annotations
@@ -13,11 +15,15 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 _ROUNDINGS = {"round", "floor", "ceil", "trunc", "fix"}
 _SIGNS = {"sign", "sgn"}
+# Places in its window at which a softened step is looked at.
+_PLACES = 8
+# Half of the window at k = 1, over a step's width: as much of a spread as the logistic's.
+_HALF = 3.0
 
 
 class _Straight(torch.autograd.Function):
@@ -72,7 +78,32 @@ class _Out(torch.autograd.Function):
         return grads[0], None
 
 
+class _Soft(torch.autograd.Function):
+    """Compute the mean of f over a window of half-width h around x, and its slope."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, f: Callable[[Tensor], Tensor], h: Tensor) -> Tensor:
+        places = (torch.arange(_PLACES, device=x.device) + 0.5) * (2 / _PLACES) - 1
+        ctx.save_for_backward((f(x + h) - f(x - h)) / (2 * h))
+        return torch.stack([f(x + h * float(place)) for place in places]).mean(0)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return grads[0] * ctx.saved_tensors[0], None, None
+
+
+def _spread(x: Tensor) -> Tensor:
+    """Return each image's standard deviation, or its size where it has one number: (N, 1, ...)."""
+    rows = x.detach().flatten(1) if x.dim() > 1 else x.detach().reshape(-1, 1)
+    width = rows.std(1) if rows.shape[1] > 1 else rows.abs().mean(1)
+    return width.clamp_min(1e-6).reshape(-1, *[1] * (x.dim() - 1))
+
+
 class _StraightThrough(TorchFunctionMode):
+    def __init__(self, k: float | None) -> None:
+        super().__init__()
+        self.k, self.met = k, False
+
     def __torch_function__(self, func: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "").rstrip("_")
@@ -80,41 +111,89 @@ class _StraightThrough(TorchFunctionMode):
         if not (flat and args and isinstance(args[0], Tensor) and args[0].requires_grad
                 and torch.is_grad_enabled()) or "out" in kwargs:
             return func(*args, **kwargs)
-        x = args[0]
-        with torch.no_grad():
-            y = getattr(torch, name)(*args, **kwargs)
-        z = _Straight.apply(x, y, name in _SIGNS)
+        x, step = args[0], getattr(torch, name)
+        self.met = True
+        if self.k is not None and x.dim():
+            width = _spread(x) if name in _SIGNS else \
+                torch.tensor(10.0 ** -kwargs.get("decimals", 0), device=x.device)
+            z = _Soft.apply(x, lambda v: step(v, *args[1:], **kwargs), _HALF / self.k * width)
+        else:
+            with torch.no_grad():
+                y = step(*args, **kwargs)
+            z = _Straight.apply(x, y, name in _SIGNS)
         return x.copy_(z) if func.__name__.endswith("_") else z
 
 
-def _watched(apply: Any) -> Callable[..., Any]:
+def _dead(call: Callable[[Tensor], Any], x: Tensor) -> bool:
+    """Return whether a Function is one number to one number, and its backward always zero."""
+    with torch.enable_grad():
+        leaf = x.detach().clone().requires_grad_()
+        y = call(leaf)
+        if not isinstance(y, Tensor) or y.shape != x.shape or not y.is_floating_point() \
+                or not y.requires_grad or not x.dim():
+            return False
+        (gradient,) = torch.autograd.grad(y.sum(), leaf, allow_unused=True)
+    if gradient is not None and bool(gradient.any()):
+        return False
+    every_other = torch.arange(x.numel(), device=x.device).reshape(x.shape) % 2 == 0
+    with torch.no_grad():
+        moved = call(torch.where(every_other, x + _spread(x), x))
+    return bool((moved == y)[~every_other].all())
+
+
+def _watched(apply: Any, mode: _StraightThrough) -> Callable[..., Any]:
     """Return ``Function.apply`` that lets no image's gradient vanish in a foreign Function."""
+    dead: dict[Any, bool] = {}
+
     def through(cls: Any, *args: Any, **kwargs: Any) -> Any:
         tensors = [i for i, a in enumerate(args) if isinstance(a, Tensor) and a.requires_grad]
+        plain = apply.__get__(None, cls)
         if cls.__module__.split(".")[0] in ("quantguard", "torch") or not tensors \
                 or not torch.is_grad_enabled():
-            return apply.__get__(None, cls)(*args, **kwargs)
-        seen: dict[str, Tensor] = {}
+            return plain(*args, **kwargs)
         at = tensors[0]
-        inner = (*args[:at], _In.apply(args[at], seen), *args[at + 1:])
-        y = apply.__get__(None, cls)(*inner, **kwargs)
+
+        def call(x: Tensor) -> Any:
+            return plain(*args[:at], x, *args[at + 1:], **kwargs)
+        if mode.k is not None and len(tensors) == 1:
+            if cls not in dead:
+                dead[cls] = _dead(call, args[at])
+            if dead[cls]:
+                mode.met = True
+                return _Soft.apply(args[at], call, _HALF / mode.k * _spread(args[at]))
+        seen: dict[str, Tensor] = {}
+        y = call(_In.apply(args[at], seen))
         return _Out.apply(y, seen) if isinstance(y, Tensor) and y.shape == args[at].shape \
             and y.is_floating_point() and y.requires_grad else y
     return through
 
 
 @contextmanager
-def straight_through() -> Iterator[None]:
+def straight_through(k: float | None = None) -> Iterator[_StraightThrough]:
     """Give foreign steps a gradient, inside the context.
 
     torch has no hook for the calls of a custom Function: while the context lasts, its ``apply`` is
     replaced. An ``apply`` that the model took out of its class before keeps its own backward.
+
+    Args:
+        k: sharpness of the softened steps, as in :func:`quantguard.soften`; None: the values stay,
+            and gradients go straight through.
+
+    Yields:
+        An object whose ``met`` says whether there was such a step.
     """
     function: Any = torch.autograd.Function
-    before = function.__dict__["apply"]
-    function.apply = classmethod(_watched(before))
+    before, mode = function.__dict__["apply"], _StraightThrough(k)
+    function.apply = classmethod(_watched(before, mode))
     try:
-        with _StraightThrough():
-            yield
+        with mode:
+            yield mode
     finally:
         function.apply = before
+
+
+def has_foreign_steps(model: nn.Module, x: Tensor) -> bool:
+    """Return whether a model goes through steps that can be softened."""
+    with torch.enable_grad(), straight_through(8.0) as mode:
+        model(x.detach().requires_grad_())
+    return mode.met

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from quantguard.attacks import PGD, FoolboxModel
+from quantguard.attacks import APGD, PGD, FoolboxModel
 from quantguard.attacks._foolbox import fb
 from quantguard.straight import straight_through
 
@@ -116,3 +116,83 @@ def test_an_attack_finds_its_way_through_foreign_rounding(cnn: nn.Module,
         return int((model(found).argmax(1) != y).sum())
     assert broken(see_through=False) == 0
     assert broken() > 40
+
+
+@pytest.mark.parametrize("name", FLAT)
+def test_softened_steps_are_smooth_and_become_the_step(name: str) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(4, 500) * 3
+    with straight_through(2.0) as mode:
+        soft, slope = gradient(FLAT[name], x)
+        nearby, _ = gradient(FLAT[name], x + 1e-3)
+    assert mode.met
+    with straight_through(2000.0):
+        hard, _ = gradient(FLAT[name], x)
+    plain, _ = gradient(FLAT[name], x)
+    assert hard.isclose(plain).float().mean() > 0.97
+    assert soft.isclose(plain).float().mean() < 0.7
+    # a mean over a window moves little, and as its slope says on the whole
+    assert float((nearby - soft).abs().mean()) < 0.02
+    assert float((slope != 0).float().mean()) > 0.5
+
+
+@pytest.mark.parametrize("f", [
+    lambda x: Scaled.apply(x), torch.relu, lambda x: x.clamp(0, 1), torch.sin])
+def test_what_is_honest_is_not_softened(f: Callable[[Tensor], Tensor]) -> None:
+    x = torch.randn(4, 5)
+    expected = gradient(f, x)
+    with straight_through(2.0) as mode:
+        found = gradient(f, x)
+    assert all(map(torch.equal, expected, found)) and not mode.met
+
+
+class MeanOfRow(torch.autograd.Function):
+    """Not one number to one number: its window is not its input's."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.mean(1, keepdim=True).expand(x.shape).clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return torch.zeros_like(grads[0])
+
+
+def test_a_dead_function_that_mixes_numbers_is_not_softened() -> None:
+    x = torch.randn(4, 5)
+    with straight_through(2.0) as mode:
+        y, g = gradient(lambda x: MeanOfRow.apply(x), x)
+    assert not mode.met and torch.equal(y, gradient(lambda x: MeanOfRow.apply(x), x)[0])
+    assert g.any()  # it goes straight through
+
+
+class ZeroSign(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return (x > 0.3).float()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return torch.zeros_like(grads[0])
+
+
+class ZeroStep(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return ZeroSign.apply(x)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("make", [PGD, APGD])
+def test_the_twin_sees_through_foreign_steps_and_judges_by_the_model(
+        make: Any, cnn: nn.Module, digits: tuple[Tensor, Tensor]) -> None:
+    model = nn.Sequential(*(ZeroStep() if isinstance(m, nn.ReLU) else m for m in cnn)).eval()
+    x = digits[0][:60]
+    y = model(x).argmax(1)
+
+    def broken(**options: Any) -> int:
+        wrapped = FoolboxModel(model)
+        found = make("ce", 20, noise=0.0, **options).run(
+            wrapped, x, fb.criteria.Misclassification(y), epsilon=0.1)
+        assert wrapped.module.foreign is (True if "twin" in options else None)
+        return int((model(found).argmax(1) != y).sum())
+    straight, twin = broken(), broken(twin=(2, 32))
+    assert twin >= straight and twin > 45

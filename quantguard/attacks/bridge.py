@@ -12,6 +12,7 @@ from ..batches import from_pixels
 from ..errors import ConversionError, SpecError
 from ..running import device_of
 from ..spec import Threat
+from ..straight import has_foreign_steps
 from ._foolbox import fb
 
 
@@ -43,6 +44,7 @@ class PixelModel(nn.Module):
 
     Attributes:
         probabilities: whether the model puts out a softmax, whose logarithm stands for logits.
+        foreign: whether it goes through steps of its own that can be softened; None: not known.
         queries: images passed forward, in all.
         gradients: images passed forward with a gradient wanted.
     """
@@ -52,6 +54,7 @@ class PixelModel(nn.Module):
         self.model, self.threat, self.key = model, threat, key
         self.training = model.training
         self.probabilities = False
+        self.foreign: bool | None = None
         self.queries = self.gradients = 0
 
     def forward(self, pixels: Tensor) -> Tensor:
@@ -68,6 +71,13 @@ class PixelModel(nn.Module):
             # no path back: an attack sees the zero gradient that this is, and a flag says so
             logits = logits + 0 * pixels.flatten(1).sum(1, keepdim=True)
         return logits
+
+    def look_for_foreign_steps(self, pixels: Tensor) -> None:
+        """Find out once whether there are any; these images are not counted."""
+        if self.foreign is None:
+            asked = self.queries, self.gradients
+            self.foreign = has_foreign_steps(self, pixels)
+            self.queries, self.gradients = asked
 
     @property
     def dtype(self) -> torch.dtype:

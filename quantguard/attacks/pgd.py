@@ -227,6 +227,8 @@ class Climb(InNorm):
             with torch.no_grad():
                 target = rival(module(x0), labels, self.target)
         with frozen(module):
+            if self.twin is not None and self.see_through:
+                module.look_for_foreign_steps(x0[:2])
             kept = self._climb(module, x0, x, labels, target, epsilon, model.bounds)
         return restore(ep.astensor(kept.points))
 
@@ -241,14 +243,19 @@ class Climb(InNorm):
 
     def _hard(self, module: PixelModel) -> bool:
         """Return whether the logits of what is climbed are those of the model as it is."""
-        return self.twin is None or not module.quantized
+        return self.twin is None or not (module.quantized or module.foreign)
+
+    def _sharpness(self, share: float) -> float | None:
+        """Return the twin's sharpness share (0 to 1) of the way up."""
+        if self.twin is None:
+            return None
+        low, high = self.twin
+        return float(low * (high / low) ** share)
 
     def _surrogate(self, module: PixelModel, share: float) -> AbstractContextManager[Any]:
         """Return a context in which module is climbed, share (0 to 1) of the way up."""
-        if self.twin is None:
-            return backward(module, self.mode)
-        low, high = self.twin
-        return soften(module, low * (high / low) ** share)
+        k = self._sharpness(share)
+        return backward(module, self.mode) if k is None else soften(module, k)
 
     @contextmanager
     def _climbed(self, module: PixelModel, share: float) -> Iterator[None]:
@@ -257,7 +264,7 @@ class Climb(InNorm):
             stack.enter_context(self._surrogate(module, share))
             if self.see_through:
                 stack.enter_context(pools_first(module))
-                stack.enter_context(straight_through())
+                stack.enter_context(straight_through(self._sharpness(share)))
             yield
 
 
