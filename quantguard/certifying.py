@@ -140,7 +140,7 @@ def input_of(threat: Threat, bits: int | None) -> InputSpec | None:
     What an attacker moves beyond it, at the edges of the range, changes nothing.
     """
     low, high = threat.bounds[0] + threat.eps, threat.bounds[1] - threat.eps
-    if bits is None or not low < high:
+    if not bits or not low < high:
         return None
     mean, std = tuple(threat.mean or (0.0,)), tuple(threat.std or (1.0,))
     channels = max(len(mean), len(std))

@@ -42,8 +42,8 @@ class InputStaircase(nn.Module):
         self.register_buffer("low", low.float().reshape(-1, 1, 1) if rows else low.float())
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return x quantized, in x's shape; itself under ``bypass``."""
-        if self.staircase.bypassed:
+        """Return x quantized, in x's shape; itself under ``bypass``, and while calibrating."""
+        if self.staircase.in_float:
             return x
         return self.staircase(x) + self.low  # type: ignore[no-any-return]
 
