@@ -9,11 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 from torch import Tensor, nn
 
 import quantguard as qg
 from quantguard import rewrite
 from quantguard.activation import staircases
+from quantguard.cli import main
 from quantguard.conversion import with_entrance
 from quantguard.entrance import NAME, InputStaircase
 from quantguard.errors import ConversionError, SpecError
@@ -147,3 +149,15 @@ def test_half_a_range_is_refused(options: Any) -> None:
         qg.convert(sequential(), 2, **options)
     with pytest.raises(SpecError, match="input_"):
         qg.inspect(sequential(), 2, **options)
+
+
+def test_on_the_command_line(tmp_path: Path) -> None:
+    torch.save(sequential(), tmp_path / "float.pt")
+    out = tmp_path / "made.qg"
+    runner = CliRunner()
+    told = runner.invoke(main, ["convert", str(tmp_path / "float.pt"), "-o", str(out),
+                                "--input-bits", "8", "--input-range", "0.1,0.9"])
+    assert told.exit_code == 0 and "the input becomes 8-bit, from 0.1 to 0.9" in told.output
+    assert ENTRANCE in staircases(qg.load(out))
+    told = runner.invoke(main, ["inspect", str(tmp_path / "float.pt"), "--input-bits", "8"])
+    assert told.exit_code != 0 and "input_range" in told.output
