@@ -197,7 +197,8 @@ class Walk:
                 least = clean - drop
             holds = clean >= least
             self.stages.append(Stage(_name(bits), bits, epochs, history, holds))
-            self._say(f"{_name(bits)}: held-out clean {clean:.1%}, attacked "
+            kind = "certified" if self.recipe.certifies else "attacked"
+            self._say(f"{_name(bits)}: held-out clean {clean:.1%}, {kind} "
                       f"{history.kept.probe or 0:.1%}: {'holds' if holds else 'too low'} "
                       f"(at least {least:.1%})")
             if not holds:
@@ -248,6 +249,8 @@ class Walk:
         dynamic = None if bits == FLOAT_BITS else self.dynamic
         if self.recipe.certifies:
             check(self.threat, self.train)
+        if self.recipe.init == "interval":
+            self._say("weights are drawn anew, as suits intervals; init=keep keeps them")
         result = prepare(model, self.loader, bits, dynamic, self.recipe, self.threat, self.seed)
         where = self.device or world().device
         if where is not None:
