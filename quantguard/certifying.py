@@ -19,7 +19,8 @@ from torch.nn.modules.conv import _ConvNd
 from .attacks import PixelModel
 from .bounds.flat import Flat
 from .errors import DataError, SpecError
-from .intervals import Interval, around, graph_of, propagate, worst_case
+from .interval_rules import Interval
+from .intervals import around, graph_of, propagate, worst_case
 from .probing import PixelBatches, Probed
 from .recipes import Recipe
 from .running import evaluating, frozen

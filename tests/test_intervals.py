@@ -20,7 +20,8 @@ from quantguard.attacks import PixelModel
 from quantguard.certifying import CertifiedObjective, begin_afresh, input_of, schedule
 from quantguard.errors import ConversionError, Interrupted, SpecError
 from quantguard.hardening import Hardened, hardened
-from quantguard.intervals import Interval, between, graph_of, propagate, worst_case
+from quantguard.interval_rules import Interval, between
+from quantguard.intervals import graph_of, propagate, worst_case
 from quantguard.recipes import Recipe
 from quantguard.running import evaluating
 from quantguard.training import Trainer
