@@ -264,6 +264,11 @@ class QuantActivation(nn.Module):
         """Return whether it is switched off just now: nothing needs to call it."""
         return self._state.action == "bypass"
 
+    @property
+    def in_float(self) -> bool:
+        """Return whether the float activation's value is what it gives just now."""
+        return self._state.action in ("bypass", "observe")
+
     def extra_repr(self) -> str:
         kind = "dynamic" if self.spec.dynamic else "fixed"
         name = type(self.function).__name__

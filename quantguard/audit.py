@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from .activation import QuantActivation, bypass, staircases
 from .discovery import NOT_REACHED
+from .entrance import is_input
 from .kinds import ALWAYS_KEPT, kind_of
 from .plan import Plan
 from .running import copied, evaluating, run, seeded, tensors_in
@@ -107,6 +108,8 @@ def audit(original: nn.Module, converted: nn.Module, plan: Plan, inputs: Any) ->
         watch = Watch(converted)
         handles = []
         for name, module in staircases(converted).items():
+            if is_input(name):
+                continue  # no site
             handles.append(module.register_forward_hook(lambda *_, name=name: ran.append(name)))
             handles.append(module.register_forward_pre_hook(watch.quantized))
         try:

@@ -32,7 +32,7 @@ from .models import build_arch, is_our_file, load_model
 from .pickles import read_pickle
 from .plan import Plan
 from .sites import find_sites
-from .spec import QuantSpec
+from .spec import InputSpec, QuantSpec
 
 FORMAT = 1
 # Factories that a manifest may name: others are code of somebody else's choosing.
@@ -63,6 +63,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, arch: str | None = N
         "arch": arch, "training": model.training, "aliases": aliases,
         "sites": _sites(done.plan) if done else None,
         "unread": dict(done.plan.unread) if done else {},
+        "input": asdict(done.plan.input) if done and done.plan.input else None,
         "audit": asdict(done.audit) if done and done.audit else None}
     files = {"weights.safetensors": _safetensors(tensors)}
     if arch is None or not arch.startswith(_SAFE_ARCHES):
@@ -207,7 +208,8 @@ def _plan(manifest: dict[str, Any], model: nn.Module, where: str) -> Plan | None
         different = sorted(names ^ set(told))
         raise LoadError(f"{where} was made from another model than this {type(model).__name__}",
                         why=f"Activation sites differ: {', '.join(different[:5])}.")
-    return replace(found, sites=tuple(
+    entry = manifest.get("input")  # files of the first versions know of none
+    return replace(found, input=None if entry is None else InputSpec(**entry), sites=tuple(
         replace(site, reason=told[site.name]["reason"],
                 spec=QuantSpec(**told[site.name]["spec"]) if told[site.name]["spec"] else None)
         for site in found.sites))

@@ -97,6 +97,10 @@ _CONVERSION = _options(
                                                "given several times."),
     click.option("--gates", is_flag=True, help="Convert sigmoids that multiply something, too."),
     click.option("--per-channel", is_flag=True, help="Thresholds per channel."),
+    click.option("--input-bits", type=click.IntRange(1, 8),
+                 help="A staircase on the input, too; needs --input-range."),
+    click.option("--input-range", type=_Numbers(), metavar="LOW,HIGH",
+                 help="Its ends, in what MODEL eats: two numbers, or two for each channel."),
     click.option("--input-shape", type=_Shape(), help="Of one image, for the audit: 3,224,224."))
 _LOADING = _options(
     click.option("--batch-size", type=click.IntRange(1), default=128, show_default=True),
@@ -123,7 +127,8 @@ _EVALUATION = _options(
     click.option("--json", "json_file", type=click.Path(dir_okay=False), help="Write JSON."),
     click.option("--strict", is_flag=True, help="Exit with 1 unless the verdict is resolved."))
 _TRAINING = _options(
-    click.option("--recipe", default="pgd", show_default=True, help="pgd, trades, nfgsm or clean."),
+    click.option("--recipe", default="pgd", show_default=True,
+                 help="pgd, trades, nfgsm, clean, or ibp (trains for a certificate)."),
     click.option("--set", "settings", multiple=True, metavar="KEY=VALUE",
                  help="A field of the recipe: lr=1e-3; may be given several times."),
     click.option("--epochs", type=click.IntRange(1), default=3, show_default=True),
@@ -222,6 +227,13 @@ def _bits(given: tuple[tuple[str, int], ...]) -> dict[str, int]:
     return {"*": 2} | dict(given)
 
 
+def _pairs(numbers: Any) -> list[tuple[float, ...]] | None:
+    """Return LOW,HIGH,LOW,HIGH,... as pairs."""
+    if numbers is None:
+        return None
+    return [tuple(numbers[i : i + 2]) for i in range(0, len(numbers), 2)]
+
+
 def _recipe(name: str, settings: tuple[str, ...]) -> Any:
     from .recipes import recipe_of
     pairs = {}
@@ -240,6 +252,7 @@ def _recipe(name: str, settings: tuple[str, ...]) -> Any:
 @click.option("--json", "json_file", type=click.Path(dir_okay=False), help="Write JSON.")
 def inspect(model: str, arch: str | None, trust: bool, bits: tuple[tuple[str, int], ...],
             dynamic: bool, keep: tuple[str, ...], gates: bool, per_channel: bool,
+            input_bits: int | None, input_range: Any,
             input_shape: tuple[int, ...] | None, json_file: str | None) -> None:
     """Show every activation of MODEL, converted or kept and why, without converting."""
     import json
@@ -248,7 +261,8 @@ def inspect(model: str, arch: str | None, trust: bool, bits: tuple[tuple[str, in
     from .files import write_text
     _writable(json_file)
     plan = plan_of(_open(model, arch, trust), _bits(bits), dynamic, example=_example(input_shape),
-                   per_channel=per_channel, keep=keep, gates=gates)
+                   per_channel=per_channel, keep=keep, gates=gates, input_bits=input_bits,
+                   input_range=_pairs(input_range))
     click.echo(str(plan))
     if json_file:
         write_text(json_file, json.dumps(plan.to_dict(), indent=1))
@@ -265,7 +279,7 @@ def inspect(model: str, arch: str | None, trust: bool, bits: tuple[tuple[str, in
 @click.option("--quiet", is_flag=True, help="No table.")
 def convert(model: str, arch: str | None, trust: bool, output: str | None, force: bool,
             bits: tuple[tuple[str, int], ...], dynamic: bool, keep: tuple[str, ...], gates: bool,
-            per_channel: bool,
+            per_channel: bool, input_bits: int | None, input_range: Any,
             input_shape: tuple[int, ...] | None, data: str | None, batch_size: int,
             size: int | None, mean: Any, std: Any, quiet: bool) -> None:
     """Swap every activation of MODEL for a low-bit staircase; needs no data."""
@@ -276,7 +290,7 @@ def convert(model: str, arch: str | None, trust: bool, output: str | None, force
     loader = _loader(data, "train", batch_size, size, mean, std) if data else None
     converted = carry_out(_open(model, arch, trust), _bits(bits), dynamic, data=loader,
                           example=_example(input_shape), per_channel=per_channel, keep=keep,
-                          gates=gates)
+                          gates=gates, input_bits=input_bits, input_range=_pairs(input_range))
     save(converted, target, arch=_arch_of(model, arch))
     done = conversion_of(converted)
     if done is not None:

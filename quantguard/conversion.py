@@ -16,14 +16,16 @@ from .audit import Audit, audit
 from .batches import require_reiterable, unpack
 from .calibrate import calibrate
 from .calls import Identity
-from .errors import ConversionError, DataError, QuantguardError
+from .entrance import is_input
+from .errors import ConversionError, DataError, QuantguardError, SpecError
 from .example import find_example
 from .interception import Hook
 from .kinds import function_of
 from .plan import Bits, Plan, Site, assign, join
-from .rewrite import Rewritten, fused_paths, rewrite, undo
+from .rewrite import Rewritten, add_entrance, fused_paths, rewrite, undo
 from .running import device_of, duplicate, seeded, stand_in, tensors_in, to_device
 from .sites import check_convertible, find_sites
+from .spec import FLOAT_BITS, InputSpec
 from .tracing import separate_aliases
 
 
@@ -57,7 +59,8 @@ class Conversion:
 
 def convert(model: nn.Module, bits: Bits = 2, dynamic: bool = False, *,
             data: Iterable[Any] | None = None, example: Any = None, per_channel: bool = False,
-            keep: Iterable[str | type[nn.Module]] = (), gates: bool = False) -> nn.Module:
+            keep: Iterable[str | type[nn.Module]] = (), gates: bool = False,
+            input_bits: int | None = None, input_range: Any = None) -> nn.Module:
     """Return a copy of model whose activations are low-bit staircases.
 
     Args:
@@ -73,6 +76,9 @@ def convert(model: nn.Module, bits: Bits = 2, dynamic: bool = False, *,
         per_channel: thresholds per channel.
         keep: names, patterns, kinds or classes of what stays float.
         gates: convert sigmoids that multiply something, too.
+        input_bits: bits of a staircase on the input, too; None: none.
+        input_range: its lowest and highest level, in what the model eats: a pair, or a pair for
+            each channel.
 
     Returns:
         The converted model, an instance of model's class, in model's modes, with a
@@ -90,6 +96,7 @@ def convert(model: nn.Module, bits: Bits = 2, dynamic: bool = False, *,
     """
     original = unwrap(model)
     check_convertible(original)
+    entry = input_spec(input_bits, input_range)
     batches: list[Any] | None = None
     if data is not None:
         require_reiterable(data, "data")
@@ -105,14 +112,14 @@ def convert(model: nn.Module, bits: Bits = 2, dynamic: bool = False, *,
     if example is None and batches:
         example = batches[0]
     converted, plan, found = _converted(original, batches, example, bits, dynamic, per_channel,
-                                        keep, gates)
+                                        keep, gates, entry)
     converted.__dict__["quantguard"] = Conversion(plan, found)
     return converted
 
 
 def _converted(model: nn.Module, batches: list[Any] | None, example: Any, bits: Bits,
                dynamic: bool, per_channel: bool, keep: Iterable[str | type[nn.Module]],
-               gates: bool) -> tuple[nn.Module, Plan, Audit | None]:
+               gates: bool, entry: InputSpec | None) -> tuple[nn.Module, Plan, Audit | None]:
     """Convert by graphs; where the audit shows that they are not what the model computes, by runs.
 
     Raises:
@@ -122,7 +129,7 @@ def _converted(model: nn.Module, batches: list[Any] | None, example: Any, bits: 
     for graphs in (True, False):
         try:
             plan = make_plan(model, bits, dynamic, example=example, per_channel=per_channel,
-                             keep=keep, gates=gates, graphs=graphs)
+                             keep=keep, gates=gates, graphs=graphs, entry=entry)
         except QuantguardError as error:
             if best is not None:
                 return best  # what was asked for has no name without graphs
@@ -159,7 +166,8 @@ def _converted(model: nn.Module, batches: list[Any] | None, example: Any, bits: 
 
 def make_plan(model: nn.Module, bits: Bits = 2, dynamic: bool = False, *, example: Any = None,
               per_channel: bool = False, keep: Iterable[str | type[nn.Module]] = (),
-              gates: bool = False, graphs: bool = True) -> Plan:
+              gates: bool = False, graphs: bool = True,
+              entry: InputSpec | None = None) -> Plan:
     """Return the plan that :func:`convert` carries out.
 
     Raises:
@@ -168,8 +176,8 @@ def make_plan(model: nn.Module, bits: Bits = 2, dynamic: bool = False, *, exampl
     """
     check_convertible(model)
     found = find_sites(model, example, graphs=graphs)
-    plan = assign(found, model, bits, dynamic, per_channel, keep, gates)
-    if not plan.converted:
+    plan = replace(assign(found, model, bits, dynamic, per_channel, keep, gates), input=entry)
+    if not plan.converted and entry is None:
         why = "None of its modules calls an activation that quantguard knows."
         if plan.sites:
             why = "Every one is kept: " + "; ".join(
@@ -180,7 +188,8 @@ def make_plan(model: nn.Module, bits: Bits = 2, dynamic: bool = False, *, exampl
 
 def inspect(model: nn.Module, bits: Bits = 2, dynamic: bool = False, *,
             data: Iterable[Any] | None = None, example: Any = None, per_channel: bool = False,
-            keep: Iterable[str | type[nn.Module]] = (), gates: bool = False) -> Plan:
+            keep: Iterable[str | type[nn.Module]] = (), gates: bool = False,
+            input_bits: int | None = None, input_range: Any = None) -> Plan:
     """Return every activation site of model, converted or kept and why; nothing is changed.
 
     Takes the options of :func:`convert`. Of a converted model, returns the plan it was made by.
@@ -194,7 +203,45 @@ def inspect(model: nn.Module, bits: Bits = 2, dynamic: bool = False, *,
     if done is not None:
         return done.plan
     return make_plan(unwrap(model), bits, dynamic, example=example, per_channel=per_channel,
-                     keep=keep, gates=gates)
+                     keep=keep, gates=gates, entry=input_spec(input_bits, input_range))
+
+
+def input_spec(bits: int | None, ends: Any) -> InputSpec | None:
+    """Return the staircase on the input that ``input_bits`` and ``input_range`` ask for.
+
+    Raises:
+        SpecError: one without the other, or no range.
+    """
+    if (bits is None) != (ends is None):
+        raise SpecError("input_bits and input_range go together",
+                        fix="input_range is (lowest, highest) of what the model eats.")
+    if bits is None:
+        return None
+    try:
+        pairs = [ends] if isinstance(ends[0], (int, float)) else list(ends)
+        low, high = zip(*((a, b) for a, b in pairs), strict=True)
+    except (TypeError, ValueError, IndexError, KeyError):
+        raise SpecError(f"input_range={ends!r} is no pair",
+                        fix="Give (low, high), or one such pair per channel.") from None
+    return InputSpec(bits, low, high)
+
+
+def with_entrance(model: nn.Module, spec: InputSpec) -> nn.Module:
+    """Return a copy of model, converted or not, with a staircase on its input.
+
+    Raises:
+        ConversionError: it has one already.
+    """
+    model = unwrap(model)
+    if any(map(is_input, staircases(model))):
+        raise ConversionError("the model has a staircase on its input already")
+    done = conversion_of(model)
+    if done is None:
+        done = Conversion(make_plan(model, FLOAT_BITS, entry=spec))
+    twin = duplicate(model)
+    add_entrance(twin, spec)
+    twin.__dict__["quantguard"] = replace(done, plan=replace(done.plan, input=spec, example=None))
+    return twin
 
 
 def conversion_of(model: nn.Module) -> Conversion | None:
@@ -230,6 +277,8 @@ def carry_out(model: nn.Module, plan: Plan) -> nn.Module:
     for module in list(twin.modules()):
         if fused_paths(module) and staircases(module) and not isinstance(module, Rewritten):
             rewrite(module, type(module), ())
+    if plan.input is not None:
+        add_entrance(twin, plan.input)
     return twin
 
 
@@ -299,7 +348,7 @@ def restore(model: nn.Module) -> nn.Module:
         raise ConversionError(f"{type(model).__name__} is not converted: it holds no staircase")
     twin = duplicate(model)
     done = twin.__dict__.pop("quantguard", None)
-    added = undo(twin)
+    added = undo(twin)  # the input's staircase is gone
     functions = {site.name: site for site in done.plan.converted if site.form == "attribute"} \
         if done is not None else {}
     for path, module in staircases(twin).items():

@@ -101,6 +101,9 @@ class Objective:
                  teacher: Callable[[Tensor], Tensor] | None = None) -> None:
         self.model, self.threat, self.recipe, self.teacher = model, threat, recipe, teacher
 
+    def at(self, progress: float) -> None:
+        """Do nothing: the loss is the same from the first step to the last."""
+
     def __call__(self, x: Tensor, pixels: Tensor, labels: Tensor) -> Tensor:
         """Return the mean loss over images.
 

@@ -13,6 +13,8 @@ _WRECKED = 0.6
 # Catastrophic overfitting (Wong, Rice, Kolter 2020, arXiv:2001.03994): the training attack alone no
 # longer works. It leaves so much more than the probe does, which keeps less than this share of it.
 _FOOLED, _SHARE = 0.15, 0.6
+# Certified accuracy that falls below this share of the best so far does not come back by itself.
+_COLLAPSED, _WORTH = 0.5, 0.2
 
 
 @dataclass(frozen=True)
@@ -73,3 +75,15 @@ def remedy(recipe: Recipe, start: float | None, clean: float | None, attacked: f
         if first and recipe.lr is None:
             return Remedy(f"{reason} in the first epoch", recipe, 0.2, restart=True)
     return None
+
+
+def collapsed(recipe: Recipe, best: float, certified: float | None) -> Remedy | None:
+    """Return what to do where certified training has lost most of what it could certify.
+
+    Args:
+        best: the largest share of held-out images that an earlier epoch certified.
+        certified: that of this epoch; None: no held-out slice.
+    """
+    if certified is None or best < _WORTH or certified >= _COLLAPSED * best:
+        return None
+    return Remedy(f"certified accuracy fell from {best:.1%} to {certified:.1%}", recipe, 0.5)

@@ -20,7 +20,9 @@ from .activation import bypass, staircases
 from .attacks import logits_of
 from .batches import unpack
 from .batching import hold_out
-from .conversion import convert, restore, unwrap
+from .certifying import begin_afresh, check, input_of
+from .conversion import convert, restore, unwrap, with_entrance
+from .entrance import is_input
 from .errors import SpecError
 from .files import write_text
 from .recipes import Recipe, recipe_of, stages
@@ -88,8 +90,13 @@ def harden(model: nn.Module, loader: Iterable[Any], threat: Threat = Threat(), *
         threat: the attacker to train against, in pixel units; mean and std where the loader
             normalises.
         bits: 1 to 8, or 32 for a float control; None: as converted already, else 2.
-        dynamic: learned thresholds; None: as converted already, else True.
-        recipe: ``pgd``, ``trades``, ``nfgsm``, ``clean``, or a :class:`quantguard.Recipe`.
+        dynamic: learned thresholds; None: as converted already, else True, and False where the
+            recipe is ``ibp``, which leaves thresholds where they are in any case: those that
+            intervals train merge.
+        recipe: ``pgd``, ``trades``, ``nfgsm``, ``clean``, ``ibp``, or a
+            :class:`quantguard.Recipe`. ``ibp`` trains for a certificate: it starts afresh, puts an
+            8-bit staircase on the input (unless ``Recipe("ibp", init="keep", input_bits=0)``), and
+            keeps the epoch that certifies most held-out images.
         epochs: passes over the loader, in all stages together.
         train: ``all``, or ``thresholds`` for thresholds and steps only.
         val: batches for the probe instead of a held-out slice; never the test set.
@@ -190,9 +197,10 @@ class Walk:
                 least = clean - drop
             holds = clean >= least
             self.stages.append(Stage(_name(bits), bits, epochs, history, holds))
-            attacked = f", attacked {history.kept.probe:.1%}" \
-                if self.recipe.attacks and history.kept.probe is not None else ""
-            self._say(f"{_name(bits)}: held-out clean {clean:.1%}{attacked}: "
+            kind = "certified" if self.recipe.certifies else "attacked"
+            probed = f", {kind} {history.kept.probe:.1%}" if history.kept.probe is not None and \
+                (self.recipe.attacks or self.recipe.certifies) else ""
+            self._say(f"{_name(bits)}: held-out clean {clean:.1%}{probed}: "
                       f"{'holds' if holds else 'too low'} (at least {least:.1%})")
             if not holds:
                 kept = self._one_site_more(kept, model, bits, epochs, least)
@@ -214,10 +222,11 @@ class Walk:
         Returns:
             The new model where it holds, else kept.
         """
-        before = {name: m.spec.bits for name, m in staircases(kept).items()}
+        before = {name: m.spec.bits for name, m in staircases(kept).items() if not is_input(name)}
         val = hold_out(self.loader, self.val, self.recipe.batch_size, self.seed).val
         found = costs(failed, val or self.loader, self.threat, self.seed)
-        site = max(found, key=lambda name: found[name][1])  # by attacked accuracy
+        site = max((name for name in found if not is_input(name)),
+                   key=lambda name: found[name][1])  # by attacked accuracy
         clean = self.stages[-1].history.kept.clean or 0.0
         if not before or len(before) < 2 or 2 * found[site][0] < least - clean:
             self._say("no single site is what hurts")
@@ -239,7 +248,11 @@ class Walk:
             model = restore(model)
         before = device_of(model)
         dynamic = None if bits == FLOAT_BITS else self.dynamic
-        result = prepare(model, self.loader, bits, dynamic, self.recipe)
+        if self.recipe.certifies:
+            check(self.threat, self.train)
+        if self.recipe.init == "interval":
+            self._say("weights are drawn anew, as suits intervals; init=keep keeps them")
+        result = prepare(model, self.loader, bits, dynamic, self.recipe, self.threat, self.seed)
         where = self.device or world().device
         if where is not None:
             result.to(usable_device(where))
@@ -268,13 +281,28 @@ def _name(bits: int) -> str:
 
 
 def prepare(model: nn.Module, loader: Iterable[Any], bits: int | dict[str, int] | None,
-            dynamic: bool | None, recipe: Recipe) -> nn.Module:
+            dynamic: bool | None, recipe: Recipe, threat: Threat, seed: int) -> nn.Module:
     """Return the copy that is trained: converted as asked, or as it is converted already.
+
+    Weights that are drawn anew, and a staircase on the input, come before and after that.
 
     Raises:
         SpecError: bits or dynamic contradict the model's conversion.
     """
-    done = {(m.spec.bits, m.spec.dynamic) for m in staircases(model).values()}
+    if recipe.init == "interval":
+        model = copy.deepcopy(model)
+        begin_afresh(model, seed)
+    entry = None
+    if recipe.input_bits and not any(map(is_input, staircases(model))):
+        entry = input_of(threat, recipe.input_bits)
+    result = _prepared(model, loader, bits, dynamic, recipe)
+    return result if entry is None else with_entrance(result, entry)
+
+
+def _prepared(model: nn.Module, loader: Iterable[Any], bits: int | dict[str, int] | None,
+              dynamic: bool | None, recipe: Recipe) -> nn.Module:
+    done = {(m.spec.bits, m.spec.dynamic) for name, m in staircases(model).items()
+            if not is_input(name)}
     if done:
         for name, asked, have in (("bits", bits, {b for b, _ in done}),
                                   ("dynamic", dynamic, {d for _, d in done})):
@@ -287,13 +315,18 @@ def prepare(model: nn.Module, loader: Iterable[Any], bits: int | dict[str, int] 
     if bits == FLOAT_BITS:
         return copy.deepcopy(model)
     table = bits if isinstance(bits, dict) else {"*": 2 if bits is None else bits}
-    specs = {site: QuantSpec(b, True if dynamic is None else dynamic) for site, b in table.items()}
+    learned = not recipe.certifies if dynamic is None else dynamic
+    specs = {site: QuantSpec(b, learned) for site, b in table.items()}
     wanted = recipe.range_factor or 1.0
+    afresh = recipe.init == "interval"
+    if afresh:
+        model = copy.deepcopy(model)
+        reestimate(model, loader)
     # Finer steps make a small net sturdier and may leave a deep one with nothing to start from.
     for factor in dict.fromkeys((wanted, (1 + wanted) / 2, 1.0)):
         converted = convert(model, {site: replace(spec, range_factor=factor)
                                     for site, spec in specs.items()}, data=loader)
-        if factor == 1.0 or agreement(converted, loader) >= 0.5:
+        if afresh or factor == 1.0 or agreement(converted, loader) >= 0.5:
             break
     return converted
 

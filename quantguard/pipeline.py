@@ -170,10 +170,12 @@ def ablate(model: nn.Module, train_loader: Iterable[Any], test_loader: Iterable[
         raise SpecError("ablate compares float with quantized, and bits=32 is float",
                         fix="Use bits=1 to 8.")
     chosen = recipe_of(recipe)
+    if dynamic is None and chosen.certifies:
+        dynamic = False
     where = None if run_dir is None else Path(run_dir)
     rows: dict[str, nn.Module] = {"float": model}
     training: dict[str, Any] = {}
-    converted = prepare(model, train_loader, bits, dynamic, Recipe("clean"))
+    converted = prepare(model, train_loader, bits, dynamic, Recipe("clean"), threat, seed)
     spec = next(iter(staircases(converted).values())).spec
     name = f"{spec.bits}-bit {'dynamic' if spec.dynamic else 'fixed'}"
     plans: tuple[tuple[str, int | None, str], ...] = (

@@ -13,7 +13,7 @@ from torch import nn
 
 from .calls import Identity
 from .errors import SpecError
-from .spec import FLOAT_BITS, QuantSpec
+from .spec import FLOAT_BITS, InputSpec, QuantSpec
 
 
 @dataclass(frozen=True)
@@ -77,6 +77,8 @@ class Plan:
     """Modules whose forward torch.fx could not trace, and why."""
     example: Any = field(default=None, repr=False, compare=False)
     """The input that was run to find those modules' calls, if one was."""
+    input: InputSpec | None = None
+    """The staircase on the input, if it gets one."""
 
     @property
     def converted(self) -> tuple[Site, ...]:
@@ -111,6 +113,10 @@ class Plan:
                  for row in rows]
         lines.append(f"{len(self.converted)} of {len(self.sites)} activation sites to convert"
                      + (f"; kept: {self.kept_by_reason()}" if self.kept else ""))
+        if self.input is not None:
+            lows, highs = ("/".join(f"{v:.4g}" for v in values)
+                           for values in (self.input.low, self.input.high))
+            lines.append(f"the input becomes {self.input.bits}-bit, from {lows} to {highs}")
         for name, why in self.unread.items():
             lines.append(f"not traceable, {name or 'the model itself'}: {why}")
         return "\n".join(lines)

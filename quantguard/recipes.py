@@ -11,8 +11,11 @@ from .errors import SpecError
 from .spec import FLOAT_BITS
 
 # Fields that are numbers of something, and those that are several numbers.
-_INTEGERS, _LISTS, _WORDS = ("steps", "batch_size"), ("sharpness", "walk"), ("precision",)
-PRECISIONS = ("auto", "float32", "bfloat16")
+_INTEGERS, _LISTS = ("steps", "batch_size", "input_bits"), ("sharpness", "walk", "growth")
+_WORDS = ("precision", "init")
+PRECISIONS, INITS = ("auto", "float32", "bfloat16"), ("keep", "interval")
+# What makes no sense where no image is attacked and no clean one is seen.
+_NOT_CERTIFIED = ("steps", "stability", "mix", "beta", "awp", "distill")
 
 _DEFAULTS: dict[str, dict[str, Any]] = {
     # Plain fine-tuning, without an attack.
@@ -30,7 +33,13 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     # no robust ones.
     "nfgsm": {"steps": 1, "rel_step": 1.0, "noise": 1.0, "sharpness": None, "stability": 0.0,
               "range_factor": 1.0, "beta": 0.0, "walk": ()},
+    # Certified training by intervals (Gowal et al. 2018, arXiv:1810.12715): worst-case logits
+    # alone. What each setting gave on Fashion-MNIST is in benchmarks/certify.py.
+    "ibp": {"steps": 0, "rel_step": 0.0, "noise": 0.0, "sharpness": None, "stability": 0.0,
+            "range_factor": 0.75, "beta": 0.0, "walk": (), "weight_decay": 0.0, "ema": 0.0,
+            "init": "interval", "input_bits": 8},
 }
+_COMMON: dict[str, Any] = {"weight_decay": 5e-4, "ema": 0.995, "init": "keep"}
 
 
 @dataclass(frozen=True)
@@ -38,9 +47,10 @@ class Recipe:
     """Describe one way of fine-tuning; each name has its own defaults, None means those.
 
     Args:
-        name: ``clean``, ``pgd``, ``trades`` or ``nfgsm``.
+        name: ``clean``, ``pgd``, ``trades``, ``nfgsm``, or ``ibp``: certified training.
         lr: peak learning rate of AdamW under a one-cycle schedule; None: from the scale of the
-            model's own gradients, so that a large pretrained net is not wrecked.
+            model's own gradients, so that a large pretrained net is not wrecked (``ibp``: 2e-2,
+            falling linearly from 40 % of the steps on).
         threshold_lr: the same for thresholds and steps, relative to the gaps.
         weight_decay: of weights; none on thresholds, biases and norms.
         batch_size: None: the loader's own.
@@ -65,6 +75,13 @@ class Recipe:
             float. They share half of the epochs.
         precision: of the inner attack: ``float32``, ``bfloat16``, or ``auto``: bfloat16 where the
             machine multiplies it faster. What is trained is float32.
+        init: ``interval``: harden draws weights anew, as suits intervals, and places thresholds
+            for them: what the model has learned before is lost. The default of ``ibp``: trained
+            weights make intervals that are so wide that it learns more from nothing. ``keep``:
+            the weights stay as they come.
+        growth: ``ibp``: the shares of all steps between which eps grows from 0 to the threat's.
+        input_bits: bits of a staircase on the input, over what is left of the pixel range where
+            eps is cut off at both ends; 0: none. An input staircase that is there stays.
 
     Raises:
         SpecError: an unknown name, or a value out of its range.
@@ -77,14 +94,14 @@ class Recipe:
     name: str = "pgd"
     lr: float | None = None
     threshold_lr: float = 2e-3
-    weight_decay: float = 5e-4
+    weight_decay: float | None = None
     batch_size: int | None = None
     steps: int | None = None
     rel_step: float | None = None
     noise: float | None = None
     sharpness: tuple[float, ...] | None = None
     stability: float | None = None
-    ema: float = 0.995
+    ema: float | None = None
     range_factor: float | None = None
     mix: float = 0.0
     beta: float | None = None
@@ -92,6 +109,9 @@ class Recipe:
     distill: float = 0.0
     walk: tuple[int, ...] | None = None
     precision: str = "auto"
+    init: str | None = None
+    growth: tuple[float, float] = (0.05, 0.5)
+    input_bits: int | None = None
 
     def __post_init__(self) -> None:
         if self.name not in _DEFAULTS:
@@ -99,7 +119,7 @@ class Recipe:
             raise SpecError(f"recipe {self.name!r} is unknown",
                             fix=f"Use one of {', '.join(_DEFAULTS)}"
                             + (f"; did you mean {near[0]!r}?" if near else "."))
-        for name, value in _DEFAULTS[self.name].items():
+        for name, value in (_COMMON | _DEFAULTS[self.name]).items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
         if self.sharpness is not None:
@@ -122,7 +142,7 @@ class Recipe:
             if not getattr(self, name) >= 0:
                 raise SpecError(f"recipe {self.name}: {name}={getattr(self, name)!r} must not be "
                                 "negative")
-        if not 0 <= self.ema < 1:
+        if self.ema is None or not 0 <= self.ema < 1:
             raise SpecError(f"recipe {self.name}: ema={self.ema!r} must be in [0, 1)")
         for name in ("mix", "distill"):
             if not 0 <= getattr(self, name) <= 1:
@@ -137,13 +157,38 @@ class Recipe:
                             fix=f"Use one of {', '.join(PRECISIONS)}.")
         if self.beta and not self.steps:
             raise SpecError(f"recipe {self.name}: beta={self.beta!r} needs an attack, and steps=0")
+        self._check_certified()
         if not all(0 < k < math.inf for k in self.sharpness or ()):
             raise SpecError(f"recipe {self.name}: sharpness={self.sharpness!r} must be positive")
+
+    def _check_certified(self) -> None:
+        if self.init not in INITS:
+            raise SpecError(f"recipe {self.name}: init={self.init!r} is unknown",
+                            fix=f"Use one of {', '.join(INITS)}.")
+        try:
+            first, last = (float(v) for v in self.growth)
+        except (TypeError, ValueError):
+            raise SpecError(f"recipe {self.name}: growth={self.growth!r} must be two numbers"
+                            ) from None
+        if not 0 <= first <= last <= 1:
+            raise SpecError(f"recipe {self.name}: growth={self.growth!r} must ascend from 0 to 1")
+        object.__setattr__(self, "growth", (first, last))
+        if self.input_bits is not None and not 0 <= self.input_bits <= 8:
+            raise SpecError(f"recipe {self.name}: input_bits={self.input_bits} must be 0 to 8")
+        wrong = [name for name in _NOT_CERTIFIED if getattr(self, name)] if self.certifies else []
+        if wrong:
+            raise SpecError(f"recipe ibp has no {', '.join(wrong)}",
+                            why="It trains on the worst case within intervals alone.")
 
     @property
     def attacks(self) -> bool:
         """Return whether images are attacked in training."""
         return bool(self.steps)
+
+    @property
+    def certifies(self) -> bool:
+        """Return whether the loss is that of worst-case logits within intervals."""
+        return self.name == "ibp"
 
     def to_dict(self) -> dict[str, Any]:
         """Return the settings as plain JSON types."""

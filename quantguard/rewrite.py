@@ -17,8 +17,11 @@ from torch import fx, nn
 
 from .activation import staircases
 from .calls import Identity, calls_in
+from .entrance import NAME, InputStaircase, through_entrance
 from .errors import ConversionError
 from .interception import Hook, added, intercepting
+from .running import device_of
+from .spec import InputSpec
 from .tracing import (
     Traced,
     Variant,
@@ -41,6 +44,7 @@ class Rewritten:
     _user_class: type[nn.Module]
     _names: Names
     _hooks: tuple[Hook, ...]
+    _entrance: bool
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         twin = object.__new__(type(self))
@@ -50,43 +54,60 @@ class Rewritten:
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The file names the user's class; its forward is traced again on loading: no code in it.
-        return _revive, (self._user_class, self._names, self._hooks), self.__dict__
+        made_of = (self._user_class, self._names, self._hooks, self._entrance)
+        return _revive, made_of, self.__dict__
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[misc]
-        rewrite(self, self._user_class, self._names, self._hooks)  # type: ignore[arg-type]
+        rewrite(self, self._user_class, self._names,  # type: ignore[arg-type]
+                self._hooks, self._entrance)
 
 
-def _revive(cls: type[nn.Module], names: Names, hooks: tuple[Hook, ...]) -> nn.Module:
-    body = {"_user_class": cls, "_names": names, "_hooks": hooks}
+def _revive(cls: type[nn.Module], names: Names, hooks: tuple[Hook, ...],
+            entrance: bool = False) -> nn.Module:
+    body = {"_user_class": cls, "_names": names, "_hooks": hooks, "_entrance": entrance}
     module: nn.Module = object.__new__(type(cls.__name__, (Rewritten, cls), body))
     return module
 
 
 def rewrite(module: nn.Module, cls: type[nn.Module], names: Names,
-            hooks: tuple[Hook, ...] = ()) -> None:
+            hooks: tuple[Hook, ...] = (), entrance: bool = False) -> None:
     """Give module a subclass of cls that calls staircases.
 
     Args:
         names: calls in a forward that torch.fx traces, and what is called instead.
         hooks: calls in one that it cannot trace. Neither: only the fused paths are closed.
+        entrance: whether its input goes through its child ``input_staircase`` first.
 
     Raises:
         ConversionError: a call that is no longer in the forward of cls.
     """
     body: dict[str, Any] = {
-        "_user_class": cls, "_names": names, "_hooks": hooks, "__module__": cls.__module__,
-        "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
+        "_user_class": cls, "_names": names, "_hooks": hooks, "_entrance": entrance,
+        "__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
     if names:
         body["forward"] = _generated(module, cls, names)
     elif hooks:
         body["forward"] = intercepting(cls, hooks)
-    extra = {attribute for _, attribute in names} | added(hooks)
+    if entrance:
+        body["forward"] = through_entrance(body.get("forward", cls.forward))
+    extra = {attribute for _, attribute in names} | added(hooks) | ({NAME} if entrance else set())
     if extra and issubclass(cls, (nn.Sequential, nn.ModuleList)):
         body |= _as_before(cls, extra)
     for name in fused_paths(module):
         body[name] = _closed(name)
     module.__class__ = type(cls.__name__, (Rewritten, cls), body)
+
+
+def add_entrance(model: nn.Module, spec: InputSpec) -> None:
+    """Put a staircase on the input of a model that has none, in place."""
+    child = InputStaircase(spec).to(device_of(model))
+    child.train(model.training)
+    model._modules[NAME] = child
+    if isinstance(model, Rewritten):
+        rewrite(model, model._user_class, model._names, model._hooks, True)
+    else:
+        rewrite(model, type(model), (), (), True)
 
 
 def _as_before(cls: type[nn.Module], extra: set[str]) -> dict[str, Any]:
@@ -221,6 +242,8 @@ def undo(model: nn.Module) -> set[str]:
     for path, module in list(model.named_modules()):
         if isinstance(module, Rewritten):
             names = {a for _, a in module._names} | added(module._hooks)
+            if module._entrance:
+                delattr(module, NAME)
             found |= {f"{path}.{name}" if path else name for name in names}
             object.__setattr__(module, "__class__", module._user_class)
     return found

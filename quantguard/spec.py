@@ -128,3 +128,32 @@ class Threat:
     def to_dict(self) -> dict[str, Any]:
         """Return the settings as plain JSON types."""
         return asdict(self)
+
+
+@dataclass(frozen=True)
+class InputSpec:
+    """Describe the staircase on a model's input.
+
+    Args:
+        bits: 1 to 8.
+        low, high: the lowest and the highest level, in what the model eats: one number, or one per
+            channel.
+
+    Raises:
+        SpecError: a value out of its range.
+    """
+
+    bits: int
+    low: Sequence[float]
+    high: Sequence[float]
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.bits, int) or not 1 <= self.bits <= 8:
+            raise SpecError(f"input_bits={self.bits!r} must be 1 to 8")
+        low, high = _numbers("input_range", self.low), _numbers("input_range", self.high)
+        if low is None or high is None or len(low) != len(high) or \
+                not all(a < b for a, b in zip(low, high, strict=True)):
+            raise SpecError(f"input_range from {self.low!r} to {self.high!r} must ascend",
+                            fix="Give (low, high), or one such pair per channel.")
+        object.__setattr__(self, "low", low)
+        object.__setattr__(self, "high", high)

@@ -17,9 +17,12 @@ from torch import Tensor, nn
 from .activation import QuantActivation, bypass, staircases
 from .attacks import PixelModel
 from .batching import Source, hold_out
+from .certifying import LR as CERTIFIED_LR
+from .certifying import CertifiedObjective, certified_probe, check, schedule
 from .crafting import Objective, climbs_in_bfloat16, craft, perturbed, random_start
+from .entrance import is_input
 from .errors import DataError, Interrupted, SpecError
-from .guards import RETRIES, Remedy, one_step, remedy
+from .guards import RETRIES, Remedy, collapsed, one_step, remedy
 from .keeping import RunDir
 from .optimizing import Average, merging, parameter_groups
 from .probing import (
@@ -48,7 +51,10 @@ _KEPT = ("best", "chosen", "best_score", "epoch", "number", "total_loss", "retri
 
 @dataclass(frozen=True)
 class Epoch:
-    """Hold what one epoch did: mean loss, and accuracies on the held-out slice (None: no slice)."""
+    """Hold what one epoch did: mean loss, and accuracies on the held-out slice (None: no slice).
+
+    ``probe`` is the attacked one, or what intervals certify where the recipe is ``ibp``.
+    """
 
     epoch: int
     loss: float | None
@@ -98,8 +104,9 @@ class Trainer:
         self.batches = PixelBatches(self.pixel_model, threat, unlabelled=recipe.distill > 0)
         self.low = climbs_in_bfloat16(recipe, self.batches.device) and \
             self.pixel_model.dtype != torch.float64  # who asks for digits gets them
-        self.objective = Objective(self.pixel_model, threat, recipe)
-        if recipe.distill:
+        make = CertifiedObjective if recipe.certifies else Objective
+        self.objective: Objective | CertifiedObjective = make(self.pixel_model, threat, recipe)
+        if isinstance(self.objective, Objective) and recipe.distill:
             self.objective.teacher = self._teacher()
         self.per_epoch = source.count()
         self.world = world()
@@ -187,6 +194,8 @@ class Trainer:
             return {}
         used = levels_used(self.pixel_model, self.source.val, self.batches)
         for name, module in staircases(self.model).items():
+            if is_input(name):
+                continue  # its bits cost nothing
             every = module.spec.thresholds + 1
             if used[name] < every:
                 self.bar.say(f"{name} takes {used[name]} of its {every} levels on the held-out "
@@ -205,28 +214,37 @@ class Trainer:
         if told:
             self._resume(told)
             return
-        self._prepare(self.recipe.lr or (
-            auto_lr(self.model, self.source, self.batches, self.loss, self.world)
-            if self.train == "all"
-            else LR_RANGE[1]))
+        self._prepare(self.recipe.lr or self._own_lr())
         self.parent_clean = parent_accuracy(self.pixel_model, self.source.val, self.batches)
         self._note(0, None, 0.0)
         self._keep()
         self.rng = torch.get_rng_state()
         self.started = True
 
+    def _own_lr(self) -> float:
+        if self.recipe.certifies:
+            return CERTIFIED_LR
+        if self.train != "all":
+            return LR_RANGE[1]
+        return auto_lr(self.model, self.source, self.batches, self.loss, self.world)
+
     def _prepare(self, lr: float) -> None:
         """Make optimizer, schedule and average for the epochs from ``cycle`` on."""
         groups = parameter_groups(self.model, self.recipe, lr, self.train)
         self.lr = lr
         self.parameters = [p for group in groups for p in group["params"]]
-        self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99))
+        certifies = self.recipe.certifies
+        self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999 if certifies else 0.99))
         # the last one is never taken
         steps = max((self.epochs - self.cycle) * self.per_epoch, 2) + 1
-        self.schedule = torch.optim.lr_scheduler.OneCycleLR(
-            self.optimizer, [group["lr"] for group in groups], total_steps=steps,
-            pct_start=max(0.2, 2 / steps))  # one step of warm-up at least
-        self.average = Average(self.model, self.recipe.ema)
+        self.schedule: torch.optim.lr_scheduler.LRScheduler
+        if certifies:
+            self.schedule = schedule(self.optimizer, steps)
+        else:
+            self.schedule = torch.optim.lr_scheduler.OneCycleLR(
+                self.optimizer, [group["lr"] for group in groups], total_steps=steps,
+                pct_start=max(0.2, 2 / steps))  # one step of warm-up at least
+        self.average = Average(self.model, self.recipe.ema or 0.0)
 
     def _train_epoch(self, interrupt: Callable[[], None], start: dict[str, Tensor]) -> None:
         begin = time.monotonic()
@@ -261,6 +279,8 @@ class Trainer:
     def _step(self, pixels: Tensor, labels: Tensor) -> float:
         """Take one step, and return the loss; where that is not finite, take none."""
         self.optimizer.zero_grad(set_to_none=True)
+        done = self.epoch * self.per_epoch + self.number
+        self.objective.at(done / max(self.epochs * self.per_epoch, 1))
         value = self._gradients(pixels, labels)
         if not math.isfinite(value):
             return value
@@ -317,9 +337,11 @@ class Trainer:
 
     def _note(self, epoch: int, loss: float | None, seconds: float) -> None:
         """Probe the model, and note the epoch."""
-        clean, robust, self.probed = self.world.agreed(tuple(probe(
-            self.pixel_model, self.source.val, self.batches, self.threat, self.recipe.attacks,
-            self.seed)))
+        found = certified_probe(self.objective, self.source.val, self.batches) \
+            if isinstance(self.objective, CertifiedObjective) else probe(
+                self.pixel_model, self.source.val, self.batches, self.threat, self.recipe.attacks,
+                self.seed)
+        clean, robust, self.probed = self.world.agreed(tuple(found))
         self.history.append(Epoch(epoch, loss, clean, robust, self.lr, seconds))
 
     def _keep(self) -> None:
@@ -340,6 +362,10 @@ class Trainer:
         if self.retries >= RETRIES or self.source.val is None:
             return None
         last, own = self.history[-1], None
+        found = collapsed(self.recipe, self.best_score, last.probe) if self.recipe.certifies \
+            else None
+        if found is not None:
+            return found
         if one_step(self.recipe):
             own = self.world.agreed(accuracy_under(self._crafted, self.pixel_model,
                                                    self.source.val, self.batches))
@@ -384,8 +410,9 @@ class Trainer:
         last = self.history[-1]
         if last.clean is None or last.probe is None:
             return ""
-        attacked = f", attacked {last.probe:.1%}" if self.recipe.attacks else ""
-        return f", held-out clean {last.clean:.1%}{attacked}"
+        kind = "certified" if self.recipe.certifies else "attacked"
+        probed = self.recipe.attacks or self.recipe.certifies
+        return f", held-out clean {last.clean:.1%}" + f", {kind} {last.probe:.1%}" * probed
 
     def _interrupted(self) -> Interrupted:
         self.bar.close()
@@ -453,6 +480,8 @@ def fit(model: nn.Module, loader: Iterable[Any], threat: Threat, recipe: Recipe,
         raise SpecError(f"train={train!r} is unknown", fix="Use all or thresholds.")
     if not isinstance(epochs, int) or epochs < 1:
         raise SpecError(f"epochs={epochs!r} must be an integer, 1 or more")
+    if recipe.certifies:
+        check(threat, train)
     source = hold_out(loader, val, recipe.batch_size, seed)
     flags = [(p, p.requires_grad) for p in model.parameters()]
     frozen_here = [] if train == "all" else [

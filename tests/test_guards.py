@@ -15,7 +15,7 @@ from quantguard import training
 from quantguard.activation import QuantActivation
 from quantguard.crafting import Objective
 from quantguard.errors import DataError
-from quantguard.guards import remedy
+from quantguard.guards import collapsed, remedy
 from quantguard.optimizing import merging
 from quantguard.recipes import Recipe
 from quantguard.spec import Threat
@@ -36,6 +36,17 @@ def test_what_is_wrong(clean: float, attacked: float, own: float | None, first: 
     assert (found is None) == (wrong is None)
     if found is not None and wrong is not None:
         assert wrong in found.reason
+
+
+@pytest.mark.parametrize(("best", "now", "wrong"), [
+    (0.7, 0.15, True), (0.7, 0.5, False), (0.1, 0.0, False), (0.7, None, False)])
+def test_a_certificate_that_is_lost_is_noticed(best: float, now: float | None,
+                                               wrong: bool) -> None:
+    found = collapsed(Recipe("ibp"), best, now)
+    assert (found is not None) == wrong
+    if found is not None:
+        assert "from 70.0% to 15.0%" in found.reason and not found.restart
+        assert (found.lr_factor, found.said) == (0.5, "lr times 0.5")
 
 
 def test_the_step_is_what_is_lowered_where_it_is_to_blame() -> None:

@@ -105,6 +105,15 @@ def activated(f: nn.Module, x: Box) -> Box:
     return curved(f, row(f), x)
 
 
+def turning(f: nn.Module) -> tuple[tuple[float, float], ...] | None:
+    """Return where an activation turns round, (place, value); None: no rule bounds it."""
+    kind = MODULE_KINDS.get(type(f), "")
+    row = _CURVES.get(kind)
+    if row is None or getattr(f, _POSITIVE.get(kind, ""), 1) <= 0:
+        return None
+    return row(f).turns
+
+
 def curved(f: Callable[[Tensor], Tensor], curve: Curve, x: Box) -> Box:
     """Return the bounds of f(x), where f is as curve says."""
     at_left, at_right = f(x.lower.clone()), f(x.upper.clone())
