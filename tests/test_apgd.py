@@ -387,7 +387,7 @@ def test_equal_logits_are_no_division_by_zero() -> None:
     ({"loss": "scaled"}, "ce, margin, dlr"), ({"steps": 0}, "at least 1"),
     ({"target": 1}, "margin, dlr"), ({"loss": "dlr", "target": -1}, "rank from 1"),
     ({"noise": 1.5}, "0 to 1"), ({"rho": 1.1}, "rho=1.1"), ({"rel_step": 0.0}, "positive"),
-    ({"norm": "l1"}, "linf or l2")])
+    ({"norm": "l1"}, "linf, l2")])
 def test_impossible_settings(options: dict[str, Any], message: str) -> None:
     with pytest.raises(SpecError, match=message):
         APGD(**options)
