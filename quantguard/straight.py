@@ -193,7 +193,13 @@ def straight_through(k: float | None = None) -> Iterator[_StraightThrough]:
 
 
 def has_foreign_steps(model: nn.Module, x: Tensor) -> bool:
-    """Return whether a model goes through steps that can be softened."""
+    """Return whether a model goes through steps that can be softened.
+
+    One that does not run with softened steps, since they are indices or the like, has none.
+    """
     with torch.enable_grad(), straight_through(8.0) as mode:
-        model(x.detach().requires_grad_())
+        try:
+            model(x.detach().requires_grad_())
+        except (RuntimeError, IndexError, ValueError, TypeError):
+            return False
     return mode.met

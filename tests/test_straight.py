@@ -196,3 +196,26 @@ def test_the_twin_sees_through_foreign_steps_and_judges_by_the_model(
         return int((model(found).argmax(1) != y).sum())
     straight, twin = broken(), broken(twin=(2, 32))
     assert twin >= straight and twin > 45
+
+
+class Indexing(nn.Module):
+    """Rounds to look up: what is softened is no index."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.last = nn.Parameter(torch.randn(2, 4)), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        which = x.mean(1).round()
+        if not torch.equal(which, which.long().float()):
+            raise IndexError("no such row")
+        return self.last(self.table[which.long()] * x)  # type: ignore[no-any-return]
+
+
+def test_a_model_that_does_not_run_softened_is_left_as_it_is() -> None:
+    torch.manual_seed(0)
+    wrapped, x = FoolboxModel(Indexing().eval()), torch.rand(6, 4)
+    y = wrapped.module(x).argmax(1)
+    found = PGD("ce", 5, twin=(2, 16)).run(wrapped, x, fb.criteria.Misclassification(y),
+                                           epsilon=0.1)
+    assert wrapped.module.foreign is False and found.shape == x.shape

@@ -264,7 +264,8 @@ class Climb(InNorm):
             stack.enter_context(self._surrogate(module, share))
             if self.see_through:
                 stack.enter_context(pools_first(module))
-                stack.enter_context(straight_through(self._sharpness(share)))
+                k = self._sharpness(share) if module.foreign else None
+                stack.enter_context(straight_through(k))
             yield
 
 
