@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from fashion_lenet import lenet
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
@@ -44,13 +45,6 @@ EPS, EPOCHS, CLEAN_EPOCHS, HELD = 0.1, 4, 2, 1000
 NAIVE: dict[str, Any] = {"sharpness": (), "stability": 0.0, "range_factor": 1.0, "walk": ()}
 CELLS = ["lenet-32", *(f"lenet-{b}-{kind}" for b in (4, 3, 2, 1) for kind in ("fixed", "dynamic")),
          "lenet-2-fixed-ramp", "resnet-32", "resnet-2-fixed", "resnet-2-dynamic"]
-
-
-def lenet() -> nn.Module:
-    return nn.Sequential(
-        nn.Conv2d(1, 32, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2),
-        nn.Conv2d(32, 64, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2),
-        nn.Flatten(), nn.Linear(3136, 256), nn.ReLU(), nn.Linear(256, 10))
 
 
 class Block(nn.Module):

@@ -29,6 +29,7 @@ import torch.nn.functional as F
 import torchvision
 from art.defences.trainer import AdversarialTrainerMadryPGD
 from art.estimators.classification import PyTorchClassifier
+from fashion_lenet import lenet
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -37,13 +38,6 @@ from quantguard.files import write_text
 
 HERE = Path(__file__).parent / "results"
 EPS, STEPS, STEP, LR = 8 / 255, 7, 2 / 255, 1e-3
-
-
-def lenet() -> nn.Module:
-    return nn.Sequential(
-        nn.Conv2d(1, 32, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2),
-        nn.Conv2d(32, 64, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2),
-        nn.Flatten(), nn.Linear(3136, 256), nn.ReLU(), nn.Linear(256, 10))
 
 
 def resnet18() -> nn.Module:

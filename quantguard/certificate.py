@@ -6,13 +6,12 @@ import json
 import math
 import os
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from .errors import DataError
-from .files import write_text
+from .files import read_json, write_text
 from .masking import wilson
 from .results import indices, mask_of
 from .spec import Threat
@@ -104,11 +103,7 @@ class Certificate:
         Raises:
             DataError: no such file, or not such JSON.
         """
-        try:
-            data = json.loads(Path(path).read_text())
-        except (OSError, ValueError) as error:
-            raise DataError(f"{path} cannot be read as JSON", why=str(error)) from None
-        return cls.from_dict(data)
+        return cls.from_dict(read_json(path))
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Certificate:

@@ -411,9 +411,7 @@ def certify(model: str, arch: str | None, trust: bool, data: str, eps: float, no
     loader = _loader(data, split, batch_size, size, mean, std)
     result = run(_open(model, arch, trust), loader, threat, method=method, images=images,
                  budget=budget, run_dir=run_dir, device=device, progress=not quiet)
-    click.echo(str(result))
-    if json_file:
-        result.save(json_file)
+    _tell(result, json_file)
 
 
 @main.command()
@@ -503,11 +501,7 @@ def sensitivity(model: str, arch: str | None, trust: bool, data: str, eps: float
     loader = _loader(data, split, batch_size, size, mean, std)
     result = run(_open(model, arch, trust), loader, threat, suite=suite, images=images,
                  run_dir=run_dir, seed=seed, device=device, progress=not quiet)
-    if _first():
-        click.echo(str(result))
-        if json_file:
-            write_text(json_file, json.dumps(result.to_dict(), indent=1))
-            click.echo(f"wrote {json_file}")
+    _tell(result, json_file)
 
 
 @main.command()
@@ -523,14 +517,19 @@ def demo(output: str, seed: int, quiet: bool) -> None:
     click.echo(f"wrote {output}/model.hardened.qg, {output}/report.json and {output}/report.html")
 
 
+def _tell(result: Any, json_file: str | None) -> None:
+    if not _first():
+        return
+    click.echo(str(result))
+    if json_file:
+        write_text(json_file, json.dumps(result.to_dict(), indent=1))
+        click.echo(f"wrote {json_file}")
+
+
 def _show(result: Any, report: str | None, json_file: str | None, strict: bool) -> None:
-    if _first():
-        click.echo(str(result))
-        if report:
-            result.save_page(report)
-            click.echo(f"wrote {report}")
-        if json_file:
-            write_text(json_file, json.dumps(result.to_dict(), indent=1))
-            click.echo(f"wrote {json_file}")
+    _tell(result, json_file)
+    if report and _first():
+        result.save_page(report)
+        click.echo(f"wrote {report}")
     if strict and not all(e.reliable for e in result.rows.values()):
         sys.exit(1)

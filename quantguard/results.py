@@ -13,7 +13,7 @@ import numpy as np
 
 from . import masking
 from .errors import DataError
-from .files import replacing, write_text
+from .files import read_json, replacing, write_text
 from .masking import Flag, wilson
 from .spec import Threat
 
@@ -199,11 +199,7 @@ class Evaluation:
         Raises:
             DataError: no such file, or not such JSON.
         """
-        try:
-            data = json.loads(Path(path).read_text())
-        except (OSError, ValueError) as error:
-            raise DataError(f"{path} cannot be read as JSON", why=str(error)) from None
-        return cls.from_dict(data)
+        return cls.from_dict(read_json(path))
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Evaluation:
