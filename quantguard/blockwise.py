@@ -116,29 +116,25 @@ def bell(x: Tensor, t: Tensor, sharpness: Tensor, step: Tensor, zero: Tensor, ha
 
 
 def bell_gradients(grad: Tensor, x: Tensor, t: Tensor, sharpness: Tensor, step: Tensor,
-                   axis: int | None, out: Tensor) -> Tensor:
-    """Write grad times the twin's slope into out; return the thresholds' gradient, float64."""
+                   zero: Tensor, hard: bool, axis: int | None, out: Tensor, shares: Tensor,
+                   by_level: Tensor) -> None:
+    """Do what ``fused.bell_gradients`` does, per channel too."""
     one_step, m = _spread(step.unsqueeze(-1), x, axis)[0], t.shape[-1]
-    shares = torch.zeros_like(t, dtype=torch.float64)
     for gs, xs, outs in _blocks(grad, x, out, axis=axis):
-        wide = xs.float()
-        total, below = torch.zeros_like(wide), torch.empty_like(wide)
-        steep = gs.float() * one_step
+        wide, up = xs.float(), gs.float()
+        total, value, below = (torch.zeros_like(wide) for _ in range(3))
+        steep = up * one_step
         for i, s, sharp in _sigmoids(wide, t, sharpness, axis, below):
-            part = torch.addcmul(s, s, s, value=-1).mul_(sharp).mul_(steep)
+            part = (s - s * s).mul_(sharp).mul_(steep)  # as compiled: each operation rounds
             if isinstance(i, int):
                 shares[..., i] -= sum_to(part, axis)
             else:  # those off either end are zero
                 shares -= torch.bincount(i.clamp_(0, m - 1), part.reshape(-1), m)
             total.add_(part)
+            value.add_(s)
         outs.copy_(total)
-    return shares
-
-
-def products(a: Tensor, b: Tensor, axis: int | None) -> Tensor:
-    """Return the sum of a times b over all but the channel axis, float64."""
-    parts = [sum_to(one.float() * two.float(), axis) for one, two in _blocks(a, b, axis=axis)]
-    return torch.stack(parts).sum(0) if parts else sum_to(a, axis)
+        level = _count(wide, t, axis) if hard else value.add_(below)
+        by_level += sum_to(level.sub_(zero).mul_(up), axis)
 
 
 def in_memory_order(*tensors: Tensor) -> list[Tensor]:

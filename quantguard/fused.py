@@ -82,23 +82,46 @@ def decode(grad: Tensor, code: Tensor, table: Tensor, zero: Tensor, axis: int | 
 
 
 def bell(x: Tensor, t: Tensor, sharpness: Tensor, step: Tensor, zero: Tensor, hard: bool,
-         out: Tensor, slope: Tensor) -> int:
+         out: Tensor, slope: Tensor | None) -> int:
     """Write the staircase (hard) or its softened twin into out, and the twin's slope into slope.
 
     Args:
-        x, out, slope: of one shape and one gapless memory order.
+        x, out, slope: of one shape and one gapless memory order; slope None: it is not wanted.
         t, sharpness: (m,); step: ().
 
     Returns:
         How many elements were done, in memory order. The last few are left over: what is no whole
         vector would be computed by another exponential function.
     """
-    if not _usable(x) or 2 * t.shape[-1] > _MOST:
+    return _by_vectors(_bell, x, (x, out, slope), (t, sharpness, step, zero), hard)
+
+
+def bell_gradients(grad: Tensor, x: Tensor, t: Tensor, sharpness: Tensor, step: Tensor,
+                   zero: Tensor, hard: bool, out: Tensor, shares: Tensor, by_level: Tensor) -> int:
+    """Write grad times the twin's slope into out; add up thresholds' gradients, and grad by level.
+
+    Args:
+        grad, x, out: of one shape and one gapless memory order.
+        t, sharpness: (m,); step: (); hard: whether the level is the staircase's, or its twin's.
+        shares: (m,), float64; by_level: (), float64.
+
+    Returns:
+        How many elements were done, as :func:`bell` does.
+    """
+    return _by_vectors(_bell_gradients, x, (grad, x, out), (t, sharpness, step, zero), hard,
+                       shares, by_level)
+
+
+def _by_vectors(function: Callable[..., Any], x: Tensor, tensors: tuple[Tensor | None, ...],
+                numbers: tuple[Tensor, ...], hard: bool, *sums: Tensor) -> int:
+    """Run a pass with sigmoids over as many elements as fill vectors; return how many."""
+    m = numbers[0].shape[-1]
+    if not _usable(x) or 2 * m > _MOST:
         return 0
     done = x.numel() // _VECTOR * _VECTOR
-    numbers = [v.detach().clone() for v in (t, sharpness, step)]
-    ran = _run(_bell, (x.dtype, t.shape[-1], hard), *(_alias(v, [done]) for v in (x, out, slope)),
-               *numbers, zero, hard)
+    variant = (x.dtype, m, hard, *(v is None for v in tensors))
+    ran = _run(function, variant, *(None if v is None else _alias(v, [done]) for v in tensors),
+               *(v.detach().clone() for v in numbers), hard, *sums)
     return done if ran else 0
 
 
@@ -198,8 +221,8 @@ def _encode_computed(x: Tensor, out: Tensor, code: Tensor, ends: Tensor, step: T
     code.copy_(torch.where(wide != wide, 0.0, 2 * count + (wide > edge).float()))
 
 
-def _bell(x: Tensor, out: Tensor, slope: Tensor, t: Tensor, sharpness: Tensor, step: Tensor,
-          zero: Tensor, hard: bool) -> None:
+def _bell(x: Tensor, out: Tensor, slope: Tensor | None, t: Tensor, sharpness: Tensor,
+          step: Tensor, zero: Tensor, hard: bool) -> None:
     wide = x.float()
     value, total, count = (torch.zeros_like(wide) for _ in range(3))
     for i in range(t.shape[-1]):
@@ -207,11 +230,28 @@ def _bell(x: Tensor, out: Tensor, slope: Tensor, t: Tensor, sharpness: Tensor, s
         value = value + s
         total = total + (s - s * s) * sharpness[i]
         count = count + (wide > t[i]).float()
-    slope.copy_(total * step)
+    if slope is not None:
+        slope.copy_(total * step)
     if hard:
         out.copy_(torch.where(wide != wide, wide, (count - zero) * step))
     else:
         out.copy_((value - zero) * step)
+
+
+def _bell_gradients(grad: Tensor, x: Tensor, out: Tensor, t: Tensor, sharpness: Tensor,
+                    step: Tensor, zero: Tensor, hard: bool, shares: Tensor,
+                    by_level: Tensor) -> None:
+    wide, up, sums = x.float(), grad.float(), []
+    total, value = torch.zeros_like(wide), torch.zeros_like(wide)
+    for i in range(t.shape[-1]):
+        s = torch.sigmoid((wide - t[i]) * sharpness[i])
+        part = (s - s * s) * sharpness[i] * (up * step)
+        sums.append(part.double().sum())
+        total = total + part
+        value = value + ((wide > t[i]).float() if hard else s)
+    out.copy_(total)
+    shares.sub_(torch.stack(sums))
+    by_level.add_((up * (value - zero)).double().sum())
 
 
 def _decode(grad: Tensor, code: Tensor, table: Tensor, zero: Tensor, sums: tuple[int, ...],

@@ -134,39 +134,40 @@ class _Bell(torch.autograd.Function):
         x = _dense(x)
         out = torch.empty_like(x)
         widths = windows(t, width).widths
-        needs_x, needs_t, *_ = ctx.needs_input_grad
-        keep_slope = needs_x and not needs_t
-        slope = torch.empty_like(x) if keep_slope else None
+        needs_x, needs_t, needs_step, *_ = ctx.needs_input_grad
+        learned = needs_t or needs_step
+        slope = torch.empty_like(x) if needs_x and not learned else None
         sharpness = k / widths
-        rest = [x, out] if slope is None else [x, out, slope]
-        if slope is not None and axis is None:
-            done = fused.bell(x, t, sharpness, step, zero, hard, out, slope)
-            if done:
-                rest = [v.reshape(-1)[done:] for v in blockwise.in_memory_order(*rest)]
-        blockwise.bell(rest[0], t, sharpness, step, zero, hard, axis, rest[1],
-                       rest[2] if keep_slope else None)
-        ctx.save_for_backward(slope, x.clone() if needs_t else None,
-                              # a copy: callers may overwrite what they got
-                              out.clone() if ctx.needs_input_grad[2] else None, t, step, widths)
-        ctx.k, ctx.axis = k, axis
+        done = 0 if axis is not None else fused.bell(x, t, sharpness, step, zero, hard, out, slope)
+        rest = _left(done, x, out) + ([None] if slope is None else _left(done, slope))
+        blockwise.bell(rest[0], t, sharpness, step, zero, hard, axis, *rest[1:])
+        # a copy: callers may overwrite what they gave
+        ctx.save_for_backward(slope, x.clone() if learned else None, t, step, widths)
+        ctx.zero, ctx.k, ctx.hard, ctx.axis = zero, k, hard, axis
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        slope, x, out, t, step, widths = ctx.saved_tensors
-        axis = ctx.axis
-        needs_x, needs_t, needs_step, *_ = ctx.needs_input_grad
-        layout = next(saved for saved in (slope, x, out) if saved is not None)
-        grad = _like(grads[0], layout)
-        grad_x = grad * slope if slope is not None else None
-        grad_t = grad_step = None
-        if needs_step:
-            grad_step = (blockwise.products(grad, out, axis) / step).to(step.dtype)
-        if needs_t:
-            grad_x = torch.empty_like(grad)
-            grad_t = blockwise.bell_gradients(grad, x, t, ctx.k / widths, step, axis,
-                                              grad_x).to(t.dtype)
-        return (grad_x if needs_x else None, grad_t, grad_step, None, None, None, None, None)
+        slope, x, t, step, widths = ctx.saved_tensors
+        if slope is not None:
+            return (_like(grads[0], slope) * slope, *[None] * 7)
+        grad, axis, sharpness = _like(grads[0], x), ctx.axis, ctx.k / widths
+        grad_x = torch.empty_like(grad)
+        shares, by_level = (torch.zeros_like(v, dtype=torch.float64) for v in (t, step))
+        done = 0 if axis is not None else fused.bell_gradients(
+            grad, x, t, sharpness, step, ctx.zero, ctx.hard, grad_x, shares, by_level)
+        left, xs, outs = _left(done, grad, x, grad_x)
+        blockwise.bell_gradients(left, xs, t, sharpness, step, ctx.zero, ctx.hard, axis, outs,
+                                 shares, by_level)
+        # autograd leaves out what nobody asked for
+        return (grad_x, shares.to(t.dtype), by_level.to(step.dtype), *[None] * 5)
+
+
+def _left(done: int, *tensors: Tensor) -> list[Any]:
+    """Return what is left of tensors of one gapless layout after so many elements of memory."""
+    if not done:
+        return list(tensors)
+    return [v.reshape(-1)[done:] for v in blockwise.in_memory_order(*tensors)]
 
 
 def _dense(x: Tensor) -> Tensor:

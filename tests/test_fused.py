@@ -86,30 +86,37 @@ def test_the_same_numbers_as_block_by_block(calls: list[tuple[str, bool]], bits:
         torch.testing.assert_close(one, two, rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.parametrize("learned", [False, True])
 @pytest.mark.parametrize(("bits", "soft", "k", "dtype", "layout"), [
     (1, True, 2.0, FULL, "contiguous"), (2, True, 16.0, FULL, "channels_last"),
     (2, False, 8.0, FULL, "contiguous"), (3, False, 3.0, HALF, "channels_last")])
 def test_bells_are_the_same_numbers_as_block_by_block(
         calls: list[tuple[str, bool]], bits: int, soft: bool, k: float, dtype: torch.dtype,
-        layout: str) -> None:
+        layout: str, learned: bool) -> None:
     x = 2 * torch.randn(3, 5, 7, 11, generator=torch.Generator().manual_seed(0))
     x.view(-1)[:4] = torch.tensor([torch.nan, torch.inf, -torch.inf, 0.0])
     x = x.to(dtype)
     if layout == "channels_last":
         x = x.to(memory_format=torch.channels_last)
     t, step, zero = numbers(bits, None)
+    upstream = torch.randn(x.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    upstream = upstream.to(memory_format=torch.channels_last) if layout == "channels_last" \
+        else upstream
+    x[..., 0] = 0.25 if learned else x[..., 0]  # threshold gradients of NaN would be NaN
     found = []
     for worth in (2, sys.maxsize):
         fused.WORTH = worth
         leaf = x.clone().requires_grad_()
-        y = soft_staircase(leaf, t, step, step, zero, k) if soft else \
-            staircase(leaf, t, step, step, zero, Surrogate("sigmoid", k))
-        y.backward(torch.ones_like(y))
-        found.append((y.detach(), leaf.grad))
-    assert calls == [("_bell", True)]
+        at, size = (v.clone().requires_grad_(learned) for v in (t, step))
+        y = soft_staircase(leaf, at, size, step, zero, k) if soft else \
+            staircase(leaf, at, size, step, zero, Surrogate("sigmoid", k))
+        y.backward(upstream)
+        found.append([y.detach(), *(v.grad for v in (leaf, at, size) if v.grad is not None)])
+    assert calls == [("_bell", True)] + [("_bell_gradients", True)] * learned
     for one, two in zip(*found, strict=True):
-        assert one.stride() == two.stride() == x.stride()
+        assert one.stride() == two.stride()
         torch.testing.assert_close(one, two, rtol=0, atol=0, equal_nan=True)
+    assert found[0][1].stride() == x.stride()
 
 
 @pytest.mark.parametrize("way", ["compiled", "eager"])
