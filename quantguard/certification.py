@@ -136,6 +136,11 @@ class _State:
 def _certify(model: nn.Module, loader: Iterable[Any], threat: Threat, method: str,
              images: int | None, limit: float | None, run_dir: str | os.PathLike[str] | None,
              show: bool) -> Certificate:
+    coarse = [f"{name} is {p.dtype}" for name, p in model.named_parameters()
+              if p.dtype in (torch.float16, torch.bfloat16)]
+    if coarse:
+        raise ConversionError(f"{coarse[0]}: rounding is accounted for in float32 and float64 alone",
+                              fix="Certify model.float(), and deploy that.")
     data = gather(model, loader, threat, images)
     pixel_model = PixelModel(model, threat, data.key)
     batch = batch_size(data.pixels)

@@ -851,3 +851,13 @@ def test_wrong_settings_and_data_are_said(trained: Any) -> None:
         qg.certify(model, [(x, y + 8)], progress=False)
     with pytest.raises(qg.ConversionError, match="softened"), qg.soften(model, 4):
         qg.certify(model, loader, progress=False)
+
+
+def test_float64_is_certified_and_less_than_float32_refused(trained: Any) -> None:
+    model, loader = trained
+    threat = qg.Threat(eps=0.02)
+    one = qg.certify(model, loader, threat, progress=False)
+    two = qg.certify(copy.deepcopy(model).double(), loader, threat, progress=False)
+    assert abs(one.certified.astype(int) - two.certified.astype(int)).sum() <= 1
+    with pytest.raises(qg.ConversionError, match=r"1.weight is torch.bfloat16"):
+        qg.certify(copy.deepcopy(model).bfloat16(), loader, threat, progress=False)

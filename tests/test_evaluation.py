@@ -483,6 +483,18 @@ class Wrapped(nn.Module):
         return self.wrap(self.model(pixel_values))
 
 
+@pytest.mark.parametrize(("dtype", "apart"), [(torch.float64, 1), (torch.bfloat16, 3)])
+def test_models_of_other_precision_are_attacked_as_they_are(
+        dtype: torch.dtype, apart: int, cnn: nn.Module, digits: Digits) -> None:
+    other = copy.deepcopy(cnn).to(dtype)
+    one = measured(cnn, batches(digits, 64))
+    for loader in (batches(digits, 64), batches((digits[0].to(torch.float64), digits[1]), 64)):
+        two = measured(other, loader)
+        assert next(other.parameters()).dtype == dtype
+        assert abs(int(one.survived.sum()) - int(two.survived.sum())) <= apart
+
+
+
 @pytest.mark.parametrize("wrap", [lambda z: (z, "more"), lambda z: {"logits": z, "x": 1}])
 def test_tuples_and_dicts_of_logits_are_read(wrap: Callable[[Tensor], Any], quantized: nn.Module,
                                              digits: Digits) -> None:

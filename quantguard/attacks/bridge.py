@@ -62,7 +62,7 @@ class PixelModel(nn.Module):
         self.queries += pixels.shape[0]
         if pixels.requires_grad and torch.is_grad_enabled():
             self.gradients += pixels.shape[0]
-        x = from_pixels(pixels, self.threat)
+        x = from_pixels(pixels, self.threat).to(self._eaten or pixels.dtype)
         output = self.model(x) if self.key is None else self.model(**{self.key: x})
         logits = logits_of(output).to(pixels.dtype)  # of autocast, or a half-precision model
         if self.probabilities:
@@ -82,9 +82,12 @@ class PixelModel(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """Return the type of the pixels it is trained on: float64 where its weights are."""
-        first = next(self.model.parameters(), None)
-        double = first is not None and first.dtype == torch.float64
-        return torch.float64 if double else torch.float32
+        return torch.float64 if self._eaten == torch.float64 else torch.float32
+
+    @property
+    def _eaten(self) -> torch.dtype | None:
+        """Return the type of the model's first weight, which is what it eats; None: it has none."""
+        return next((p.dtype for p in self.model.parameters() if p.is_floating_point()), None)
 
     @property
     def quantized(self) -> bool:
