@@ -4,8 +4,8 @@
     python benchmarks/staircase.py
 
 Forward and backward on a (64, 64, 56, 56) float32 tensor: every row over an out-of-place ReLU that
-is timed right before it and right after, median of the ratios. Then a training step of ResNet-18 (batch 64, 32x32)
-converted over float, the bytes that autograd keeps, and peak memory.
+is timed right before it and right after, median of the ratios. Then a training step of ResNet-18
+(batch 64, 32x32) converted over float, the bytes that autograd keeps, and peak memory.
 """
 
 from __future__ import annotations

@@ -51,7 +51,7 @@ def __getattr__(name: str) -> Any:
     if name == "attacks":
         return importlib.import_module(".attacks", __name__)
     if name == "__version__":
-        from .evaluation import version
+        from .running import version
         return version()
     if name in _LAZY:
         value = getattr(importlib.import_module(f".{_LAZY[name]}", __name__), name)

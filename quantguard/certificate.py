@@ -11,9 +11,8 @@ from typing import Any
 import numpy as np
 
 from .errors import DataError
-from .files import read_json, write_text
+from .files import indices, mask_of, read_json, write_text
 from .masking import wilson
-from .results import indices, mask_of
 from .spec import Threat
 
 FORMAT = 1

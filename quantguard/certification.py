@@ -29,12 +29,20 @@ from .batches import check_labels
 from .bounds import Box, Flat, around, flattened, margins, propagate
 from .certificate import Certificate
 from .errors import ConversionError, Interrupted, SpecError
-from .evaluation import environment, seconds_of, true_float32
 from .evidence import padded, predict
 from .files import replacing
 from .images import Images, batch_size, gather
 from .progress import Progress
-from .running import device_of, evaluating, frozen, seeded, usable_device
+from .running import (
+    device_of,
+    environment,
+    evaluating,
+    frozen,
+    seconds_of,
+    seeded,
+    true_float32,
+    usable_device,
+)
 from .spec import Threat
 
 METHODS = ("auto", "ibp", "crown")
@@ -81,8 +89,9 @@ def certify(model: nn.Module, loader: Iterable[Any], threat: Threat = Threat(), 
     if device is not None:
         model.to(usable_device(device))
     try:
-        with evaluating(model), frozen(model), seeded(0), true_float32(), torch.no_grad():
-            return _certify(model, loader, threat, method, images, limit, run_dir, progress)
+        with evaluating(model):
+            data = gather(model, loader, threat, images)
+            return certificate_of(model, data, threat, method, limit, run_dir, progress)
     finally:
         if device is not None:
             model.to(before)
@@ -133,15 +142,16 @@ class _State:
             np.savez(beside, lower=self.lower, done=self.done, state=json.dumps(told))
 
 
-def _certify(model: nn.Module, loader: Iterable[Any], threat: Threat, method: str,
-             images: int | None, limit: float | None, run_dir: str | os.PathLike[str] | None,
-             show: bool) -> Certificate:
-    coarse = [f"{name} is {p.dtype}" for name, p in model.named_parameters()
-              if p.dtype in (torch.float16, torch.bfloat16)]
-    if coarse:
-        raise ConversionError(f"{coarse[0]}: rounding is accounted for in float32 and float64 alone",
-                              fix="Certify model.float(), and deploy that.")
-    data = gather(model, loader, threat, images)
+def certificate_of(model: nn.Module, data: Images, threat: Threat, method: str = "auto",
+                   limit: float | None = None, run_dir: str | os.PathLike[str] | None = None,
+                   show: bool = False) -> Certificate:
+    """Do what :func:`certify` does, for images that are at hand."""
+    with evaluating(model), frozen(model), seeded(0), true_float32(), torch.no_grad():
+        return _certify(model, data, threat, method, limit, run_dir, show)
+
+
+def _certify(model: nn.Module, data: Images, threat: Threat, method: str, limit: float | None,
+             run_dir: str | os.PathLike[str] | None, show: bool) -> Certificate:
     pixel_model = PixelModel(model, threat, data.key)
     batch = batch_size(data.pixels)
     logits = predict(pixel_model, data.pixels, batch)

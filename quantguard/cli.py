@@ -123,6 +123,8 @@ _EVALUATION = _options(
     click.option("--split", type=click.Choice(["train", "test"]), default="test",
                  show_default=True),
     click.option("--images", type=click.IntRange(1), help="How many, the first; all by default."),
+    click.option("--certify", is_flag=True, help="Prove first which images no attack can break: "
+                                                  "the truth is bracketed."),
     click.option("--report", type=click.Path(dir_okay=False), help="Write an HTML page."),
     click.option("--json", "json_file", type=click.Path(dir_okay=False), help="Write JSON."),
     click.option("--strict", is_flag=True, help="Exit with 1 unless the verdict is resolved."))
@@ -354,7 +356,7 @@ def harden(model: str, arch: str | None, trust: bool, data: str, output: str | N
 @_LOADING
 @_RUNNING
 def evaluate(model: str, arch: str | None, trust: bool, data: str, eps: float, norm: str,
-             suite: str, split: str, images: int | None, report: str | None,
+             suite: str, split: str, images: int | None, certify: bool, report: str | None,
              json_file: str | None, strict: bool, adversarials: str | None,
              budget: str | None, replay: str | None, batch_size: int, size: int | None, mean: Any,
              std: Any, seed: int, run_dir: str | None, device: str | None, quiet: bool) -> None:
@@ -373,7 +375,7 @@ def evaluate(model: str, arch: str | None, trust: bool, data: str, eps: float, n
     loader = _loader(data, split, batch_size, size, mean, std)
     result = run(_open(model, arch, trust), loader, threat, suite=suite, images=images,
                  run_dir=run_dir, seed=seed, device=device, progress=not quiet, budget=budget,
-                 replay=again)
+                 certify=certify, replay=again)
     if _first():
         click.echo(str(result))
         if json_file:
@@ -423,9 +425,10 @@ def certify(model: str, arch: str | None, trust: bool, data: str, eps: float, no
 @_LOADING
 @_RUNNING
 def compare(models: tuple[str, ...], arch: str | None, trust: bool, data: str, eps: float,
-            norm: str, suite: str, split: str, images: int | None, report: str | None,
-            json_file: str | None, strict: bool, batch_size: int, size: int | None, mean: Any,
-            std: Any, seed: int, run_dir: str | None, device: str | None, quiet: bool) -> None:
+            norm: str, suite: str, split: str, images: int | None, certify: bool,
+            report: str | None, json_file: str | None, strict: bool, batch_size: int,
+            size: int | None, mean: Any, std: Any, seed: int, run_dir: str | None,
+            device: str | None, quiet: bool) -> None:
     """Evaluate several models on the same images by the same attacks."""
     from .pipeline import compare as run
     _writable(report)
@@ -435,7 +438,8 @@ def compare(models: tuple[str, ...], arch: str | None, trust: bool, data: str, e
     threat = _threat(eps, norm, mean, std)
     loader = _loader(data, split, batch_size, size, mean, std)
     result = run({name: _open(name, arch, trust) for name in models}, loader, threat, suite=suite,
-                 images=images, run_dir=run_dir, seed=seed, device=device, progress=not quiet)
+                 images=images, run_dir=run_dir, seed=seed, device=device, progress=not quiet,
+                 certify=certify)
     _show(result, report, json_file, strict)
 
 
@@ -456,9 +460,9 @@ def compare(models: tuple[str, ...], arch: str | None, trust: bool, data: str, e
 def ablate(model: str, arch: str | None, trust: bool, data: str, output: str | None, force: bool,
            bits: int, dynamic: bool, eps: float, norm: str, recipe: str,
            settings: tuple[str, ...], epochs: int, train: str, augment: bool, suite: str,
-           split: str, images: int | None, report: str | None, json_file: str | None,
-           strict: bool, batch_size: int, size: int | None, mean: Any, std: Any, seed: int,
-           run_dir: str | None, device: str | None, quiet: bool) -> None:
+           split: str, images: int | None, certify: bool, report: str | None,
+           json_file: str | None, strict: bool, batch_size: int, size: int | None, mean: Any,
+           std: Any, seed: int, run_dir: str | None, device: str | None, quiet: bool) -> None:
     """Compare float, float + fine-tune, converted, and converted + the same fine-tune."""
     from .checkpoint import save
     from .pipeline import ablate as run
@@ -471,7 +475,8 @@ def ablate(model: str, arch: str | None, trust: bool, data: str, output: str | N
                _loader(data, split, batch_size, size, mean, std))
     result = run(_open(model, arch, trust), *loaders, threat, bits=bits, dynamic=dynamic,
                  recipe=chosen, epochs=epochs, train=train, suite=suite, images=images,
-                 run_dir=run_dir, seed=seed, device=device, progress=not quiet)
+                 run_dir=run_dir, seed=seed, device=device, progress=not quiet,
+                 certify=certify)
     if target is not None and _first():
         save(list(result.models.values())[-1], target, arch=_arch_of(model, arch))
     _show(result, report, json_file, strict)

@@ -57,7 +57,7 @@ def _with(model: PixelModel, result: Evaluation, other: str, theirs: Evaluation)
     adversarials = result.adversarials.copy()
     adversarials[broke] = theirs.adversarials[broke]
     again = {flag.name: flag for flag in flags_of_attacks(
-        attacks, result.correct, survived, model.quantized, 0)}
+        attacks, result.correct, survived, result.certified, model.quantized, 0)}
     flags = tuple(again.pop(flag.name, flag) for flag in result.flags)
     return dataclasses.replace(result, survived=survived, attacks=attacks,
                                flags=(*flags, *again.values()), adversarials=adversarials)

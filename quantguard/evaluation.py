@@ -9,8 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import platform
-import re
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -23,42 +21,35 @@ from torch import nn
 from . import masking
 from .attacks import PixelModel, build_suite
 from .batches import check_labels
+from .certification import certificate_of
 from .curve import accuracy_over_eps
-from .errors import DataError, Interrupted, SpecError
+from .errors import DataError, Interrupted
 from .evidence import all_flags, are_probabilities, fidelity, flags_of_attacks, predict, saturated
 from .images import batch_size, gather
 from .masking import Flag
 from .progress import Progress
 from .results import CurvePoint, Evaluation
-from .running import device_of, evaluating, frozen, seeded, usable_device
+from .running import (
+    device_of,
+    environment,
+    evaluating,
+    frozen,
+    seconds_of,
+    seeded,
+    true_float32,
+    usable_device,
+)
 from .schedule import Schedule, State
 from .spec import Threat
 from .world import world
-
-
-def environment(device: torch.device) -> dict[str, str]:
-    """Return the versions and the machine that a result depends on."""
-    import importlib.metadata as metadata
-    versions = {name: metadata.version(name) for name in ("torch", "foolbox", "numpy")}
-    return {"python": platform.python_version(), **versions, "quantguard": version(),
-            "machine": f"{platform.machine()}, {os.cpu_count()} cores", "device": str(device),
-            "threads": str(torch.get_num_threads())}
-
-
-def version() -> str:
-    """Return the installed version of the distribution."""
-    import importlib.metadata as metadata
-    try:
-        return metadata.version("torch-quantguard")
-    except metadata.PackageNotFoundError:
-        return "not installed"
 
 
 def evaluate(model: nn.Module, loader: Iterable[Any], threat: Threat = Threat(), *,
              suite: str | Sequence[Any] = "standard", images: int | None = None,
              run_dir: str | os.PathLike[str] | None = None, seed: int = 0,
              device: str | torch.device | None = None, progress: bool = True,
-             budget: float | str | None = None, replay: Evaluation | None = None) -> Evaluation:
+             budget: float | str | None = None, certify: bool = False,
+             replay: Evaluation | None = None) -> Evaluation:
     """Measure how many images survive every attack of a suite.
 
     Works on converted and on float models alike, and leaves no trace on them.
@@ -76,12 +67,16 @@ def evaluate(model: nn.Module, loader: Iterable[Any], threat: Threat = Threat(),
         progress: whether to show it.
         budget: seconds, or as in ``"90s"``, ``"5m"``, ``"2h"``, that the attacks may take: what
             does not fit is left out and listed. An attack that has begun is not cut short.
+        certify: find out first which images no attack can break, as :func:`quantguard.certify`
+            does; the budget is for what is left. Only attacks that have a column of their own try
+            their luck on those, too.
         replay: run the attacks that this evaluation ran, on its images, under its threat and seed,
-            whatever the clock says; threat, suite, images, seed and budget are not looked at.
+            whatever the clock says; threat, suite, images, seed, budget and certify are not looked
+            at.
 
     Raises:
         DataError: images or labels that do not fit, or other ones than ``replay`` had.
-        ConversionError: a model that returns no logits, or NaN.
+        ConversionError: a model that returns no logits, or NaN; or one that cannot be certified.
         SpecError: an unknown suite, a run_dir of other settings, or a budget that is no time.
 
     Example:
@@ -91,6 +86,7 @@ def evaluate(model: nn.Module, loader: Iterable[Any], threat: Threat = Threat(),
     if replay is not None:
         threat, seed, images, budget = replay.threat, replay.seed, replay.images, None
         suite = suite if replay.suite == "list" else replay.suite
+        certify = replay.certificate is not None
     limit = None if budget is None else seconds_of(budget)
     before, device = device_of(model), device or world().device
     if device is not None:
@@ -98,39 +94,16 @@ def evaluate(model: nn.Module, loader: Iterable[Any], threat: Threat = Threat(),
     try:
         with evaluating(model), frozen(model), seeded(seed), true_float32():
             return _evaluate(model, loader, threat, suite, images, run_dir, seed, progress, limit,
-                             replay)
+                             certify, replay)
     finally:
         if device is not None:
             model.to(before)
 
 
-def seconds_of(budget: float | str) -> float:
-    """Return a budget in seconds: a number, or one with ``s``, ``m`` or ``h`` after it.
-
-    Raises:
-        SpecError: it is no time above 0.
-    """
-    found = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*([smh]?)\s*", str(budget))
-    seconds = float(found[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[found[2]] if found else 0.0
-    if seconds <= 0:
-        raise SpecError(f"budget {budget!r} is no time", fix="Give it as '90s', '5m' or '2h'.")
-    return seconds
-
-
-class true_float32:
-    """Hold TF32 off: its rounding is larger than what separates a survivor from the fallen."""
-
-    def __enter__(self) -> None:
-        self.before = (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32)
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-
-    def __exit__(self, *_: Any) -> None:
-        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = self.before
-
-
 def _evaluate(model: nn.Module, loader: Iterable[Any], threat: Threat, suite: str | Sequence[Any],
               images: int | None, run_dir: str | os.PathLike[str] | None, seed: int,
-              show: bool, budget: float | None, replay: Evaluation | None) -> Evaluation:
+              show: bool, budget: float | None, certify: bool,
+              replay: Evaluation | None) -> Evaluation:
     start, show = time.monotonic(), show and world().first
     data = gather(model, loader, threat, images)
     pixel_model = PixelModel(model, threat, data.key)
@@ -146,6 +119,10 @@ def _evaluate(model: nn.Module, loader: Iterable[Any], threat: Threat, suite: st
     if replay is not None and digest != replay.image_hash:
         raise DataError("these are not the images of the evaluation that is to be replayed",
                         fix="Give the same loader, in the same order.")
+    certificate = None
+    if certify:
+        certificate = certificate_of(model, data, threat, run_dir=run_dir, show=show)
+    proven = np.zeros_like(correct) if certificate is None else certificate.certified
     faithful = fidelity(pixel_model, data, correct, threat, batch, seed)
     chosen = build_suite(suite, threat, seed=seed, quantized=pixel_model.quantized,
                          saturated=saturated(logits, data.labels), fidelity=faithful)
@@ -153,6 +130,8 @@ def _evaluate(model: nn.Module, loader: Iterable[Any], threat: Threat, suite: st
                 "suite": [e.settings() for e in chosen.every], "images": digest,
                 "predictions": hashlib.blake2b(logits.cpu().numpy().tobytes(),
                                                digest_size=16).hexdigest()}
+    if certify:
+        settings["certified"] = hashlib.blake2b(proven.tobytes(), digest_size=16).hexdigest()
     settings = json.loads(json.dumps(settings))
     path = None
     if run_dir is not None:
@@ -161,7 +140,7 @@ def _evaluate(model: nn.Module, loader: Iterable[Any], threat: Threat, suite: st
     state = State(path, settings, data, correct)
     certain = [*chosen.entries, *chosen.reseeded, *chosen.blind]
     bar = Progress("evaluate", sum(e.cost for e in certain) * int(correct.sum()), show)
-    schedule = Schedule(pixel_model, data, threat, batch, correct, state, bar, budget,
+    schedule = Schedule(pixel_model, data, threat, batch, correct, proven, state, bar, budget,
                         None if replay is None else [r.label for r in replay.attacks])
     if replay is not None:  # what it had no time for is missing here, too
         schedule.skipped = list(replay.skipped)
@@ -174,12 +153,12 @@ def _evaluate(model: nn.Module, loader: Iterable[Any], threat: Threat, suite: st
             (*flags, masking.left_out(schedule.skipped)), adversarials, data.labels.cpu().numpy(),
             threat, suite if isinstance(suite, str) else "list", seed,
             environment(data.pixels.device), digest, time.monotonic() - start, faithful, curve,
-            tuple(schedule.skipped))
+            tuple(schedule.skipped), certificate)
     try:
         schedule.run(chosen)
         curve, masks = accuracy_over_eps(pixel_model, data, threat, batch, seed, correct,
                                          state.survived, chosen.curve)
-        flags = all_flags(pixel_model, data, threat, batch, seed, correct, state.survived,
+        flags = all_flags(pixel_model, data, threat, batch, seed, correct, state.survived, proven,
                           state.results, len(chosen.rounds), masks)
     except KeyboardInterrupt:
         bar.close()
@@ -191,8 +170,8 @@ def _evaluate(model: nn.Module, loader: Iterable[Any], threat: Threat, suite: st
         ran = {r.label for r in state.results}
         schedule.skipped = [e.label for e in certain if e.label not in ran]
         partial = path.with_name("partial.json")
-        result(flags_of_attacks(state.results, correct, state.survived, pixel_model.quantized,
-                                0), ()).save(partial)
+        result(flags_of_attacks(state.results, correct, state.survived, proven,
+                                pixel_model.quantized, 0), ()).save(partial)
         raise Interrupted(f"{done}; saved in {path.parent}, what is known in {partial.name}",
                           fix="Run the same command again to go on.") from None
     bar.close()

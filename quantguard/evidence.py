@@ -72,25 +72,28 @@ def saturated(logits: Tensor, labels: Tensor) -> bool:
 
 
 def all_flags(model: PixelModel, data: Images, threat: Threat, batch: int, seed: int,
-              correct: np.ndarray, survived: np.ndarray, results: Iterable[AttackResult],
-              rounds: int, over_eps: Sequence[np.ndarray]) -> tuple[Flag, ...]:
+              correct: np.ndarray, survived: np.ndarray, certified: np.ndarray,
+              results: Iterable[AttackResult], rounds: int,
+              over_eps: Sequence[np.ndarray]) -> tuple[Flag, ...]:
     """Return every check of the model and of its evaluation.
 
     Args:
+        certified: (N,) images that no attack can break: where the truth is known, no attack is
+            doubted.
         rounds: how many rounds of escalation there could have been.
         over_eps: masks (n,) of what one attack broke at ascending eps.
     """
     results, pixels, labels = list(results), data.pixels, data.labels
     unsteady, beside = _unsteady(model, pixels, batch)
     flags = [masking.probabilities(model.probabilities),
-             *flags_of_attacks(results, correct, survived, model.quantized, rounds),
+             *flags_of_attacks(results, correct, survived, certified, model.quantized, rounds),
              masking.random_forward(unsteady, min(len(pixels), _FEW)),
              masking.looks_at_its_batch(beside, min(len(pixels), _FEW))]
     if over_eps:
         flags.append(masking.not_monotone(
             sum(int((less & ~more).sum()) for less, more in pairwise(over_eps)),
             (len(over_eps) - 1) * int(correct[:len(over_eps[0])].sum())))
-    chosen = np.flatnonzero(survived)
+    chosen = np.flatnonzero(survived & ~certified)
     zeros = standing = 0
     for x, y, size in batches(pixels, labels, chosen, batch):
         zeros += _zero_gradients(model, x, y, size, threat, seed)
@@ -149,10 +152,11 @@ def batches(pixels: Tensor, labels: Tensor, chosen: np.ndarray,
 
 
 def flags_of_attacks(results: Sequence[AttackResult], correct: np.ndarray, survived: np.ndarray,
-                     quantized: bool, rounds: int) -> tuple[Flag, ...]:
+                     certified: np.ndarray, quantized: bool, rounds: int) -> tuple[Flag, ...]:
     """Compare what the attacks broke.
 
     Args:
+        certified: (N,) images that no attack can break, or so it was proven.
         rounds: how many rounds of escalation there could have been.
     """
     n = len(correct)
@@ -181,7 +185,7 @@ def flags_of_attacks(results: Sequence[AttackResult], correct: np.ndarray, survi
         plain, scaled = losses["ce"], losses["scaled"]
         flags.append(masking.saturated_logits(int((scaled & ~plain).sum()),
                                               int((plain & ~scaled).sum()), n))
-    stand = correct & ~seeing
+    stand = correct & ~seeing & ~certified
     flags += [masking.blind_beats_seeing(name, int((by_group[name] & stand).sum()),
                                          int(stand.sum())) for name in BLIND if name in by_group]
     flags.append(masking.unseen(quantized, set(by_group)))
@@ -193,6 +197,8 @@ def flags_of_attacks(results: Sequence[AttackResult], correct: np.ndarray, survi
         times = np.sum([r.broke for r in again], axis=0)
         flags.append(masking.reseeding_pays(int((times == 1).sum()), len(again),
                                             int(again[0].attacked.sum())))
+    if certified.any():
+        flags.append(masking.refuted(int((certified & ~survived).sum()), int(certified.sum())))
     return tuple(flags)
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from .errors import DataError
 
@@ -40,3 +42,15 @@ def read_json(path: str | os.PathLike[str]) -> Any:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise DataError(f"{path} cannot be read as JSON", why=str(error)) from None
+
+
+def indices(mask: np.ndarray) -> list[int]:
+    """Return the positions of a mask."""
+    return [int(i) for i in np.flatnonzero(mask)]
+
+
+def mask_of(positions: Sequence[int], n: int) -> np.ndarray:
+    """Return a mask of length n from positions."""
+    mask = np.zeros(n, dtype=bool)
+    mask[list(positions)] = True
+    return mask

@@ -211,6 +211,15 @@ def not_monotone(stood: int, n: int) -> Flag:
                   "What breaks at a small eps is allowed at a large one: the attack loses its way.")
 
 
+def refuted(broken: int, certified: int) -> Flag:
+    """Say that an attack broke what was proven to withstand every attack."""
+    return Flag("certificate broken", "unresolved", broken > 0, float(broken), 0.0,
+                "no certified image is broken",
+                f"{broken} of {certified} certified images were broken: the proof is void, by an "
+                "error of ours or of the machine. Please report it." if broken else
+                f"None of {certified} certified images was broken.")
+
+
 def left_out(skipped: Sequence[str]) -> Flag:
     """Say that attacks were left out for lack of time."""
     return Flag("attacks left out", "undecided", bool(skipped), float(len(skipped)), 0.0,

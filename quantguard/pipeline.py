@@ -98,14 +98,15 @@ class Comparison:
 def compare(models: Mapping[str, nn.Module], loader: Iterable[Any], threat: Threat = Threat(), *,
             suite: str | Sequence[Any] = "standard", images: int | None = None,
             run_dir: str | os.PathLike[str] | None = None, seed: int = 0,
-            device: str | torch.device | None = None, progress: bool = True) -> Comparison:
+            device: str | torch.device | None = None, progress: bool = True,
+            certify: bool = False) -> Comparison:
     """Evaluate several models on the same images by the same attacks.
 
     Afterwards each model meets the images that broke the others.
 
     Args:
         models: by name, in the order of the table.
-        loader, threat, suite, images, run_dir, seed, device, progress: as
+        loader, threat, suite, images, run_dir, seed, device, progress, certify: as
             :func:`quantguard.evaluate`.
 
     Raises:
@@ -119,7 +120,7 @@ def compare(models: Mapping[str, nn.Module], loader: Iterable[Any], threat: Thre
             print(f"[{number + 1}/{len(models)}] {name}", flush=True, file=_stderr())
         directory = None if run_dir is None else Path(run_dir) / f"{number}"
         rows[name] = evaluate(model, loader, threat, suite=suite, images=images, run_dir=directory,
-                              seed=seed, device=device, progress=progress)
+                              seed=seed, device=device, progress=progress, certify=certify)
     if len({e.image_hash for e in rows.values()}) > 1:
         raise DataError("the loader gives each model other images",
                         why="It shuffles by a generator of its own.",
@@ -144,7 +145,7 @@ def ablate(model: nn.Module, train_loader: Iterable[Any], test_loader: Iterable[
            val: Iterable[Any] | None = None, suite: str | Sequence[Any] = "standard",
            images: int | None = None, run_dir: str | os.PathLike[str] | None = None,
            seed: int = 0, device: str | torch.device | None = None,
-           progress: bool = True) -> Comparison:
+           progress: bool = True, certify: bool = False) -> Comparison:
     """Return the four-way table: float; float + the fine-tune; converted; converted + the same.
 
     What quantization gives is the last row against the second, never against the first.
@@ -154,7 +155,7 @@ def ablate(model: nn.Module, train_loader: Iterable[Any], test_loader: Iterable[
         train_loader, test_loader: for the fine-tunes, and for the figures.
         threat: of both.
         bits, dynamic, recipe, epochs, train, val: as :func:`harden`.
-        suite, images: as :func:`quantguard.evaluate`.
+        suite, images, certify: as :func:`quantguard.evaluate`.
         run_dir: keeps the state of every part; the same call again goes on from there.
         seed, device, progress: as elsewhere.
 
@@ -193,7 +194,7 @@ def ablate(model: nn.Module, train_loader: Iterable[Any], test_loader: Iterable[
                name: converted, f"{name} + fine-tune": rows[f"{name} + fine-tune"]}
     table = compare(ordered, test_loader, threat, suite=suite, images=images,
                     run_dir=None if where is None else where / "evaluation", seed=seed,
-                    device=device, progress=progress)
+                    device=device, progress=progress, certify=certify)
     settings = {"recipe": chosen.to_dict(), "epochs": epochs, "train": train, "seed": seed,
                 "training": training}
     return Comparison(table.rows, table.notes, settings, ordered)

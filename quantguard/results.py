@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,8 +11,9 @@ from typing import Any
 import numpy as np
 
 from . import masking
+from .certificate import Certificate
 from .errors import DataError
-from .files import read_json, replacing, write_text
+from .files import indices, mask_of, read_json, replacing, write_text
 from .masking import Flag, wilson
 from .spec import Threat
 
@@ -81,6 +81,7 @@ class Evaluation:
             at eps / 4: 1 where it tells all, 0 where nothing; empty where it was not measured.
         curve: accuracy over eps, from 0 up, see :mod:`quantguard.curve`.
         skipped: labels of the attacks that there was no time for.
+        certificate: which of the images no attack can break, where that was asked for.
     """
 
     correct: np.ndarray = field(repr=False)
@@ -98,6 +99,7 @@ class Evaluation:
     fidelity: dict[str, float] = field(default_factory=dict)
     curve: tuple[CurvePoint, ...] = ()
     skipped: tuple[str, ...] = ()
+    certificate: Certificate | None = None
 
     @property
     def images(self) -> int:
@@ -127,7 +129,25 @@ class Evaluation:
     @property
     def verdict(self) -> str:
         """Return ``resolved``, ``undecided`` or ``unresolved``; no survivor left is resolved."""
-        return masking.verdict(self.flags) if self.survived.any() else "resolved"
+        open_ = self.survived & ~self.certified
+        return masking.verdict(self.flags) if open_.any() or self.refuted else "resolved"
+
+    @property
+    def certified(self) -> np.ndarray:
+        """Return (N,) the images that are proven to withstand every attack; none if not asked."""
+        none = np.zeros(self.images, dtype=bool)
+        return none if self.certificate is None else self.certificate.certified
+
+    @property
+    def refuted(self) -> bool:
+        """Return whether an attack broke what was certified: then the certificate is void."""
+        return bool((self.certified & ~self.survived).any())
+
+    @property
+    def bracket(self) -> tuple[float, float]:
+        """Return the shares between which the truth is: certified, and surviving every attack."""
+        low = 0.0 if self.refuted else float(self.certified.mean())
+        return low, self.robust_accuracy
 
     @property
     def withheld(self) -> tuple[Flag, ...]:
@@ -171,7 +191,8 @@ class Evaluation:
                          "median_norm": r.median_norm, "queries": r.queries,
                          "gradients": r.gradients, "seconds": r.seconds} for r in self.attacks],
             "flags": [vars(flag) for flag in self.flags], "fidelity": self.fidelity,
-            "curve": [vars(point) for point in self.curve], "skipped": list(self.skipped)}
+            "curve": [vars(point) for point in self.curve], "skipped": list(self.skipped),
+            "certificate": None if self.certificate is None else self.certificate.to_dict()}
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the JSON that :meth:`from_dict` reads."""
@@ -211,7 +232,7 @@ class Evaluation:
         try:
             if data["format"] != FORMAT:
                 raise DataError(f"evaluation JSON of format {data['format']}, expected {FORMAT}")
-            n = data["images"]
+            n, kept = data["images"], data.get("certificate")
             attacks = []
             for row in data["attacks"]:
                 row = dict(row)
@@ -226,18 +247,7 @@ class Evaluation:
                        data["seed"], data["environment"], data["image_hash"], data["seconds"],
                        data.get("fidelity", {}),
                        tuple(CurvePoint(**point) for point in data.get("curve", ())),
-                       tuple(data.get("skipped", ())))
+                       tuple(data.get("skipped", ())),
+                       None if kept is None else Certificate.from_dict(kept))
         except (KeyError, TypeError) as error:
             raise DataError("this is no evaluation JSON of quantguard", why=repr(error)) from None
-
-
-def indices(mask: np.ndarray) -> list[int]:
-    """Return the positions of a mask."""
-    return [int(i) for i in np.flatnonzero(mask)]
-
-
-def mask_of(positions: Sequence[int], n: int) -> np.ndarray:
-    """Return a mask of length n from positions."""
-    mask = np.zeros(n, dtype=bool)
-    mask[list(positions)] = True
-    return mask

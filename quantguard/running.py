@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import os
+import platform
 import random
+import re
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -212,3 +215,45 @@ def to_device(inputs: Any, device: torch.device) -> Any:
 def copied(inputs: Any) -> Any:
     """Return inputs that a model may overwrite."""
     return changed(inputs, Tensor.clone)
+
+
+def environment(device: torch.device) -> dict[str, str]:
+    """Return the versions and the machine that a result depends on."""
+    import importlib.metadata as metadata
+    versions = {name: metadata.version(name) for name in ("torch", "foolbox", "numpy")}
+    return {"python": platform.python_version(), **versions, "quantguard": version(),
+            "machine": f"{platform.machine()}, {os.cpu_count()} cores", "device": str(device),
+            "threads": str(torch.get_num_threads())}
+
+
+def version() -> str:
+    """Return the installed version of the distribution."""
+    import importlib.metadata as metadata
+    try:
+        return metadata.version("torch-quantguard")
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def seconds_of(budget: float | str) -> float:
+    """Return a budget in seconds: a number, or one with ``s``, ``m`` or ``h`` after it.
+
+    Raises:
+        SpecError: it is no time above 0.
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*([smh]?)\s*", str(budget))
+    seconds = float(found[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[found[2]] if found else 0.0
+    if seconds <= 0:
+        raise SpecError(f"budget {budget!r} is no time", fix="Give it as '90s', '5m' or '2h'.")
+    return seconds
+
+
+class true_float32:
+    """Hold TF32 off: its rounding is larger than what separates a survivor from the fallen."""
+
+    def __enter__(self) -> None:
+        self.before = (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32)
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+
+    def __exit__(self, *_: Any) -> None:
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = self.before

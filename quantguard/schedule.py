@@ -17,10 +17,10 @@ from .attacks import Entry, FoolboxModel, PixelModel, Substitute, Suite
 from .attacks.pgd import margin, project
 from .errors import SpecError
 from .evidence import padded
-from .files import replacing
+from .files import indices, mask_of, replacing
 from .images import Images
 from .progress import Progress
-from .results import AttackResult, indices, mask_of
+from .results import AttackResult
 from .spec import Threat
 from .world import world
 
@@ -74,6 +74,7 @@ class Schedule:
 
     Args:
         model, data, threat, correct: what is attacked; correct (N,) bool.
+        certified: (N,) images that no attack can break: only those that attack all images try.
         batch: the one size of all batches.
         state: what is done already.
         bar: shows progress.
@@ -85,10 +86,11 @@ class Schedule:
     """
 
     def __init__(self, model: PixelModel, data: Images, threat: Threat, batch: int,
-                 correct: np.ndarray, state: State, bar: Progress, budget: float | None = None,
+                 correct: np.ndarray, certified: np.ndarray, state: State, bar: Progress,
+                 budget: float | None = None,
                  replay: Sequence[str] | None = None) -> None:
         self.model, self.data, self.threat, self.batch = model, data, threat, batch
-        self.correct, self.state, self.bar = correct, state, bar
+        self.correct, self.certified, self.state, self.bar = correct, certified, state, bar
         self.replay = None if replay is None else set(replay)
         spent = sum(result.seconds for result in state.results)
         self.deadline = None if budget is None else time.monotonic() + budget - spent
@@ -96,21 +98,27 @@ class Schedule:
         self._number = 0
         self._work = self._seconds = 0.0  # of the attacks that ran: how fast this machine is
 
+    @property
+    def standing(self) -> np.ndarray:
+        """Return (N,) the images that stand and might fall."""
+        mask: np.ndarray = self.state.survived & ~self.certified
+        return mask
+
     def run(self, suite: Suite) -> None:
         """Run the suite; what sees no gradient comes last, and its time is kept for it."""
         last = [*suite.reseeded, *suite.blind]
         for entry in suite.entries:
             self._one(entry, reserved=last)
         self._escalate(suite.rounds, last)
-        few = self.state.survived.copy()
+        few = self.standing.copy()
         few[np.flatnonzero(few)[_RESEEDED:]] = False
         again = [self._one(entry, few) for entry in suite.reseeded]
         pays = any(result is not None and result.broke.any() for result in again)
-        if pays and bool((self.state.survived & ~few).any()):
+        if pays and bool((self.standing & ~few).any()):
             for entry in suite.reseeded:  # what broke some of the few breaks some of the others
                 self.bar.extend(entry.cost * int(self.correct.sum()))
                 self._one(replace(entry, label=f"{entry.label}, the others", group="twin"),
-                          self.state.survived & ~few, reserved=suite.blind)
+                          self.standing & ~few, reserved=suite.blind)
         for entry in suite.blind:
             self._one(entry)
 
@@ -132,7 +140,7 @@ class Schedule:
             self._number += 1
             return state.results[self._number - 1]
         if mask is None:
-            mask = self.correct if entry.everywhere else state.survived
+            mask = self.correct if entry.everywhere else self.standing
         if not self._wanted(entry, int(mask.sum()), reserved):
             self._left_out(entry)
             return None
@@ -152,7 +160,7 @@ class Schedule:
             return True
         left = self.deadline - time.monotonic()
         if reserved is not None:
-            standing = int(self.state.survived.sum())
+            standing = int(self.standing.sum())
             work = entry.cost * images + sum(other.cost for other in reserved) * standing
             left -= work * self._seconds / self._work
         return bool(world().agreed(left > 0))

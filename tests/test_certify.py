@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import itertools
 import json
 from collections.abc import Callable, Iterator
@@ -19,6 +20,7 @@ from oracle import EPS, Problem
 from torch import Tensor, fx, nn
 
 import quantguard as qg
+from quantguard import evaluation
 from quantguard.bounds import (
     around,
     boxes,
@@ -853,11 +855,92 @@ def test_wrong_settings_and_data_are_said(trained: Any) -> None:
         qg.certify(model, loader, progress=False)
 
 
-def test_float64_is_certified_and_less_than_float32_refused(trained: Any) -> None:
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_another_precision_is_refused(dtype: torch.dtype, trained: Any) -> None:
+    model, loader = trained
+    with pytest.raises(qg.ConversionError, match=f"1.weight is {dtype}"):
+        qg.certify(copy.deepcopy(model).to(dtype), loader, progress=False)
+
+
+# ---- the bracket: certified <= true <= attacked ----
+
+@pytest.fixture(scope="module")
+def bracket(trained: Any) -> qg.Evaluation:
+    model, loader = trained
+    return qg.evaluate(model, loader, qg.Threat(eps=0.02), suite="quick", certify=True,
+                       progress=False)
+
+
+def test_the_truth_is_bracketed(trained: Any, bracket: qg.Evaluation, tmp_path: Path) -> None:
     model, loader = trained
     threat = qg.Threat(eps=0.02)
-    one = qg.certify(model, loader, threat, progress=False)
-    two = qg.certify(copy.deepcopy(model).double(), loader, threat, progress=False)
-    assert abs(one.certified.astype(int) - two.certified.astype(int)).sum() <= 1
-    with pytest.raises(qg.ConversionError, match=r"1.weight is torch.bfloat16"):
-        qg.certify(copy.deepcopy(model).bfloat16(), loader, threat, progress=False)
+    alone = qg.certify(model, loader, threat, progress=False)
+    attacked = qg.evaluate(model, loader, threat, suite="quick", progress=False)
+    assert (bracket.certified == alone.certified).all() and bracket.certified.any()
+    assert (bracket.survived == attacked.survived).all()
+    assert bracket.bracket == (alone.certified_accuracy, attacked.robust_accuracy)
+    for result in bracket.attacks:  # what is proven is only attacked by what attacks all
+        tried = bool((result.attacked & bracket.certified).any())
+        assert tried == bool(result.settings["everywhere"])
+    assert [f.raised for f in bracket.flags if f.name == "certificate broken"] == [False]
+    text = str(bracket)
+    assert text.startswith(f"Certified {100 * alone.certified_accuracy:.1f} % <= true robust "
+                           f"accuracy <= {100 * attacked.robust_accuracy:.1f} % attacked")
+    assert "intervals that fall on one step: 2 " in text
+    bracket.save(tmp_path / "e.json")
+    again = qg.Evaluation.load(tmp_path / "e.json")
+    assert str(again) == text and (again.certified == bracket.certified).all()
+    replayed = qg.evaluate(model, loader, replay=again, progress=False)
+    assert replayed.bracket == bracket.bracket
+    assert not attacked.certified.any() and attacked.bracket[0] == 0
+
+
+def test_nothing_left_open_is_resolved(trained: Any) -> None:
+    model, loader = trained
+    closed = qg.evaluate(model, loader, qg.Threat(eps=0.001), suite="quick", certify=True,
+                         progress=False)
+    assert (closed.certified == closed.survived).all() and closed.reliable
+    assert "Nothing is left open." in str(closed)
+
+
+def test_a_false_certificate_is_found_out_by_the_attacks(
+        trained: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = evaluation.certificate_of
+
+    def believing(*args: Any, **options: Any) -> Certificate:
+        found = real(*args, **options)
+        return dataclasses.replace(found, certified=found.correct)
+    monkeypatch.setattr(evaluation, "certificate_of", believing)
+    result = qg.evaluate(*trained, qg.Threat(eps=0.1), suite="quick", certify=True, progress=False)
+    assert result.refuted and not result.reliable and result.bracket[0] == 0
+    assert [f.raised for f in result.flags if f.name == "certificate broken"] == [True]
+    assert str(result).startswith("Robust accuracy <= ") and "Please report it" in str(result)
+
+
+def test_a_bracket_goes_on_from_where_it_stopped_and_is_compared(
+        trained: Any, bracket: qg.Evaluation, tmp_path: Path) -> None:
+    model, loader = trained
+    threat, where = qg.Threat(eps=0.02), tmp_path / "run"
+    options: dict[str, Any] = {"suite": "quick", "progress": False, "run_dir": where}
+    one = qg.evaluate(model, loader, threat, certify=True, **options)
+    again = qg.evaluate(model, loader, threat, certify=True, **options)
+    assert (again.survived == one.survived).all() and (one.survived == bracket.survived).all()
+    with pytest.raises(qg.SpecError, match="Different: certified"):
+        qg.evaluate(model, loader, threat, **options)
+    table = qg.compare({"2 bits": model, "again": model}, loader, threat, suite="quick",
+                       certify=True, progress=False)
+    assert "certified" in str(table) and "certified" in table._repr_html_()
+    table.save(tmp_path / "page.html")
+    assert "true robust accuracy" in (tmp_path / "page.html").read_text()
+
+
+def test_a_bracket_on_the_command_line(trained: Any, bracket: qg.Evaluation,
+                                       tmp_path: Path) -> None:
+    from click.testing import CliRunner
+
+    from quantguard.cli import main
+    qg.save(trained[0], tmp_path / "model.qg")
+    result = CliRunner().invoke(main, [
+        "evaluate", str(tmp_path / "model.qg"), "--trust", "--data", "digits", "--eps", "0.02",
+        "--images", "100", "--suite", "quick", "--certify", "--quiet"])
+    assert result.exit_code == 0 and result.output.startswith("Certified "), result.output

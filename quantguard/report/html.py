@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from .text import (
+    BOUNDS,
     UPPER_BOUND,
     Cell,
     attack_rows,
@@ -87,7 +88,11 @@ def _comparison(comparison: Comparison) -> str:
             "correctly, with its 95 % interval.</p>"
             f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
             + "<ul>" + "".join(f"<li>{html.escape(line)}</li>" for line in lines) + "</ul>"
-            + f"<p><small>{html.escape(UPPER_BOUND)}</small></p>")
+            + f"<p><small>{html.escape(_bounds(first))}</small></p>")
+
+
+def _bounds(evaluation: Evaluation) -> str:
+    return UPPER_BOUND if evaluation.certificate is None else BOUNDS
 
 
 def _evaluation(evaluation: Evaluation) -> str:
@@ -138,7 +143,7 @@ def _framed(body: str) -> str:
 def evaluation_html(evaluation: Evaluation) -> str:
     """Return an evaluation for a notebook."""
     return _framed(_evaluation(evaluation)
-                   + f"<p><small>{html.escape(UPPER_BOUND)}</small></p>")
+                   + f"<p><small>{html.escape(_bounds(evaluation))}</small></p>")
 
 
 def certificate_html(certificate: Certificate) -> str:

@@ -19,6 +19,10 @@ if TYPE_CHECKING:
 UPPER_BOUND = ("Attacked figures are upper bounds of the truth: a stronger attack can only lower "
                "them.\nIntervals are 95 % Wilson and cover the sampling of images only.")
 
+BOUNDS = ("Attacked figures are upper bounds of the truth: a stronger attack can only lower them; "
+          "certified ones are\nlower bounds, for the float32 model that runs. Intervals are 95 % "
+          "Wilson and cover the sampling of images only.")
+
 LOWER_BOUND = ("Certified figures are lower bounds of the truth: they hold for the float32 model "
                "that runs.\nIntervals are 95 % Wilson and cover the sampling of images only.")
 
@@ -55,6 +59,8 @@ def columns(evaluation: Evaluation) -> dict[str, Cell]:
     for attack in evaluation.attacks:
         if attack.settings.get("everywhere"):
             result[attack.label] = cell(evaluation.correct & ~attack.broke)
+    if evaluation.certificate is not None:
+        result["certified"] = cell(evaluation.certified)
     result["worst case"] = cell(evaluation.survived)
     return result
 
@@ -81,12 +87,31 @@ def headline(evaluation: Evaluation) -> str:
         return "NO FIGURE: " + " ".join(flag.reason for flag in evaluation.withheld)
     cell = Cell(int(evaluation.survived.sum()), evaluation.images)
     low, high = cell.interval
+    if evaluation.certificate is not None and not evaluation.refuted:
+        return bracket_line(evaluation)
     said = {"resolved": "Verdict: resolved, nothing here speaks against it.",
             "undecided": "UNDECIDED: too few images to rule out that it is not the worst case.",
             "unresolved": "UNRESOLVED: the worst case has not been found yet."}
     return (f"Robust accuracy <= {100 * cell.share:.1f} % (95 % interval {100 * low:.1f}-"
             f"{100 * high:.1f}; {cell.count} of {cell.n} images survive every attack). "
             + said[evaluation.verdict])
+
+
+def bracket_line(evaluation: Evaluation) -> str:
+    """Return between which figures the truth is: proven from below, attacked from above."""
+    n = evaluation.images
+    proven, standing = (Cell(int(mask.sum()), n) for mask in (evaluation.certified,
+                                                              evaluation.survived))
+    low, high = proven.interval[0], standing.interval[1]
+    gap = standing.count - proven.count
+    said = {"resolved": "Verdict: resolved, nothing here speaks against it.",
+            "undecided": "UNDECIDED above: too few images to rule out that attacks missed some.",
+            "unresolved": "UNRESOLVED above: the worst case has not been found yet."}
+    return (f"Certified {100 * proven.share:.1f} % <= true robust accuracy <= "
+            f"{100 * standing.share:.1f} % attacked ({proven.count} of {n} images are proven to "
+            f"withstand every attack, {standing.count} survived them all; 95 % interval of both "
+            f"ends {100 * low:.1f}-{100 * high:.1f}). "
+            + ("Nothing is left open." if not gap else said[evaluation.verdict]))
 
 
 def attack_rows(evaluation: Evaluation) -> list[list[str]]:
@@ -111,6 +136,10 @@ def side_lines(evaluation: Evaluation) -> list[str]:
            "what is left after clipping to the threat."
            for a in evaluation.attacks if a.own_success is not None]
     lines = own
+    if evaluation.certificate is not None and evaluation.certificate.sites:
+        said = ", ".join(f"{name} {100 * share:.1f}"
+                         for name, share in evaluation.certificate.sites.items())
+        lines.append(f"Per cent of each staircase's intervals that fall on one step: {said}.")
     if evaluation.fidelity:
         said = ", ".join(f"{name} {value:.2f}" for name, value in evaluation.fidelity.items())
         lines.append("Fidelity, the correlation of each gradient with what the margin really does "
@@ -134,12 +163,13 @@ def evaluation_text(evaluation: Evaluation) -> str:
     """Return an evaluation as text."""
     clean = Cell(int(evaluation.correct.sum()), evaluation.images)
     broken = int(evaluation.correct.sum()) - int(evaluation.survived.sum())
+    bounds = UPPER_BOUND if evaluation.certificate is None else BOUNDS
     parts = [headline(evaluation),
              f"Clean accuracy {clean} %; attacks succeed on {broken} of {clean.count} correctly "
              f"classified images. Threat: {threat_text(evaluation)}; seed {evaluation.seed}.",
              "", table(attack_rows(evaluation))]
     parts += ["", *side_lines(evaluation)]
-    parts += [*flag_lines(evaluation), UPPER_BOUND]
+    parts += [*flag_lines(evaluation), bounds]
     return "\n".join(parts)
 
 
@@ -197,4 +227,4 @@ def comparison_text(comparison: Comparison) -> str:
     for name, evaluation in comparison.rows.items():
         parts += [f"{name}: {line}" for line in flag_lines(evaluation)]
     parts += [f"Note: {note}." for note in comparison.notes]
-    return "\n".join([*parts, UPPER_BOUND])
+    return "\n".join([*parts, UPPER_BOUND if first.certificate is None else BOUNDS])
