@@ -24,9 +24,11 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
-from .attacks import PixelModel
+from .attacks import PGD, FoolboxModel, PixelModel
+from .attacks._foolbox import fb
+from .attacks.pgd import project
 from .batches import check_labels
-from .bounds import Box, Flat, around, flattened, margins, propagate
+from .bounds import Box, Flat, around, divided, flattened, margins, propagate
 from .certificate import Certificate
 from .errors import ConversionError, Interrupted, SpecError
 from .evidence import padded, predict
@@ -45,12 +47,16 @@ from .running import (
 )
 from .spec import Threat
 
+# What an image has been through once branch and bound is done with it.
+_BRANCHED = 3
+# Boxes of one image that are bounded at a time: small models wait for calls, not for arithmetic.
+_TOGETHER, _ELEMENTS = 1024, 1 << 18
 METHODS = ("auto", "ibp", "crown")
 
 
 def certify(model: nn.Module, loader: Iterable[Any], threat: Threat = Threat(), *,
             method: str = "auto", images: int | None = None,
-            budget: float | str | None = None,
+            splits: int = 0, budget: float | str | None = None,
             run_dir: str | os.PathLike[str] | None = None,
             device: str | torch.device | None = None, progress: bool = True) -> Certificate:
     """Return, for every image, a lower bound of its margin that no attack can break.
@@ -66,6 +72,10 @@ def certify(model: nn.Module, loader: Iterable[Any], threat: Threat = Threat(), 
         method: ``ibp`` (intervals), ``crown`` (linear bounds too, for all correct images), or
             ``auto``: linear bounds for what intervals leave undecided.
         images: how many images, the loader's first; None: all.
+        splits: into how many boxes, at most, the surroundings of an image may be cut that is
+            still undecided and that a short attack does not break (branch and bound). Each cut
+            halves one pixel's range: this closes what is left on models of few inputs, and next
+            to nothing on large images.
         budget: seconds, or as in ``"90s"``, ``"5m"``, that it may take: images that there is no
             time for count as not certified.
         run_dir: keeps what is done; the same call again goes on from there.
@@ -76,7 +86,8 @@ def certify(model: nn.Module, loader: Iterable[Any], threat: Threat = Threat(), 
         ConversionError: a layer or operation without a rule (it is named), a forward that cannot
             be traced, or a model that returns no logits.
         DataError: images or labels that do not fit.
-        SpecError: an unknown method, a budget that is no time, a run_dir of other settings.
+        SpecError: an unknown method, a budget that is no time, splits in L2 or below 0, a run_dir
+            of other settings.
 
     Example:
         >>> certificate = certify(model, loader, Threat(eps=8 / 255))  # doctest: +SKIP
@@ -84,6 +95,9 @@ def certify(model: nn.Module, loader: Iterable[Any], threat: Threat = Threat(), 
     """
     if method not in METHODS:
         raise SpecError(f"method={method!r} is unknown", fix=f"Use one of {', '.join(METHODS)}.")
+    if splits < 0 or (splits and threat.norm != "linf"):
+        raise SpecError(f"splits={splits} in {threat.norm}",
+                        fix="Give 0 or more, and more than 0 in linf only.")
     limit = None if budget is None else seconds_of(budget)
     before = device_of(model)
     if device is not None:
@@ -91,7 +105,7 @@ def certify(model: nn.Module, loader: Iterable[Any], threat: Threat = Threat(), 
     try:
         with evaluating(model):
             data = gather(model, loader, threat, images)
-            return certificate_of(model, data, threat, method, limit, run_dir, progress)
+            return certificate_of(model, data, threat, method, limit, run_dir, progress, splits)
     finally:
         if device is not None:
             model.to(before)
@@ -144,14 +158,14 @@ class _State:
 
 def certificate_of(model: nn.Module, data: Images, threat: Threat, method: str = "auto",
                    limit: float | None = None, run_dir: str | os.PathLike[str] | None = None,
-                   show: bool = False) -> Certificate:
+                   show: bool = False, splits: int = 0) -> Certificate:
     """Do what :func:`certify` does, for images that are at hand."""
     with evaluating(model), frozen(model), seeded(0), true_float32(), torch.no_grad():
-        return _certify(model, data, threat, method, limit, run_dir, show)
+        return _certify(model, data, threat, method, limit, run_dir, show, splits)
 
 
 def _certify(model: nn.Module, data: Images, threat: Threat, method: str, limit: float | None,
-             run_dir: str | os.PathLike[str] | None, show: bool) -> Certificate:
+             run_dir: str | os.PathLike[str] | None, show: bool, splits: int) -> Certificate:
     pixel_model = PixelModel(model, threat, data.key)
     batch = batch_size(data.pixels)
     logits = predict(pixel_model, data.pixels, batch)
@@ -161,8 +175,9 @@ def _certify(model: nn.Module, data: Images, threat: Threat, method: str, limit:
     digest = hashlib.blake2b(data.pixels.cpu().numpy().tobytes()
                              + data.labels.cpu().numpy().tobytes(), digest_size=16).hexdigest()
     settings = json.loads(json.dumps({
-        "threat": threat.to_dict(), "method": method, "images": digest, "predictions":
-            hashlib.blake2b(logits.cpu().numpy().tobytes(), digest_size=16).hexdigest()}))
+        "threat": threat.to_dict(), "method": method, "splits": splits, "images": digest,
+        "predictions": hashlib.blake2b(logits.cpu().numpy().tobytes(),
+                                       digest_size=16).hexdigest()}))
     path = None
     if run_dir is not None:
         path = Path(run_dir) / "certificate.npz"
@@ -171,6 +186,8 @@ def _certify(model: nn.Module, data: Images, threat: Threat, method: str, limit:
     bar = Progress("certify", len(correct), show)
     try:
         _bound(flat, pixel_model, data, threat, batch, method, correct, logits, state, limit, bar)
+        if splits:
+            _branch(flat, pixel_model, data, threat, batch, splits, correct, state, limit, bar)
     except KeyboardInterrupt:
         bar.close()
         kept = "nothing was kept" if path is None else f"saved in {path.parent}"
@@ -210,6 +227,44 @@ def _bound(flat: Flat, model: PixelModel, data: Images, threat: Threat, batch: i
             state.done[rows] = number + 1
             state.save()
             bar.advance(len(rows), f"{int((state.lower > 0).sum())} certified")
+
+
+def _branch(flat: Flat, model: PixelModel, data: Images, threat: Threat, batch: int, splits: int,
+            correct: np.ndarray, state: _State, limit: float | None, bar: Progress) -> None:
+    """Cut the boxes of what is undecided, and not broken by an attack, into smaller ones."""
+    def late() -> bool:
+        return limit is not None and state.spent > limit
+
+    def projected(images: Tensor, x: Tensor) -> Tensor:
+        return project(images, x, threat.eps, threat.norm, threat.bounds)
+    undecided = correct & ~(state.lower > 0)
+    chosen = np.flatnonzero(undecided & (state.done >= 1) & (state.done < _BRANCHED))
+    bar.extend(len(chosen))
+    together = max(batch, min(_TOGETHER, _ELEMENTS // data.pixels[0].numel()))
+    attack = PGD("margin", 50, rel_step=0.4, decay=True, twin=(2, 16))
+    for first in range(0, len(chosen), batch):
+        if late():
+            return
+        rows = chosen[first : first + batch]
+        (x, size), (y, _) = (padded(v[rows], batch) for v in (data.pixels, data.labels))
+        with torch.enable_grad():
+            found = attack.run(FoolboxModel(model, threat), x, fb.criteria.Misclassification(y),
+                               epsilon=threat.eps)
+        stands = (model(projected(found, x)).argmax(1) == y)[:size].cpu().numpy()
+        for row in rows[stands]:
+            image, label = data.pixels[row : row + 1], data.labels[row : row + 1]
+
+            def broken(images: Tensor, image: Tensor = image, label: Tensor = label) -> bool:
+                answers = model(projected(images, image.expand_as(images))).argmax(1)
+                return bool((answers != label).any())
+            lower = divided(flat, around(image, threat), label, splits, together, broken, late)
+            state.lower[row] = max(state.lower[row], lower)
+            if not late():
+                state.done[row] = _BRANCHED
+            state.save()
+            bar.advance(1, f"{int((state.lower > 0).sum())} certified")
+        state.done[rows[~stands]] = _BRANCHED
+        bar.advance(int((~stands).sum()), f"{int((state.lower > 0).sum())} certified")
 
 
 def _check(model: PixelModel, box: Box, gaps: Tensor, data: Images, logits: Tensor,

@@ -395,6 +395,8 @@ def evaluate(model: str, arch: str | None, trust: bool, data: str, eps: float, n
 @_THREAT
 @click.option("--method", default="auto", show_default=True,
               help="ibp (intervals), crown (linear bounds), or auto: those where it pays.")
+@click.option("--splits", type=click.IntRange(0), default=0, show_default=True,
+              help="Cut the surroundings of what stays undecided into so many parts, at most.")
 @click.option("--split", type=click.Choice(["train", "test"]), default="test", show_default=True)
 @click.option("--images", type=click.IntRange(1), help="How many, the first; all by default.")
 @click.option("--json", "json_file", type=click.Path(dir_okay=False), help="Write JSON.")
@@ -403,7 +405,7 @@ def evaluate(model: str, arch: str | None, trust: bool, data: str, eps: float, n
 @_LOADING
 @_BARE_RUNNING
 def certify(model: str, arch: str | None, trust: bool, data: str, eps: float, norm: str,
-            method: str, split: str, images: int | None, json_file: str | None,
+            method: str, splits: int, split: str, images: int | None, json_file: str | None,
             budget: str | None, batch_size: int, size: int | None, mean: Any, std: Any,
             run_dir: str | None, device: str | None, quiet: bool) -> None:
     """Prove for how many images of DATA no attack on MODEL can succeed."""
@@ -412,7 +414,7 @@ def certify(model: str, arch: str | None, trust: bool, data: str, eps: float, no
     threat = _threat(eps, norm, mean, std)
     loader = _loader(data, split, batch_size, size, mean, std)
     result = run(_open(model, arch, trust), loader, threat, method=method, images=images,
-                 budget=budget, run_dir=run_dir, device=device, progress=not quiet)
+                 splits=splits, budget=budget, run_dir=run_dir, device=device, progress=not quiet)
     _tell(result, json_file)
 
 

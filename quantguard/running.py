@@ -241,9 +241,12 @@ def seconds_of(budget: float | str) -> float:
     Raises:
         SpecError: it is no time above 0.
     """
-    found = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*([smh]?)\s*", str(budget))
-    seconds = float(found[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[found[2]] if found else 0.0
-    if seconds <= 0:
+    if isinstance(budget, str):
+        found = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*([smh]?)\s*", budget)
+        seconds = float(found[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[found[2]] if found else 0.0
+    else:
+        seconds = float(budget)
+    if not seconds > 0:
         raise SpecError(f"budget {budget!r} is no time", fix="Give it as '90s', '5m' or '2h'.")
     return seconds
 

@@ -20,10 +20,12 @@ from oracle import EPS, Problem
 from torch import Tensor, fx, nn
 
 import quantguard as qg
-from quantguard import evaluation
+from quantguard import certification, evaluation
+from quantguard.attacks import Noise
 from quantguard.bounds import (
     around,
     boxes,
+    branching,
     curves,
     flattened,
     margins,
@@ -479,6 +481,18 @@ def test_activations_round_by_less_than_a_quarter_of_their_slack(name: str) -> N
 
 # ---- exact truth ----
 
+def true_margin(model: nn.Module, levels: qg.QuantActivation, image: Tensor, label: int,
+                eps: float) -> float:
+    """Return the smallest margin over all that a network sees of images within eps."""
+    reach = [torch.unique(levels(torch.linspace(max(0, float(v) - eps), min(1, float(v) + eps),
+                                                4001))) for v in image]
+    with torch.no_grad():
+        z = model[1:](torch.tensor(list(itertools.product(*[r.tolist() for r in reach]))))
+    others = z.clone()
+    others[:, label] = -torch.inf
+    return float((z[:, label] - others.amax(1)).min())
+
+
 @pytest.mark.parametrize("seed", range(6))
 def test_enumeration_of_all_quantized_inputs_finds_every_certified_image_robust(seed: int) -> None:
     g = torch.Generator().manual_seed(seed)
@@ -496,20 +510,75 @@ def test_enumeration_of_all_quantized_inputs_finds_every_certified_image_robust(
                                 progress=False).lower for method in ("ibp", "crown", "auto")}
     truth = np.empty(300)
     for i, image in enumerate(x):
-        reach = [torch.unique(levels(torch.linspace(max(0, float(v) - eps), min(1, float(v) + eps),
-                                                    4001))) for v in image]
-        every = torch.tensor(list(itertools.product(*[r.tolist() for r in reach])))
-        with torch.no_grad():
-            z = model[1:](every)
-        others = z.clone()
-        others[:, y[i]] = -torch.inf
-        truth[i] = float((z[:, y[i]] - others.amax(1)).min())
+        truth[i] = true_margin(model, levels, image, int(y[i]), eps)
     for found in lower.values():
         assert (found <= truth).all()
         assert 0 < (found > 0).sum() < 300
     assert (truth <= 0).any()
     if not deep:  # one layer in margin form: nothing is lost but rounding
         assert truth == pytest.approx(lower["ibp"], abs=1e-4)
+
+
+def quantized_inputs(seed: int) -> tuple[nn.Module, Tensor, Tensor, np.ndarray]:
+    """Return a network of three inputs with eight levels each, images, labels, true margins."""
+    g = torch.Generator().manual_seed(seed)
+    levels = qg.QuantActivation.from_thresholds([i / 8 for i in range(1, 8)], 0.2)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = nn.Sequential(levels, nn.Linear(3, 12), staircase(2, g), nn.Linear(12, 12),
+                              staircase(2, g), nn.Linear(12, 3)).eval()
+    x = images(100, seed, (3,))
+    with torch.no_grad():
+        model[-1].bias.sub_(model(x).mean(0))
+        y = model(x).argmax(1)
+    return model, x, y, np.array([true_margin(model, levels, image, int(label), 0.15)
+                                  for image, label in zip(x, y, strict=True)])
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_branch_and_bound_certifies_all_that_is_robust(seed: int) -> None:
+    model, x, y, truth = quantized_inputs(seed)
+    whole, cut = (qg.certify(model, [(x, y)], qg.Threat(eps=0.15), splits=splits, progress=False)
+                  for splits in (0, 2000))
+    assert whole.certified.sum() < cut.certified.sum() == (truth > 1e-3).sum()
+    assert (cut.certified == (truth > 0)).all() and (cut.lower <= truth).all()
+
+
+def test_half_of_each_cut_is_not_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x, y, truth = quantized_inputs(0)
+    halves = branching._Look.halves
+    monkeypatch.setattr(branching._Look, "halves", lambda look, row: halves(look, row)[:1])
+    # and nobody attacks what is in the other half
+    monkeypatch.setattr(certification, "PGD", lambda *args, **settings: Noise("linf", 1))
+    found = qg.certify(model, [(x, y)], qg.Threat(eps=0.15), splits=2000, progress=False)
+    assert (found.certified & (truth <= 0)).any()
+
+
+def test_cuts_close_the_bracket_of_a_net_of_few_inputs(tmp_path: Path) -> None:
+    g = torch.Generator().manual_seed(0)
+    x = torch.rand(400, 4, generator=g)
+    y = ((x[:, 0] - 0.5) * (x[:, 1] - 0.5) > 0).long() + (x[:, 2] > 0.6).long()
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(),
+                              nn.Linear(32, 3))
+        train_clean(model, torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), 50),
+                    40, progress=False)
+    loader, threat = [(x[:100], y[:100])], qg.Threat(eps=0.05)
+    attacked = qg.evaluate(model, loader, threat, suite="quick", progress=False)
+    whole, cut = (qg.certify(model, loader, threat, splits=splits, progress=False)
+                  for splits in (0, 5000))
+    assert whole.certified.sum() < cut.certified.sum()
+    assert (cut.certified <= attacked.survived).all()
+    assert cut.certified.sum() >= attacked.survived.sum() - 1
+    again = qg.certify(model, loader, threat, splits=5000, progress=False, run_dir=tmp_path)
+    more = qg.certify(model, loader, threat, splits=5000, progress=False, run_dir=tmp_path)
+    assert (again.certified == cut.certified).all() and (more.lower == again.lower).all()
+    none = qg.certify(model, loader, threat, splits=5000, progress=False, budget=1e-6)
+    assert (none.certified <= cut.certified).all()
+    for threat, splits in ((qg.Threat("l2", 0.1), 3), (qg.Threat(), -1)):
+        with pytest.raises(qg.SpecError, match="splits"):
+            qg.certify(model, loader, threat, splits=splits)
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
@@ -834,6 +903,8 @@ def test_on_the_command_line(trained: Any, tmp_path: Path) -> None:
                  "0.02", "--images", "100", "--json", str(tmp_path / "c.json"), "--quiet"]
     result = CliRunner().invoke(main, arguments)
     assert result.exit_code == 0 and "Robust accuracy >= " in result.output, result.output
+    cut = CliRunner().invoke(main, [*arguments[:-1], "--splits", "2"])
+    assert cut.exit_code == 0 and "Robust accuracy >= " in cut.output, cut.output
     again = qg.certify(trained[0], trained[1], qg.Threat(eps=0.02), progress=False)
     assert (Certificate.load(tmp_path / "c.json").certified == again.certified).all()
     result = CliRunner().invoke(main, [*arguments, "--method", "best"])

@@ -1,7 +1,8 @@
 """Sound bounds of what a model computes on all images that a threat allows."""
 
 from .boxes import Box
+from .branching import divided
 from .flat import Flat, flattened
 from .propagation import around, margins, propagate
 
-__all__ = ["Box", "Flat", "around", "flattened", "margins", "propagate"]
+__all__ = ["Box", "Flat", "around", "divided", "flattened", "margins", "propagate"]

@@ -44,20 +44,22 @@ def around(pixels: Tensor, threat: Threat) -> Box:
 
 
 def propagate(flat: Flat, x: Box, taped: bool = False,
-              seen: Callable[[fx.Node, Any], None] | None = None) -> Box:
+              seen: Callable[[fx.Node, Any], None] | None = None,
+              inside: Callable[[fx.Node, tuple[Any, ...]], tuple[Any, ...]] | None = None) -> Box:
     """Return the bounds of the logits.
 
     Args:
         x: bounds of pixels.
         taped: keep what :func:`margins` needs to go back through the whole graph.
         seen: is told every node and its value, a box or what does not depend on the image.
+        inside: may narrow what a staircase is given: gets its node and arguments.
 
     Raises:
         ConversionError: an operation without a rule for how it is called.
     """
     values: dict[fx.Node, Any] = {}
     for node in flat.nodes:
-        value = _value(flat, node, values, x)
+        value = _value(flat, node, values, x, inside)
         if node.op == "output":
             break
         for box in (value,) if isinstance(value, Box) else ():
@@ -74,8 +76,11 @@ def propagate(flat: Flat, x: Box, taped: bool = False,
     return value
 
 
-def _value(flat: Flat, node: fx.Node, values: dict[fx.Node, Any], x: Box) -> Any:
+def _value(flat: Flat, node: fx.Node, values: dict[fx.Node, Any], x: Box,
+           inside: Callable[[fx.Node, tuple[Any, ...]], tuple[Any, ...]] | None) -> Any:
     args: Any = fx.node.map_arg(node.args, values.__getitem__)
+    if inside is not None and flat.staircase(node) is not None and _boxes(args):
+        args = inside(node, args)
     settings: Any = fx.node.map_arg(node.kwargs, values.__getitem__)
     if node.op == "placeholder":
         return x
@@ -109,7 +114,8 @@ def _boxes(values: Any) -> bool:
     return bool(found)
 
 
-def margins(logits: Box, labels: Tensor, through: bool) -> Tensor:
+def margins(logits: Box, labels: Tensor, through: bool,
+            wanted: dict[int, list[Tensor]] | None = None) -> Tensor:
     """Return a lower bound of each true logit minus each other one.
 
     The last layers are bounded together, ``(W_y - W_j) x``, instead of logit by logit.
@@ -119,6 +125,8 @@ def margins(logits: Box, labels: Tensor, through: bool) -> Tensor:
         labels: (N,) true classes.
         through: go back through activations as well, to the pixels (CROWN); else the bounds of the
             last activations are taken.
+        wanted: by number of a box, gets the coefficients that bounds have there, (N, K, ...) for
+            K classes after the other.
 
     Returns:
         (N, C), infinity for the true class.
@@ -131,7 +139,7 @@ def margins(logits: Box, labels: Tensor, through: bool) -> Tensor:
     for first in range(0, classes, per_call):
         others = rows[first : first + per_call]
         a = rows[labels].unsqueeze(1) - others
-        result[:, first : first + per_call] = lower_bound(logits, a, through)
+        result[:, first : first + per_call] = lower_bound(logits, a, through, wanted)
     result.scatter_(1, labels.unsqueeze(1), torch.inf)
     return result
 
@@ -148,13 +156,15 @@ def _history(box: Box, through: bool) -> list[Box]:
     return list(found.values())
 
 
-def lower_bound(box: Box, a: Tensor, through: bool) -> Tensor:
+def lower_bound(box: Box, a: Tensor, through: bool,
+                wanted: dict[int, list[Tensor]] | None = None) -> Tensor:
     """Return a lower bound of ``a . value`` for each row of a.
 
     Args:
         box: bounds of value, (N, ...).
         a: (N, K, ...).
         through: go back through activations as well.
+        wanted: as in :func:`margins`.
 
     Returns:
         (N, K).
@@ -163,6 +173,8 @@ def lower_bound(box: Box, a: Tensor, through: bool) -> Tensor:
     waiting = {box.number: (box, a)}
     while waiting:
         box, a = waiting.pop(max(waiting))
+        if wanted is not None and box.number in wanted:
+            wanted[box.number].append(a)
         step = box.step
         if step is None or not (step.affine or through):
             total = total + _lowest(box, a)
