@@ -189,6 +189,7 @@ def test_ablate_shows_four_rows_and_writes_the_hardened_model(model: str, data: 
     assert len(staircases(qg.load("out.qg"))) == 4
 
 
+@pytest.mark.slow
 def test_demo_trains_compares_and_leaves_model_and_reports(here: Path,
                                                            monkeypatch: pytest.MonkeyPatch) -> None:
     train = demo.train_clean
@@ -219,6 +220,7 @@ def test_strict_exits_with_1_unless_resolved(model: str) -> None:
     assert "0 of 12" in nobody_left.output and nobody_left.exit_code == 0
 
 
+@pytest.mark.slow
 def test_quiet_prints_no_progress(model: str, data: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(progress, "_LOG_EVERY", 0.0)
     for arguments in (("evaluate", model, "--data", data, *EVALUATE),

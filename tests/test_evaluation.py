@@ -277,6 +277,7 @@ def test_zero_gradients_are_unresolved_and_not_robust(how: str, cnn: nn.Module,
         assert result.verdict == "unresolved" and not result.reliable
 
 
+@pytest.mark.slow
 def test_a_sound_float_model_is_neither_masked_nor_unresolved(cnn: nn.Module,
                                                               digits: Digits) -> None:
     result = qg.evaluate(cnn, batches(digits, 250), Threat(eps=0.05), suite="quick",

@@ -68,6 +68,7 @@ def launched(script: Path, processes: int, *arguments: str) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
 
 
+@pytest.mark.slow
 def test_two_processes_train_what_one_trains(tmp_path: Path) -> None:
     """50 steps, float64, no BatchNorm: equal to 1e-5."""
     script = tmp_path / "train.py"
@@ -83,6 +84,7 @@ def test_two_processes_train_what_one_trains(tmp_path: Path) -> None:
             assert float((value - two[0][name]).abs().max()) < 1e-5
 
 
+@pytest.mark.slow
 def test_two_processes_find_the_masks_that_one_finds(quantized: torch.nn.Module,
                                                      tmp_path: Path) -> None:
     script = tmp_path / "evaluate.py"
