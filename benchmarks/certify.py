@@ -1,8 +1,9 @@
-"""How much of Fashion-MNIST can be certified at Linf eps 0.1, at which bits?
+"""How much of Fashion-MNIST (or MNIST) can be certified, at which bits?
 
     python benchmarks/certify.py                                    # small net, 2 and 32 bits
     python benchmarks/certify.py --net wide --epochs 28 --bits 2
     python benchmarks/certify.py --epochs 6 --seeds 0 --set lr=1e-2 --name slower
+    python benchmarks/certify.py --data mnist:FOLDER --eps 0.3 --epochs 8 --bits 2
     python benchmarks/certify.py --table-only
 
 Nets: `small`: 4x4 convolutions of stride 2 with 16 and 32 channels, linear 128; `wide`: 32 and 64,
@@ -35,7 +36,7 @@ from quantguard.hardening import hardened
 from quantguard.recipes import recipe_of
 
 HERE = Path(__file__).parent / "results" / "certify"
-EPS, BATCH = 0.1, 256
+BATCH = 256
 WIDTHS = {"small": (16, 32, 128), "wide": (32, 64, 256)}
 
 
@@ -48,25 +49,26 @@ def network(net: str) -> nn.Module:
         nn.ReLU(), nn.Linear(hidden, 10))
 
 
-def measure(name: str, net: str, bits: int, seed: int, epochs: int, settings: dict[str, str],
-            attack: bool, device: str | None) -> None:
+def measure(name: str, data: str, eps: float, net: str, bits: int, seed: int, epochs: int,
+            settings: dict[str, str], attack: bool, device: str | None) -> None:
     target = HERE / f"{name}.json"
     if target.exists():
         return
-    threat, recipe = qg.Threat(eps=EPS), recipe_of("ibp", settings)
+    threat, recipe = qg.Threat(eps=eps), recipe_of("ibp", settings)
     begin = time.monotonic()
     torch.manual_seed(seed)
-    made = hardened(network(net), load_data("fashion-mnist", "train", batch_size=BATCH), threat,
+    made = hardened(network(net), load_data(data, "train", batch_size=BATCH), threat,
                     bits=bits, dynamic=None, recipe=recipe, epochs=epochs, train="all", val=None,
                     run_dir=HERE / "work" / name, seed=seed, device=device, progress=True)
     seconds = time.monotonic() - begin
-    test = load_data("fashion-mnist", "test", batch_size=500)
+    test = load_data(data, "test", batch_size=500)
     certificate = qg.certify(made.model, test, threat, method="ibp", device=device)
     told = certificate.to_dict()
     for each in ("lower", "correct_images"):  # 10,000 numbers each; who is certified stays
         del told[each]
     record: dict[str, Any] = {
-        "net": net, "bits": bits, "seed": seed, "epochs": epochs, "eps": EPS,
+        "data": data.partition(":")[0], "net": net, "bits": bits, "seed": seed, "epochs": epochs,
+        "eps": eps,
         "recipe": recipe.to_dict(), "train_seconds": seconds, **made.to_dict(),
         "certificate": told, "python": platform.python_version(),
         "torch": version("torch"), "machine": platform.machine(), "cores": os.cpu_count(),
@@ -84,21 +86,24 @@ def measure(name: str, net: str, bits: int, seed: int, epochs: int, settings: di
 
 
 def table() -> None:
-    print(f"Fashion-MNIST, Linf eps {EPS}, per cent; certified: intervals, all test images; "
-          "attacked: an upper bound, first 500")
+    print("Linf, per cent; certified: intervals, all test images; attacked: an upper bound, first "
+          "500")
     for file in sorted(HERE.glob("*.json")):
         row = json.loads(file.read_text())
         c, e = row["certificate"], row.get("evaluation")
         attacked = "" if e is None else (
             f"  first 500: certified {100 * row['certified_of_first'] / 500:.1f} <= true <= "
             f"{100 * qg.Evaluation.from_dict(e).robust_accuracy:.1f}")
-        print(f"{file.stem:34} clean {100 * c['clean'] / c['images']:.2f}  certified "
+        told = f"{row.get('data', 'fashion-mnist')} {row['eps']:g}"
+        print(f"{told:18} {file.stem:34} clean {100 * c['clean'] / c['images']:.2f}  certified "
               f"{100 * c['certified_accuracy']:.2f}{attacked}  ({row['train_seconds'] / 60:.1f} "
               f"minutes, {c['seconds']:.0f} s to certify; {row['threads']} threads)")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
+    parser.add_argument("--data", default="fashion-mnist")
+    parser.add_argument("--eps", type=float, default=0.1)
     parser.add_argument("--net", default="small", choices=WIDTHS)
     parser.add_argument("--bits", type=int, nargs="*", default=[2, 32])
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
@@ -116,9 +121,11 @@ def main() -> None:
         torch.set_num_threads(args.threads)
     for seed in args.seeds if not args.table_only else ():
         for bits in args.bits:
-            name = "-".join(filter(None, (args.net, str(bits), f"{args.epochs}epochs", args.name,
+            kind = args.data.partition(":")[0]
+            what = "" if (kind, args.eps) == ("fashion-mnist", 0.1) else f"{kind}-{args.eps:g}"
+            name = "-".join(filter(None, (what, args.net, str(bits), f"{args.epochs}epochs", args.name,
                                           f"seed{seed}")))
-            measure(name, args.net, bits, seed, args.epochs,
+            measure(name, args.data, args.eps, args.net, bits, seed, args.epochs,
                     dict(s.split("=", 1) for s in args.settings), not args.no_attack, args.device)
     table()
 

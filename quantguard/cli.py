@@ -521,7 +521,8 @@ def demo(output: str, seed: int, quiet: bool) -> None:
     from .demo import run
     result = run(output, seed=seed, progress=not quiet)
     click.echo(str(result))
-    click.echo(f"wrote {output}/model.hardened.qg, {output}/report.json and {output}/report.html")
+    click.echo(f"wrote {output}/model.hardened.qg, {output}/model.certified.qg, "
+               f"{output}/report.json and {output}/report.html")
 
 
 def _tell(result: Any, json_file: str | None) -> None:

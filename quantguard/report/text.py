@@ -209,7 +209,7 @@ def paired_lines(comparison: Comparison) -> list[str]:
     names = list(comparison.rows)
     pairs = [(names[0], other) for other in names[1:]]
     if "float + fine-tune" in names:
-        pairs += [("float + fine-tune", names[-1])] if names[-1] != "float + fine-tune" else []
+        pairs += [("float + fine-tune", other) for other in names[3:]]
     lines = []
     for first, second in pairs:
         a, b, p = comparison.paired(first, second)
