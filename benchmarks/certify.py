@@ -123,8 +123,8 @@ def main() -> None:
         for bits in args.bits:
             kind = args.data.partition(":")[0]
             what = "" if (kind, args.eps) == ("fashion-mnist", 0.1) else f"{kind}-{args.eps:g}"
-            name = "-".join(filter(None, (what, args.net, str(bits), f"{args.epochs}epochs", args.name,
-                                          f"seed{seed}")))
+            name = "-".join(filter(None, (what, args.net, str(bits), f"{args.epochs}epochs",
+                                          args.name, f"seed{seed}")))
             measure(name, args.data, args.eps, args.net, bits, seed, args.epochs,
                     dict(s.split("=", 1) for s in args.settings), not args.no_attack, args.device)
     table()

@@ -73,8 +73,9 @@ def run(folder: str | os.PathLike[str], seed: int = 0, progress: bool = True) ->
                     recipe=Recipe("pgd"), epochs=EPOCHS, suite="quick", seed=seed,
                     run_dir=target / "run", progress=progress, certify=True)
     # Beside them another model, trained for its certificate.
-    proven = harden(certified_cnn(), train, Threat(eps=EPS), bits=2, recipe="ibp", epochs=CERTIFIED_EPOCHS,
-                    seed=seed, run_dir=target / "run" / "ibp", progress=progress)
+    proven = harden(certified_cnn(), train, Threat(eps=EPS), bits=2, recipe="ibp",
+                    epochs=CERTIFIED_EPOCHS, seed=seed, run_dir=target / "run" / "ibp",
+                    progress=progress)
     row = evaluate(proven, test, Threat(eps=EPS), suite="quick", seed=seed, certify=True,
                    run_dir=target / "run" / "ibp-evaluation", progress=progress)
     save(list(result.models.values())[-1], target / "model.hardened.qg")
