@@ -90,12 +90,17 @@ class Plan:
         """Return the sites that stay float."""
         return tuple(site for site in self.sites if not site.converted)
 
-    def to_dict(self) -> list[dict[str, Any]]:
-        """Return the sites as plain JSON types."""
-        return [{"name": s.name, "kind": s.kind, "form": s.form, "call": s.call, "where": s.where,
-                 "bits": s.spec.bits if s.spec else FLOAT_BITS,
-                 "dynamic": bool(s.spec and s.spec.dynamic), "reason": s.reason}
-                for s in self.sites]
+    def to_dict(self) -> dict[str, Any]:
+        """Return sites, forwards that could not be traced, and the input, as plain JSON types."""
+        sites = [{"name": s.name, "kind": s.kind, "form": s.form, "call": s.call,
+                  "where": s.where, "bits": s.spec.bits if s.spec else FLOAT_BITS,
+                  "dynamic": bool(s.spec and s.spec.dynamic),
+                  "per_channel": bool(s.spec and s.spec.per_channel), "reason": s.reason}
+                 for s in self.sites]
+        given = self.input
+        return {"sites": sites, "unread": dict(self.unread),
+                "input": None if given is None else {
+                    "bits": given.bits, "low": list(given.low), "high": list(given.high)}}
 
     def __str__(self) -> str:
         rows = [("site", "kind", "call", "at", "becomes")]

@@ -99,8 +99,11 @@ def write_npz(path: Path, x: Any, y: Any, x_test: Any = None, y_test: Any = None
 
 
 def test_inspect_shows_every_activation(model: str) -> None:
-    text = succeeds("inspect", model, "--bits", "3", "--dynamic", "--json", "plan.json")
-    rows = json.loads(Path("plan.json").read_text())
+    text = succeeds("inspect", model, "--bits", "3", "--dynamic", "--input-bits", "8",
+                    "--input-range", "0,1", "--json", "plan.json")
+    told = json.loads(Path("plan.json").read_text())
+    rows = told["sites"]
+    assert told["input"] == {"bits": 8, "low": [0.0], "high": [1.0]} and told["unread"] == {}
     assert [row["name"] for row in rows] == ["2", "5", "9", "12"]
     assert all(re.search(rf"^{row['name']} ", text, re.MULTILINE) for row in rows)
     assert "17" in succeeds("inspect", "torchvision:resnet18")

@@ -234,7 +234,7 @@ ALL = {"0.1": 2, "0.3": 2, "1.1": 2, "1.3": 2}
 def test_bits_by_pattern(pattern: Any, expected: dict[str, int]) -> None:
     plan = inspect(stack(), pattern)
     assert bits(plan) == expected
-    assert {row["name"]: row["bits"] for row in plan.to_dict()} == expected
+    assert {row["name"]: row["bits"] for row in plan.to_dict()["sites"]} == expected
 
 
 def test_a_spec_says_everything_and_a_number_takes_the_options() -> None:
