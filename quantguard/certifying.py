@@ -6,6 +6,7 @@ arXiv:2103.17268.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterable
 from typing import Any
@@ -48,6 +49,9 @@ def check(threat: Threat, train: str) -> None:
 class CertifiedObjective:
     """Compute the training loss: cross-entropy of worst-case logits.
 
+    Where the recipe's box is below 1, the worst case is that of a smaller ball around an image that
+    an attack has moved by the rest of the radius.
+
     Args:
         model: what is trained; its graph is looked for when the first batch comes.
         threat, recipe: radius, and which part of the steps it grows over.
@@ -68,6 +72,11 @@ class CertifiedObjective:
         share = (progress - first) / max(last - first, 1e-9)
         self.eps = self.threat.eps * min(max(share, 0.0), 1.0)
 
+    @property
+    def attacker(self) -> Threat:
+        """Return what the inner attack may do at the present radius."""
+        return dataclasses.replace(self.threat, eps=(1 - self.recipe.box) * self.eps)
+
     def intervals(self, pixels: Tensor, eps: float) -> Interval:
         """Return the intervals of the logits over the ball of radius eps around each image."""
         shape = pixels.shape[1:]
@@ -77,9 +86,10 @@ class CertifiedObjective:
                                               pixels)
         return propagate(self._flats[shape], around(pixels, eps, self.threat.bounds))
 
-    def __call__(self, _x: Tensor, pixels: Tensor, labels: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, _pixels: Tensor, labels: Tensor) -> Tensor:
         """Return the mean loss over images; arguments as in :class:`crafting.Objective`."""
-        return F.cross_entropy(worst_case(self.intervals(pixels, self.eps), labels), labels)
+        box = self.intervals(x, self.recipe.box * self.eps)
+        return F.cross_entropy(worst_case(box, labels), labels)
 
 
 def certified_probe(objective: CertifiedObjective, val: Iterable[Any] | None,

@@ -104,6 +104,11 @@ class Objective:
     def at(self, progress: float) -> None:
         """Do nothing: the loss is the same from the first step to the last."""
 
+    @property
+    def attacker(self) -> Threat:
+        """Return what the inner attack may do."""
+        return self.threat
+
     def __call__(self, x: Tensor, pixels: Tensor, labels: Tensor) -> Tensor:
         """Return the mean loss over images.
 

@@ -154,7 +154,8 @@ class Trainer:
     def _crafted(self, pixels: Tensor, labels: Tensor, noise: Tensor | None = None) -> Tensor:
         if self.objective.teacher is not None and bool((labels < 0).any()):
             labels = torch.where(labels < 0, self.objective.teacher(pixels).argmax(1), labels)
-        return craft(self.pixel_model, pixels, labels, self.threat, self.recipe, noise, self.low)
+        return craft(self.pixel_model, pixels, labels, self.objective.attacker, self.recipe, noise,
+                     self.low)
 
     def _objective(self, x: Tensor, pixels: Tensor, labels: Tensor) -> Tensor:
         # what is frozen keeps its BatchNorm statistics, too

@@ -18,6 +18,7 @@ from quantguard import bounds, intervals, training
 from quantguard.activation import QuantActivation, staircases
 from quantguard.attacks import PixelModel
 from quantguard.certifying import CertifiedObjective, begin_afresh, input_of, schedule
+from quantguard.crafting import craft
 from quantguard.errors import ConversionError, Interrupted, SpecError
 from quantguard.hardening import Hardened, hardened
 from quantguard.interval_rules import Interval, between
@@ -215,7 +216,7 @@ def test_the_input_keeps_what_eps_leaves_of_the_range() -> None:
 
 @pytest.mark.parametrize("settings", [
     {"steps": 3}, {"mix": 0.5}, {"awp": 0.01}, {"init": "zero"}, {"growth": (0.5, 0.1)},
-    {"growth": 3}, {"input_bits": 9}])
+    {"growth": 3}, {"input_bits": 9}, {"box": 0}, {"box": 1.1}, {"box": 0.5, "steps": 0}])
 def test_settings_that_make_no_sense_are_refused(settings: Any) -> None:
     with pytest.raises(SpecError, match="recipe ibp"):
         Recipe("ibp", **settings)
@@ -281,6 +282,28 @@ def test_thresholds_stay_where_they_are(trained: Hardened, loader: DataLoader[An
         hardened(model, loader, qg.Threat("l2", eps=0.1), **{
             "bits": None, "dynamic": None, "recipe": "ibp", "epochs": 1, "train": "all",
             "val": None, "run_dir": None, "seed": 0, "device": None, "progress": False})
+
+
+def test_smaller_boxes_lie_around_attacked_images_within_the_ball(
+        loader: DataLoader[Any], digits: Any) -> None:
+    recipe = Recipe("ibp", box=0.4)
+    assert recipe.attacks and not Recipe("ibp").attacks
+    with pytest.raises(SpecError, match="no box"):
+        Recipe("pgd", box=0.5)
+    model = PixelModel(qg.convert(net(), 2), THREAT).eval()
+    x, y = digits[0][:20], digits[1][:20]
+    plain, boxed = (CertifiedObjective(model, THREAT, r) for r in (Recipe("ibp"), recipe))
+    for objective in (plain, boxed):
+        objective.at(1.0)
+    assert plain.attacker.eps == 0 and boxed.attacker.eps == pytest.approx(0.6 * EPS)
+    moved = craft(model, x, y, boxed.attacker, recipe)
+    assert float((moved - x).abs().max()) <= 0.6 * EPS + 1e-6
+    # a part of the ball is never worse than the whole, and here it is better
+    assert boxed(moved, x, y) < plain(x, x, y)
+    assert boxed(x, x, y) < boxed(moved, x, y)
+    made = certified(net(), loader, recipe=recipe, epochs=4).model
+    test = [(digits[0][:200], digits[1][:200])]
+    assert qg.certify(made, test, THREAT, method="ibp", progress=False).certified_accuracy > 0.3
 
 
 def test_float_has_the_same_recipe(loader: DataLoader[Any]) -> None:
