@@ -3,13 +3,18 @@
 Straight-through, what the model computes does not change, only the backward of what has a zero
 gradient (Bengio, Leonard, Courville 2013, arXiv:1308.3432), which an attacker may take as well as
 anyone (backward pass differentiable approximation, Athalye, Carlini, Wagner 2018, arXiv:1802.00420,
-section 4.1). With a sharpness k the step is softened as our own staircases are: its value is the
-mean over a window around x that shrinks with k, and its gradient the mean's own. Comparisons that
-turn into booleans stay what they are.
+section 4.1). With a sharpness k the step is softened as our own staircases are: a sign is tanh, a
+comparison a logistic function, any other step its mean over a window around x that shrinks with k,
+with the mean's own gradient.
+
+A comparison puts out booleans, which have no gradient to go straight through: it is only softened,
+and only for what computes with its result (products, sums, ``torch.where``, casts to float); who
+indexes, fills or branches by it gets booleans.
 """
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -20,10 +25,23 @@ from torch.overrides import TorchFunctionMode
 
 _ROUNDINGS = {"round", "floor", "ceil", "trunc", "fix"}
 _SIGNS = {"sign", "sgn"}
+# Whether a comparison is true where its first operand is larger.
+_COMPARISONS = {"gt": True, "ge": True, "greater": True, "greater_equal": True,
+                "lt": False, "le": False, "less": False, "less_equal": False}
+_NOT = {"invert", "logical_not", "bitwise_not"}
+_BOTH = {"and", "or", "logical_and", "logical_or", "bitwise_and", "bitwise_or"}
+_SHAPES = {"unsqueeze", "squeeze", "view", "reshape", "expand", "expand_as", "permute", "transpose",
+           "flatten", "repeat", "contiguous", "clone"}
+_NUMBERS = {"mul", "rmul", "imul", "multiply", "add", "radd", "iadd", "sub", "rsub", "sum", "mean",
+            "float", "half", "double", "bfloat16", "to", "type", "type_as", "matmul", "rmatmul"}
 # Places in its window at which a softened step is looked at.
 _PLACES = 8
 # Half of the window at k = 1, over a step's width: as much of a spread as the logistic's.
 _HALF = 3.0
+# The width of a sign, over the spread of what it is taken of: on a 1-bit LeNet trained through the
+# ramp two attacks, k 2 to 16, leave 132 of 200 images at 2, 115 at 1, 91 at 0.5 (as our own
+# staircases' twin does), 77 at 0.3.
+_SIGN = 0.3
 
 
 class _Straight(torch.autograd.Function):
@@ -103,10 +121,61 @@ class _StraightThrough(TorchFunctionMode):
     def __init__(self, k: float | None) -> None:
         super().__init__()
         self.k, self.met = k, False
+        # Softened comparisons that are in use, by id: each keeps itself alive.
+        self.soft: weakref.WeakValueDictionary[int, Tensor] = weakref.WeakValueDictionary()
+
+    def _is_soft(self, x: Any) -> bool:
+        return isinstance(x, Tensor) and self.soft.get(id(x)) is x
+
+    def _marked(self, x: Tensor) -> Tensor:
+        self.soft[id(x)] = x
+        return x
+
+    def _compared(self, name: str, x: Any, y: Any) -> Tensor | None:
+        """Return x > y or x < y softened; None: there is no gradient in it, or no image."""
+        if not any(isinstance(v, Tensor) and v.requires_grad and v.is_floating_point() and v.dim()
+                   for v in (x, y)):
+            return None
+        gap = x - y if _COMPARISONS[name] else y - x
+        return self._marked(torch.sigmoid(gap * (self.k or 1.0) / (_SIGN * _spread(gap))))
+
+    def _computed(self, func: Any, name: str, args: Any, kwargs: Any) -> Any:
+        """Call a function that is given softened comparisons: as numbers, or as booleans."""
+        if name in _NOT:
+            return self._marked(1 - args[0])
+        if name in _BOTH and all(map(self._is_soft, args)):
+            both = args[0] * args[1]
+            return self._marked(both if "and" in name else args[0] + args[1] - both)
+        if name == "where" and len(args) == 3 and self._is_soft(args[0]):
+            c, a, b = args
+            return c * a + (1 - c) * b
+        if name in _SHAPES:
+            return self._marked(func(*args, **kwargs))
+        kind = next((v for v in (*args[1:], kwargs.get("dtype")) if isinstance(v, torch.dtype)),
+                    torch.float32)
+        if name in _NUMBERS and kind.is_floating_point:
+            return func(*args, **kwargs)
+
+        def hard(value: Any) -> Any:
+            if isinstance(value, (tuple, list)):
+                return type(value)(map(hard, value))
+            return value.detach() > 0.5 if self._is_soft(value) else value
+        return func(*map(hard, args), **{key: hard(value) for key, value in kwargs.items()})
 
     def __torch_function__(self, func: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "").rstrip("_")
+        if self.k is not None and torch.is_grad_enabled():
+            plain = name.strip("_")
+            if plain in _COMPARISONS and len(args) == 2 and not kwargs:
+                found = self._compared(plain, *args)
+                if found is not None:
+                    self.met = True
+                    return found
+            inside = [v for value in args
+                      for v in (value if isinstance(value, (tuple, list)) else [value])]
+            if self.soft and any(map(self._is_soft, inside)):
+                return self._computed(func, plain, args, kwargs)
         flat = name in _ROUNDINGS or name in _SIGNS
         if not (flat and args and isinstance(args[0], Tensor) and args[0].requires_grad
                 and torch.is_grad_enabled()) or "out" in kwargs:
@@ -114,9 +183,13 @@ class _StraightThrough(TorchFunctionMode):
         x, step = args[0], getattr(torch, name)
         self.met = True
         if self.k is not None and x.dim():
-            width = _spread(x) if name in _SIGNS else \
-                torch.tensor(10.0 ** -kwargs.get("decimals", 0), device=x.device)
-            z = _Soft.apply(x, lambda v: step(v, *args[1:], **kwargs), _HALF / self.k * width)
+            if name in _SIGNS:
+                z = torch.tanh(x * (self.k / 2 / _SIGN / _spread(x)))
+            else:
+                # Steps finer than what x spreads over: on a LeNet with steps of a quarter three
+                # attacks, k 2 to 128, leave 60 of 100 images by a step's width, 54 by the spread.
+                width = _spread(x).clamp_min(10.0 ** -kwargs.get("decimals", 0))
+                z = _Soft.apply(x, lambda v: step(v, *args[1:], **kwargs), _HALF / self.k * width)
         else:
             with torch.no_grad():
                 y = step(*args, **kwargs)

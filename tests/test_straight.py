@@ -126,7 +126,7 @@ def test_softened_steps_are_smooth_and_become_the_step(name: str) -> None:
         soft, slope = gradient(FLAT[name], x)
         nearby, _ = gradient(FLAT[name], x + 1e-3)
     assert mode.met
-    with straight_through(2000.0):
+    with straight_through(20000.0):
         hard, _ = gradient(FLAT[name], x)
     plain, _ = gradient(FLAT[name], x)
     assert hard.isclose(plain).float().mean() > 0.97
@@ -219,3 +219,65 @@ def test_a_model_that_does_not_run_softened_is_left_as_it_is() -> None:
     found = PGD("ce", 5, twin=(2, 16)).run(wrapped, x, fb.criteria.Misclassification(y),
                                            epsilon=0.1)
     assert wrapped.module.foreign is False and found.shape == x.shape
+
+
+COMPARED: dict[str, Callable[[Tensor], Tensor]] = {
+    "counted": lambda x: (x.unsqueeze(-1) > torch.tensor([-0.5, 0.0, 0.7])).sum(-1).float(),
+    "masked": lambda x: x.detach() * (x > 0.2),
+    "where": lambda x: torch.where(x < 0.2, 0.0, 1.0),
+    "cast": lambda x: (x >= 0.1).to(torch.float32) + (x >= 0.4).float(),
+    "logic": lambda x: (~((x > 0.1) & (x < 1.0)) | (x > 2.0)).float(),
+    "shaped": lambda x: (x.flatten() > 0.0).reshape(x.shape).type(torch.float32)}
+
+
+@pytest.mark.parametrize("name", COMPARED)
+def test_comparisons_are_softened_where_their_result_is_computed_with(name: str) -> None:
+    f, x = COMPARED[name], 2 * torch.randn(4, 500, generator=torch.Generator().manual_seed(0))
+
+    def with_gradient(x: Tensor) -> Tensor:
+        return f(x) + 0 * x  # what has no gradient at all is nothing to differentiate
+    plain, flat = gradient(with_gradient, x)
+    assert not flat.any()
+    with straight_through(2.0) as mode:
+        soft, slope = gradient(with_gradient, x)
+        nearby, _ = gradient(with_gradient, x + 1e-3)
+    assert mode.met and float((slope != 0).float().mean()) > 0.9
+    assert float((nearby - soft).abs().mean()) < 0.02
+    with straight_through(20000.0):
+        hard, _ = gradient(with_gradient, x)
+    assert hard.isclose(plain, atol=1e-3).float().mean() > 0.97
+    with straight_through() as mode:  # straight-through there are booleans
+        assert torch.equal(gradient(with_gradient, x)[0], plain) and not mode.met
+
+
+@pytest.mark.parametrize("f", [
+    lambda x: x[x > 0].sum() + 0 * x, lambda x: x.masked_fill(x > 0, 0.0),
+    lambda x: x if (x > 0).any() else -x,
+    lambda x: x + int((x > 0).sum(dtype=torch.int64)), lambda x: (x > 0).long() * x,
+    lambda x: x * torch.stack([x > 0, x < 1]).all()])
+def test_who_indexes_or_branches_by_a_comparison_gets_booleans(
+        f: Callable[[Tensor], Tensor]) -> None:
+    x = torch.randn(4, 5, generator=torch.Generator().manual_seed(0))
+    expected = gradient(f, x)
+    with straight_through(2.0):
+        found = gradient(f, x)
+    assert torch.equal(found[0], expected[0])
+
+
+class Compared(nn.Module):
+    """A staircase that a tracer wrote as comparisons: no gradient at all."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x.unsqueeze(-1) > torch.tensor([0.1, 0.4, 0.9])).sum(-1).float() * 0.5 + 0 * x
+
+
+def test_the_twin_sees_through_comparisons(cnn: nn.Module, digits: tuple[Tensor, Tensor]) -> None:
+    model = nn.Sequential(*(Compared() if isinstance(m, nn.ReLU) else m for m in cnn)).eval()
+    x = digits[0][:60]
+    y = model(x).argmax(1)
+
+    def broken(**options: Any) -> int:
+        found = PGD("ce", 20, noise=0.0, **options).run(
+            FoolboxModel(model), x, fb.criteria.Misclassification(y), epsilon=0.1)
+        return int((model(found).argmax(1) != y).sum())
+    assert broken() == 0 and broken(twin=(2, 32)) > 40
