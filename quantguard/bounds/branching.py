@@ -152,29 +152,33 @@ class _Look:
         """Cut one part in two, where most of its bound hangs."""
         part, node, element = self.parts[row], self.node[row], int(self.element[row])
         gap = float(self.gaps[row])
-        if node is None:
+        places = self._between(row, node, element)
+        if node is None or not len(places):
+            if node is not None:  # rounding noise: no float32 number on one of its sides
+                element = int((part.upper - part.lower).argmax())
             low, high = part.lower.flatten(), part.upper.flatten()
             middle = (low[element] + high[element]) / 2
             lower, upper = low.clone(), high.clone()
             lower[element] = upper[element] = middle
             return [part._replace(upper=upper.reshape_as(part.upper), gap=gap),
                     part._replace(lower=lower.reshape_as(part.lower), gap=gap)]
-        z = self.inputs[node]
+        z, key = self.inputs[node], (node, element)
         left, right = (float(side[row].flatten()[element]) for side in (z.lower, z.upper))
-        t = self._thresholds(node, z, element)
-        t = t[(left <= t) & (t < right)]
-        place = t[(t - (left + right) / 2).abs().argmin()]
-        above = float(torch.nextafter(place.float(), torch.tensor(torch.inf, device=t.device)))
-        key = node, element
+        place = places[(places - (left + right) / 2).abs().argmin()]
+        above = float(torch.nextafter(place.float(), torch.full_like(place, torch.inf).float()))
         return [part._replace(cuts={**part.cuts, key: (left, float(place))}, gap=gap),
                 part._replace(cuts={**part.cuts, key: (above, right)}, gap=gap)]
 
-    def _thresholds(self, node: fx.Node, z: Box, element: int) -> Tensor:
-        module = self._module(node)
+    def _between(self, row: int, node: fx.Node | None, element: int) -> Tensor:
+        """Return the thresholds on both sides of which an input of a staircase may be."""
+        if node is None:
+            return torch.empty(0)
+        module, z = self._module(node), self.inputs[node]
         t = module.thresholds.double()
-        if module.axis is None:
-            return t
-        channel = torch.arange(z.shape[module.axis], device=t.device)
-        shape = [1] * (len(z.shape) - 1)
-        shape[module.axis - 1] = -1
-        return t[channel.reshape(shape).expand(z.shape[1:]).flatten()[element]]
+        if module.axis is not None:
+            channel = torch.arange(z.shape[module.axis], device=t.device)
+            shape = [1] * (len(z.shape) - 1)
+            shape[module.axis - 1] = -1
+            t = t[channel.reshape(shape).expand(z.shape[1:]).flatten()[element]]
+        lower, upper = (side[row].flatten()[element] for side in (z.lower, z.upper))
+        return t[(lower <= t) & (t < upper)]
