@@ -525,8 +525,10 @@ def quantized_inputs(seed: int) -> tuple[nn.Module, Tensor, Tensor, np.ndarray]:
     levels = qg.QuantActivation.from_thresholds([i / 8 for i in range(1, 8)], 0.2)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = nn.Sequential(levels, nn.Linear(3, 12), staircase(2, g), nn.Linear(12, 12),
-                              staircase(2, g), nn.Linear(12, 3)).eval()
+        channels = 12 if seed == 2 else 0
+        model = nn.Sequential(levels, nn.Linear(3, 12), staircase(2, g, channels),
+                              nn.Linear(12, 12), staircase(2, g, channels, seed == 1),
+                              nn.Linear(12, 3)).eval()
     x = images(100, seed, (3,))
     with torch.no_grad():
         model[-1].bias.sub_(model(x).mean(0))
