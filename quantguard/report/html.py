@@ -38,6 +38,7 @@ _STYLE = """
   border-radius: .25rem; margin-top: .25rem; min-width: 5rem }
 .qg .fill { position: absolute; left: 0; top: 0; bottom: 0; border-radius: .25rem;
   background: #5b7fc7 } .qg .worst .fill { background: #c2543f }
+.qg .certified .fill { background: #3f8f5f }
 .qg .whisker { position: absolute; top: -.1rem; bottom: -.1rem; border: solid #1c2330;
   border-width: 0 1px; background: rgba(28,35,48,.18) }
 .qg .flag { border-left: .25rem solid #c2543f; padding: .3rem .8rem; margin: .4rem 0;
@@ -48,10 +49,11 @@ _STYLE = """
 """
 
 
-def _cell(cell: Cell, worst: bool) -> str:
+def _cell(cell: Cell, name: str) -> str:
     low, high = (100 * v for v in cell.interval)
     share = 100 * cell.share
-    return (f'<td class="{"worst" if worst else ""}">{share:.1f} % '
+    kind = name.split()[0] if name in ("worst case", "certified") else ""
+    return (f'<td class="{kind}">{share:.1f} % '
             f"<small>[{low:.1f}–{high:.1f}]</small>"
             f'<div class="bar"><div class="fill" style="width:{share:.2f}%"></div>'
             f'<div class="whisker" style="left:{low:.2f}%;width:{high - low:.2f}%"></div>'
@@ -80,7 +82,7 @@ def _comparison(comparison: Comparison) -> str:
     for name, evaluation in comparison.rows.items():
         cells = columns(evaluation)
         body += f"<tr><td><b>{html.escape(name)}</b></td>" + "".join(
-            _cell(cells[c], c == "worst case") if c in cells else "<td>-</td>" for c in names)
+            _cell(cells[c], c) if c in cells else "<td>-</td>" for c in names)
         body += f"<td>{evaluation.verdict}</td></tr>"
     lines = [*paired_lines(comparison), *(f"Note: {n}." for n in comparison.notes)]
     return (f"<p>{first.images} images; {html.escape(threat_text(first))}; suite "
