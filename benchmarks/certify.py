@@ -4,6 +4,7 @@
     python benchmarks/certify.py --net wide --epochs 28 --bits 2
     python benchmarks/certify.py --epochs 6 --seeds 0 --set lr=1e-2 --name slower
     python benchmarks/certify.py --data mnist:FOLDER --eps 0.3 --epochs 8 --bits 2
+    python benchmarks/certify.py --epochs 6 --bits 2 --dynamic      # thresholds are learned
     python benchmarks/certify.py --table-only
 
 Nets: `small`: 4x4 convolutions of stride 2 with 16 and 32 channels, linear 128; `wide`: 32 and 64,
@@ -50,7 +51,7 @@ def network(net: str) -> nn.Module:
 
 
 def measure(name: str, data: str, eps: float, net: str, bits: int, seed: int, epochs: int,
-            settings: dict[str, str], attack: bool, device: str | None) -> None:
+            dynamic: bool, settings: dict[str, str], attack: bool, device: str | None) -> None:
     target = HERE / f"{name}.json"
     if target.exists():
         return
@@ -58,8 +59,8 @@ def measure(name: str, data: str, eps: float, net: str, bits: int, seed: int, ep
     begin = time.monotonic()
     torch.manual_seed(seed)
     made = hardened(network(net), load_data(data, "train", batch_size=BATCH), threat,
-                    bits=bits, dynamic=None, recipe=recipe, epochs=epochs, train="all", val=None,
-                    run_dir=HERE / "work" / name, seed=seed, device=device, progress=True)
+                    bits=bits, dynamic=dynamic or None, recipe=recipe, epochs=epochs,
+                    train="all", val=None, run_dir=HERE / "work" / name, seed=seed, device=device, progress=True)
     seconds = time.monotonic() - begin
     test = load_data(data, "test", batch_size=500)
     certificate = qg.certify(made.model, test, threat, method="ibp", device=device)
@@ -67,8 +68,8 @@ def measure(name: str, data: str, eps: float, net: str, bits: int, seed: int, ep
     for each in ("lower", "correct_images"):  # 10,000 numbers each; who is certified stays
         del told[each]
     record: dict[str, Any] = {
-        "data": data.partition(":")[0], "net": net, "bits": bits, "seed": seed, "epochs": epochs,
-        "eps": eps,
+        "data": data.partition(":")[0], "eps": eps, "net": net, "bits": bits,
+        "dynamic": dynamic, "seed": seed, "epochs": epochs,
         "recipe": recipe.to_dict(), "train_seconds": seconds, **made.to_dict(),
         "certificate": told, "python": platform.python_version(),
         "torch": version("torch"), "machine": platform.machine(), "cores": os.cpu_count(),
@@ -106,6 +107,7 @@ def main() -> None:
     parser.add_argument("--eps", type=float, default=0.1)
     parser.add_argument("--net", default="small", choices=WIDTHS)
     parser.add_argument("--bits", type=int, nargs="*", default=[2, 32])
+    parser.add_argument("--dynamic", action="store_true")
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
     parser.add_argument("--epochs", type=int, default=14)
     parser.add_argument("--set", dest="settings", nargs="*", default=[], metavar="KEY=VALUE")
@@ -123,9 +125,10 @@ def main() -> None:
         for bits in args.bits:
             kind = args.data.partition(":")[0]
             what = "" if (kind, args.eps) == ("fashion-mnist", 0.1) else f"{kind}-{args.eps:g}"
-            name = "-".join(filter(None, (what, args.net, str(bits), f"{args.epochs}epochs",
-                                          args.name, f"seed{seed}")))
-            measure(name, args.data, args.eps, args.net, bits, seed, args.epochs,
+            kind = "dynamic" * args.dynamic
+            name = "-".join(filter(None, (what, args.net, str(bits), kind,
+                                          f"{args.epochs}epochs", args.name, f"seed{seed}")))
+            measure(name, args.data, args.eps, args.net, bits, seed, args.epochs, args.dynamic,
                     dict(s.split("=", 1) for s in args.settings), not args.no_attack, args.device)
     table()
 

@@ -43,7 +43,8 @@ def check(threat: Threat, train: str) -> None:
                         fix="quantguard.certify certifies L2, too, whatever it was trained for.")
     if train != "all":
         raise SpecError("recipe ibp trains weights, and train='thresholds' leaves them out",
-                        why="Thresholds that intervals train merge.", fix="Use train='all'.")
+                        why="Intervals need weights that were trained for them.",
+                        fix="Use train='all'.")
 
 
 class CertifiedObjective:

@@ -29,9 +29,7 @@ def parameter_groups(model: nn.Module, recipe: Recipe, lr: float,
         {"params": [p for p in weights if p.dim() > 1], "lr": lr,
          "weight_decay": recipe.weight_decay},
         {"params": [p for p in weights if p.dim() <= 1], "lr": lr, "weight_decay": 0.0},
-        # trained by intervals, thresholds merge: they stay as they are
-        {"params": [] if recipe.certifies else list(thresholds.values()),
-         "lr": recipe.threshold_lr, "weight_decay": 0.0},
+        {"params": list(thresholds.values()), "lr": recipe.threshold_lr, "weight_decay": 0.0},
     ) if group["params"]]
     if not groups:
         raise SpecError("nothing to train: every parameter is frozen",
