@@ -60,7 +60,8 @@ def measure(name: str, data: str, eps: float, net: str, bits: int, seed: int, ep
     torch.manual_seed(seed)
     made = hardened(network(net), load_data(data, "train", batch_size=BATCH), threat,
                     bits=bits, dynamic=dynamic or None, recipe=recipe, epochs=epochs,
-                    train="all", val=None, run_dir=HERE / "work" / name, seed=seed, device=device, progress=True)
+                    train="all", val=None, run_dir=HERE / "work" / name, seed=seed,
+                    device=device, progress=True)
     seconds = time.monotonic() - begin
     test = load_data(data, "test", batch_size=500)
     certificate = qg.certify(made.model, test, threat, method="ibp", device=device)
