@@ -193,8 +193,8 @@ def _certify(model: nn.Module, data: Images, threat: Threat, method: str, limit:
         kept = "nothing was kept" if path is None else f"saved in {path.parent}"
         rest = f", and branch and bound of {int((state.done == _BRANCHED).sum())}" * bool(splits)
         raise Interrupted(f"interrupted after {int((state.done > 0).sum())} of {len(correct)} "
-                          f"images{rest}; {kept}", fix="With run_dir= the next run goes on from where "
-                          "it stopped.") from None
+                          f"images{rest}; {kept}", fix="With run_dir= the next run goes on from "
+                          "where it stopped.") from None
     bar.close()
     return Certificate(correct & (state.lower > 0), correct, state.lower,
                        {name: one / max(every, 1) for name, (one, every) in state.sites.items()},
