@@ -147,8 +147,12 @@ class _StraightThrough(TorchFunctionMode):
             both = args[0] * args[1]
             return self._marked(both if "and" in name else args[0] + args[1] - both)
         if name == "where" and len(args) == 3 and self._is_soft(args[0]):
-            c, a, b = args
-            return c * a + (1 - c) * b
+            c = args[0]
+            a, b = (torch.as_tensor(v, dtype=None if isinstance(v, Tensor) else c.dtype,
+                                    device=c.device) for v in args[1:])
+            fine = a.isfinite() & b.isfinite()  # infinity is for masking, not for mixing
+            mixed = c * torch.where(fine, a, 0) + (1 - c) * torch.where(fine, b, 0)
+            return torch.where(fine, mixed, torch.where(c.detach() > 0.5, a, b))
         if name in _SHAPES:
             return self._marked(func(*args, **kwargs))
         kind = next((v for v in (*args[1:], kwargs.get("dtype")) if isinstance(v, torch.dtype)),
