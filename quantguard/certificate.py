@@ -33,7 +33,7 @@ class Certificate:
             that the threat allows; minus infinity where nothing is known.
         sites: for each staircase, the share of its inputs' intervals that fall on one step.
         seconds: wall time.
-        threat, method, environment: how to have it again.
+        threat, method, splits, environment: how to have it again.
         image_hash: of pixels and labels, in order, as in ``Evaluation``.
         skipped: images that there was no time for; they count as not certified.
     """
@@ -48,6 +48,7 @@ class Certificate:
     environment: dict[str, str]
     image_hash: str
     skipped: int = 0
+    splits: int = 0
 
     @property
     def images(self) -> int:
@@ -84,7 +85,8 @@ class Certificate:
             "certified": int(self.certified.sum()),
             "certified_accuracy": self.certified_accuracy, "interval": list(self.interval),
             "note": "certified_accuracy is a lower bound; the interval covers the sampling only",
-            "threat": self.threat.to_dict(), "method": self.method, "sites": self.sites,
+            "threat": self.threat.to_dict(), "method": self.method,
+            "splits": self.splits, "sites": self.sites,
             "environment": self.environment, "image_hash": self.image_hash,
             "seconds": self.seconds, "skipped": self.skipped,
             "correct_images": indices(self.correct),
@@ -118,6 +120,7 @@ class Certificate:
             lower = np.array([-math.inf if v is None else v for v in data["lower"]], dtype=float)
             return cls(mask_of(data["certified_images"], n), mask_of(data["correct_images"], n),
                        lower, data["sites"], data["seconds"], Threat(**data["threat"]),
-                       data["method"], data["environment"], data["image_hash"], data["skipped"])
+                       data["method"], data["environment"], data["image_hash"], data["skipped"],
+                       data.get("splits", 0))
         except (KeyError, TypeError, IndexError) as error:
             raise DataError("this is no certificate JSON of quantguard", why=repr(error)) from None

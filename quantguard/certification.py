@@ -72,10 +72,10 @@ def certify(model: nn.Module, loader: Iterable[Any], threat: Threat = Threat(), 
         method: ``ibp`` (intervals), ``crown`` (linear bounds too, for all correct images), or
             ``auto``: linear bounds for what intervals leave undecided.
         images: how many images, the loader's first; None: all.
-        splits: into how many boxes, at most, the surroundings of an image may be cut that is
-            still undecided and that a short attack does not break (branch and bound). Each cut
-            halves one pixel's range: this closes what is left on models of few inputs, and next
-            to nothing on large images.
+        splits: into how many parts, at most, the surroundings of an image may be cut that is
+            still undecided and that a short attack does not break (branch and bound): a pixel's
+            range at its middle, or a staircase's input at a threshold. It decides what is left on
+            models of few inputs, and next to nothing on large images.
         budget: seconds, or as in ``"90s"``, ``"5m"``, that it may take: images that there is no
             time for count as not certified.
         run_dir: keeps what is done; the same call again goes on from there.
@@ -199,7 +199,7 @@ def _certify(model: nn.Module, data: Images, threat: Threat, method: str, limit:
     return Certificate(correct & (state.lower > 0), correct, state.lower,
                        {name: one / max(every, 1) for name, (one, every) in state.sites.items()},
                        state.spent, threat, method, environment(data.pixels.device), digest,
-                       int((state.done == 0).sum()))
+                       int((state.done == 0).sum()), splits)
 
 
 def _bound(flat: Flat, model: PixelModel, data: Images, threat: Threat, batch: int, method: str,

@@ -121,7 +121,7 @@ class _StraightThrough(TorchFunctionMode):
     def __init__(self, k: float | None) -> None:
         super().__init__()
         self.k, self.met = k, False
-        # Softened comparisons that are in use, by id: each keeps itself alive.
+        # Softened comparisons that somebody still holds, by id: ids are used again afterwards.
         self.soft: weakref.WeakValueDictionary[int, Tensor] = weakref.WeakValueDictionary()
 
     def _is_soft(self, x: Any) -> bool:

@@ -573,6 +573,7 @@ def test_cuts_close_the_bracket_of_a_net_of_few_inputs(tmp_path: Path) -> None:
     assert whole.certified.sum() < cut.certified.sum()
     assert (cut.certified <= attacked.survived).all()
     assert cut.certified.sum() >= attacked.survived.sum() - 1
+    assert Certificate.from_dict(cut.to_dict()).splits == 5000
     again = qg.certify(model, loader, threat, splits=5000, progress=False, run_dir=tmp_path)
     more = qg.certify(model, loader, threat, splits=5000, progress=False, run_dir=tmp_path)
     assert (again.certified == cut.certified).all() and (more.lower == again.lower).all()
