@@ -246,7 +246,7 @@ def seconds_of(budget: float | str) -> float:
         seconds = float(found[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[found[2]] if found else 0.0
     else:
         seconds = float(budget)
-    if not seconds > 0:
+    if not 0 < seconds < float("inf"):
         raise SpecError(f"budget {budget!r} is no time", fix="Give it as '90s', '5m' or '2h'.")
     return seconds
 
