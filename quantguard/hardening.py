@@ -91,7 +91,7 @@ def harden(model: nn.Module, loader: Iterable[Any], threat: Threat = Threat(), *
             normalises.
         bits: 1 to 8, or 32 for a float control; None: as converted already, else 2.
         dynamic: learned thresholds; None: as converted already, else True, and False where the
-            recipe is ``ibp``, where nothing is gained by learning them.
+            recipe is ``ibp``, where learning them has not been shown to help.
         recipe: ``pgd``, ``trades``, ``nfgsm``, ``clean``, ``ibp``, or a
             :class:`quantguard.Recipe`. ``ibp`` trains for a certificate: it starts afresh, puts an
             8-bit staircase on the input (unless ``Recipe("ibp", init="keep", input_bits=0)``), and

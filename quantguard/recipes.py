@@ -85,7 +85,7 @@ class Recipe:
         growth: ``ibp``: the shares of all steps between which eps grows from 0 to the threat's.
         box: ``ibp``: the share of the radius that intervals take, above 0 to 1. Below 1 they lie
             around an image that an attack has moved by the rest (SABR: Mueller, Eckert, Fischer,
-            Vechev 2023, arXiv:2210.04871): more clean accuracy, for less that can be certified.
+            Vechev 2023, arXiv:2210.04871): for where whole intervals cost too much clean accuracy.
         input_bits: bits of a staircase on the input, over what is left of the pixel range where
             eps is cut off at both ends; 0: none. An input staircase that is there stays.
 
