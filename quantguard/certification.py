@@ -39,10 +39,8 @@ from .running import (
     device_of,
     environment,
     evaluating,
-    frozen,
+    measuring,
     seconds_of,
-    seeded,
-    true_float32,
     usable_device,
 )
 from .spec import Threat
@@ -160,7 +158,7 @@ def certificate_of(model: nn.Module, data: Images, threat: Threat, method: str =
                    limit: float | None = None, run_dir: str | os.PathLike[str] | None = None,
                    show: bool = False, splits: int = 0) -> Certificate:
     """Do what :func:`certify` does, for images that are at hand."""
-    with evaluating(model), frozen(model), seeded(0), true_float32(), torch.no_grad():
+    with measuring(model, 0), torch.no_grad():
         return _certify(model, data, threat, method, limit, run_dir, show, splits)
 
 

@@ -29,16 +29,7 @@ from .images import batch_size, gather
 from .masking import Flag
 from .progress import Progress
 from .results import CurvePoint, Evaluation
-from .running import (
-    device_of,
-    environment,
-    evaluating,
-    frozen,
-    seconds_of,
-    seeded,
-    true_float32,
-    usable_device,
-)
+from .running import device_of, environment, measuring, seconds_of, usable_device
 from .schedule import Schedule, State
 from .spec import Threat
 from .world import world
@@ -92,7 +83,7 @@ def evaluate(model: nn.Module, loader: Iterable[Any], threat: Threat = Threat(),
     if device is not None:
         model.to(usable_device(device))
     try:
-        with evaluating(model), frozen(model), seeded(seed), true_float32():
+        with measuring(model, seed):
             return _evaluate(model, loader, threat, suite, images, run_dir, seed, progress, limit,
                              certify, replay)
     finally:

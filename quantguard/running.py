@@ -260,3 +260,10 @@ class true_float32:
 
     def __exit__(self, *_: Any) -> None:
         torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = self.before
+
+
+@contextmanager
+def measuring(model: nn.Module, seed: int) -> Iterator[None]:
+    """Hold everything still that a measurement must neither change nor depend on."""
+    with evaluating(model), frozen(model), seeded(seed), true_float32():
+        yield
