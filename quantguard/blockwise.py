@@ -95,14 +95,16 @@ def decode(grad: Tensor, code: Tensor, derivative: Tensor | None, table: Tensor,
 
 
 def bell(x: Tensor, t: Tensor, sharpness: Tensor, step: Tensor, zero: Tensor, hard: bool,
-         axis: int | None, out: Tensor, slope: Tensor | None) -> None:
+         axis: int | None, reach: int | None, out: Tensor, slope: Tensor | None) -> None:
     """Do what ``fused.bell`` does; slope None: it is not wanted."""
     one_step = _spread(step.unsqueeze(-1), x, axis)[0]
     for xs, ys, *ss in _blocks(*[v for v in (x, out, slope) if v is not None], axis=axis):
         wide = xs.float()
         if ss or not hard:
             value, below, bells = (torch.zeros_like(wide) for _ in range(3))
-            for _, s, sharp in _sigmoids(wide, t, sharpness, axis, below):
+            near = _sigmoids(wide, t, sharpness, axis, below) if reach is None else \
+                _sigmoids_computed(wide, t.shape[-1], sharpness, step, zero, reach, below)
+            for _, s, sharp in near:
                 value.add_(s)
                 if ss:
                     # rounded after each operation, as compiled code does
@@ -319,3 +321,16 @@ def _sigmoids(wide: Tensor, t: Tensor, sharpness: Tensor, axis: int | None,
         s = torch.where(center.isinf(), 0.0, (inside - center) * sharp).sigmoid_()
         s.masked_fill_(center.isinf(), 0.0)
         yield index - reach, s, sharp
+
+
+def _sigmoids_computed(wide: Tensor, m: int, sharpness: Tensor, step: Tensor, zero: Tensor,
+                       reach: int, below: Tensor) -> Iterator[tuple[Any, Tensor, Any]]:
+    """Do what :func:`_sigmoids` does where t_i is ``step * (i - 1/2 - zero)`` to the bit."""
+    level, sharp, size = float(zero), float(sharpness[0]), float(step)
+    first = (wide / size).add_(level + 0.5).floor_().clamp_(-reach, m + reach)
+    torch.sub(first, reach, out=below).clamp_(0, m)
+    for offset in range(1 - reach, reach + 1):
+        i = first + offset
+        s = (wide - (i - 0.5 - level).mul_(size)).mul_(sharp).sigmoid_()
+        # beyond either end there is none; NaN stays NaN
+        yield i, s.mul_((i > 0).logical_and_(i <= m).logical_or_(i != i)), sharp

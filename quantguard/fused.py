@@ -82,18 +82,23 @@ def decode(grad: Tensor, code: Tensor, table: Tensor, zero: Tensor, axis: int | 
 
 
 def bell(x: Tensor, t: Tensor, sharpness: Tensor, step: Tensor, zero: Tensor, hard: bool,
-         out: Tensor, slope: Tensor | None) -> int:
+         reach: int | None, out: Tensor, slope: Tensor | None) -> int:
     """Write the staircase (hard) or its softened twin into out, and the twin's slope into slope.
 
     Args:
         x, out, slope: of one shape and one gapless memory order; slope None: it is not wanted.
         t, sharpness: (m,); step: ().
+        reach: where t_i is ``step * (i - 1/2 - zero)`` to the bit, how many thresholds on either
+            side are not yet 0 or 1; None: all are looked at.
 
     Returns:
         How many elements were done, in memory order. The last few are left over: what is no whole
         vector would be computed by another exponential function.
     """
-    return _by_vectors(_bell, x, (x, out, slope), (t, sharpness, step, zero), hard)
+    if reach is None:
+        return _by_vectors(_bell, x, (x, out, slope), (t, sharpness, step, zero), hard)
+    return _by_vectors(_bell_computed, x, (x, out, slope), (sharpness, step, zero), hard,
+                       t.shape[-1], reach)
 
 
 def bell_gradients(grad: Tensor, x: Tensor, t: Tensor, sharpness: Tensor, step: Tensor,
@@ -113,15 +118,16 @@ def bell_gradients(grad: Tensor, x: Tensor, t: Tensor, sharpness: Tensor, step: 
 
 
 def _by_vectors(function: Callable[..., Any], x: Tensor, tensors: tuple[Tensor | None, ...],
-                numbers: tuple[Tensor, ...], hard: bool, *sums: Tensor) -> int:
+                numbers: tuple[Tensor, ...], hard: bool, *rest: Any) -> int:
     """Run a pass with sigmoids over as many elements as fill vectors; return how many."""
     m = numbers[0].shape[-1]
-    if not _usable(x) or 2 * m > _MOST:
+    if not _usable(x) or (2 * m > _MOST and function is not _bell_computed):
         return 0
     done = x.numel() // _VECTOR * _VECTOR
-    variant = (x.dtype, m, hard, *(v is None for v in tensors))
+    constants = [v for v in rest if isinstance(v, int)]
+    variant = (x.dtype, m, hard, *constants, *(v is None for v in tensors))
     ran = _run(function, variant, *(None if v is None else _alias(v, [done]) for v in tensors),
-               *(v.detach().clone() for v in numbers), hard, *sums)
+               *(v.detach().clone() for v in numbers), hard, *rest)
     return done if ran else 0
 
 
@@ -209,12 +215,16 @@ def _encode(x: Tensor, out: Tensor, code: Tensor, t: Tensor, edges: Tensor, step
     code.copy_(2 * count + (wide > edge).float())
 
 
+def _found(wide: Tensor, size: Tensor, zero: Tensor, m: int) -> Tensor:
+    guess = (wide / size + (zero + 0.5)).floor().clamp(0, m)  # right, or one off
+    up, down = wide > size * (guess + 0.5 - zero), wide <= size * (guess - 0.5 - zero)
+    return (guess + up.float() - down.float()).clamp(0, m)
+
+
 def _encode_computed(x: Tensor, out: Tensor, code: Tensor, ends: Tensor, step: Tensor,
                      zero: Tensor, m: int) -> None:
     wide, size = x.float(), step[..., 0]
-    guess = (wide / size + (zero + 0.5)).floor().clamp(0, m)  # right, or one off
-    up, down = wide > size * (guess + 0.5 - zero), wide <= size * (guess - 0.5 - zero)
-    count = (guess + up.float() - down.float()).clamp(0, m)
+    count = _found(wide, size, zero, m)
     edge = (size * (count - 0.5 - zero) + size * (count + 0.5 - zero)) / 2
     edge = torch.where(count > m - 1, ends[..., 1], torch.where(count < 1, ends[..., 0], edge))
     out.copy_(torch.where(wide != wide, wide, (count - zero) * size))
@@ -236,6 +246,27 @@ def _bell(x: Tensor, out: Tensor, slope: Tensor | None, t: Tensor, sharpness: Te
         out.copy_(torch.where(wide != wide, wide, (count - zero) * step))
     else:
         out.copy_((value - zero) * step)
+
+
+def _bell_computed(x: Tensor, out: Tensor, slope: Tensor | None, sharpness: Tensor, step: Tensor,
+                   zero: Tensor, hard: bool, m: int, reach: int) -> None:
+    wide = x.float()
+    first = (wide / step + (zero + 0.5)).floor().clamp(-reach, m + reach)
+    below = (first - reach).clamp(0, m)  # whose sigmoids are 1
+    value, total = torch.zeros_like(wide), torch.zeros_like(wide)
+    for offset in range(1 - reach, reach + 1):
+        i = first + offset
+        s = torch.sigmoid((wide - step * (i - 0.5 - zero)) * sharpness[0])
+        s = torch.where((i > 0) & (i <= m), s, 0.0)
+        value = value + s
+        total = total + (s - s * s) * sharpness[0]
+    if slope is not None:
+        slope.copy_(torch.where(wide != wide, wide, total * step))
+    if hard:
+        count = _found(wide, step, zero, m)
+        out.copy_(torch.where(wide != wide, wide, (count - zero) * step))
+    else:
+        out.copy_(torch.where(wide != wide, wide, (value + below - zero) * step))
 
 
 def _bell_gradients(grad: Tensor, x: Tensor, out: Tensor, t: Tensor, sharpness: Tensor,

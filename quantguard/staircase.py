@@ -16,6 +16,9 @@ from torch import Tensor
 from . import blockwise, fused, plain
 from .windows import placed, windows
 
+# A sigmoid this far from its threshold is 0 or 1 to float32; how many thresholds of equal steps may
+# lie nearer, at the sharpnesses of attacks: few numbers, since a loop is compiled for each.
+_SATURATED, _REACHES = 17.0, (2, 3, 4, 6, 11, 19)
 MODES = ("ramp", "ste", "sigmoid", "parent")
 
 
@@ -138,9 +141,13 @@ class _Bell(torch.autograd.Function):
         learned = needs_t or needs_step
         slope = torch.empty_like(x) if needs_x and not learned else None
         sharpness = k / widths
-        done = 0 if axis is not None else fused.bell(x, t, sharpness, step, zero, hard, out, slope)
+        reach = None
+        if not learned and axis is None and placed(t, step, width, zero, "ramp").computed:
+            reach = next((r for r in _REACHES if r >= _SATURATED / k + 2), None)
+        done = 0 if axis is not None else fused.bell(x, t, sharpness, step, zero, hard, reach, out,
+                                                     slope)
         rest = _left(done, x, out) + ([None] if slope is None else _left(done, slope))
-        blockwise.bell(rest[0], t, sharpness, step, zero, hard, axis, *rest[1:])
+        blockwise.bell(rest[0], t, sharpness, step, zero, hard, axis, reach, *rest[1:])
         # a copy: callers may overwrite what they gave
         ctx.save_for_backward(slope, x.clone() if learned else None, t, step, widths)
         ctx.zero, ctx.k, ctx.hard, ctx.axis = zero, k, hard, axis

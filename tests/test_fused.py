@@ -119,6 +119,41 @@ def test_bells_are_the_same_numbers_as_block_by_block(
     assert found[0][1].stride() == x.stride()
 
 
+@pytest.mark.parametrize("soft", [True, False])
+@pytest.mark.parametrize(("bits", "k", "dtype"), [(8, 2.0, FULL), (8, 64.0, FULL), (4, 8.0, FULL),
+                                                  (6, 4.0, HALF)])
+def test_many_equally_spaced_bells_are_those_of_all_thresholds(
+        calls: list[tuple[str, bool]], bits: int, k: float, dtype: torch.dtype, soft: bool) -> None:
+    """Only those within reach are added up; the others are 0 or 1, and without a slope."""
+    m = 2**bits - 1
+    step = torch.tensor(0.37)
+    for zero in (torch.tensor(0.0), torch.tensor(m / 2 + 0.5 * (m % 2))):
+        t = step * (torch.arange(1, m + 1) - 0.5 - zero)
+        x = step * (m * torch.rand(40_000, generator=torch.Generator().manual_seed(0)) - zero) * 1.2
+        x[:7] = torch.tensor([torch.nan, torch.inf, -torch.inf, 1e30, -1e30, 0.0, -0.0])
+        x = x.to(dtype)
+        found = []
+        for worth in (2, sys.maxsize):
+            fused.WORTH = worth
+            leaf = x.clone().requires_grad_()
+            y = soft_staircase(leaf, t, step, step, zero, k) if soft else \
+                staircase(leaf, t, step, step, zero, Surrogate("sigmoid", k))
+            y.backward(torch.ones_like(x))
+            found.append((y.detach(), leaf.grad))
+        for one, two in zip(*found, strict=True):
+            torch.testing.assert_close(one, two, rtol=0, atol=0, equal_nan=True)
+        wide = x.double().unsqueeze(-1)
+        s = torch.sigmoid(k / step * (wide - t))
+        value = (s if soft else (x.float().unsqueeze(-1) > t).double()).sum(-1) - zero
+        slope = (k * s * (1 - s)).sum(-1)
+        low = 4e-3 if dtype == HALF else 3e-6
+        torch.testing.assert_close(found[0][0][1:].double(), (value * step)[1:], rtol=low,
+                                   atol=low + float(m * step) * 2**-22)
+        torch.testing.assert_close(found[0][1][1:].double(), slope[1:], rtol=low, atol=k * low)
+        assert found[0][0][0].isnan()
+    assert ("_bell_computed", True) in calls
+
+
 @pytest.mark.parametrize("way", ["compiled", "eager"])
 @pytest.mark.parametrize("axis", [None, 1])
 @pytest.mark.parametrize("bits", range(4, 9))
