@@ -45,7 +45,7 @@ def staircase(x: Tensor, t: Tensor, step: Tensor, width: Tensor, zero: Tensor,
         gate: (lo, hi) outside which the derivative of an absorbed f is 0 (mode ``parent``).
         axis: the channel dimension of x where thresholds are per channel.
     """
-    if torch.compiler.is_compiling():
+    if _spelled_out():
         edges, widths = windows(t, width)
         wide, rows = x.float(), None if axis is None else axis % x.dim()
         if surrogate.mode == "sigmoid":
@@ -65,10 +65,16 @@ def soft_staircase(x: Tensor, t: Tensor, step: Tensor, width: Tensor, zero: Tens
     sigma is the logistic function; w_i is held constant; k grows from 2 (smooth) towards infinity
     (q itself). Arguments as in :func:`staircase`.
     """
-    if torch.compiler.is_compiling():
+    if _spelled_out():
         rows = None if axis is None else axis % x.dim()
         return plain.soft(x.float(), t, step, windows(t, width).widths, zero, k, rows).to(x.dtype)
     return _apply(_Bell, x, t, step, width, zero, k, False, axis)
+
+
+def _spelled_out() -> bool:
+    """Return whether plain operations are needed: torch.compile reads, torch.func maps them."""
+    return torch.compiler.is_compiling() or \
+        torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def _apply(function: Any, x: Tensor, *args: Any) -> Tensor:

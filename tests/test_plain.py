@@ -118,3 +118,29 @@ def test_one_staircase_compiles_at_every_width() -> None:
         x = torch.randn(100) * 2**bits
         assert torch.equal(compiled(x), module(x))
         torch.compiler.reset()
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("context", [lambda _: nullcontext(), lambda m: soften(m, 4.0), bypass,
+                                     lambda m: backward(m, "sigmoid")])
+def test_torch_func_maps_and_differentiates(context: Any, dynamic: bool) -> None:
+    x = torch.randn(5, 4, generator=torch.Generator().manual_seed(0))
+    torch.manual_seed(0)
+    net = convert(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)),
+                  QuantSpec(2, dynamic), data=[x])
+    parameters = dict(net.named_parameters())
+
+    def loss(values: dict[str, Tensor], images: Tensor) -> Tensor:
+        return torch.func.functional_call(net, values, (images,)).square().sum()
+
+    with context(net):
+        whole = torch.func.grad(loss)(parameters, x)
+        each = torch.func.vmap(torch.func.grad(loss), (None, 0))(parameters, x)
+        told = torch.autograd.grad(net(x).square().sum(), list(parameters.values()),
+                                   allow_unused=True)
+        for (name, value), wanted in zip(whole.items(), told, strict=True):
+            wanted = torch.zeros_like(value) if wanted is None else wanted
+            torch.testing.assert_close(value, wanted, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(each[name].sum(0), value, rtol=1e-5, atol=1e-5)
+        rows = torch.func.vmap(torch.func.jacrev(net))(x)
+        assert rows.shape == (5, 3, 4) and bool((rows != 0).any())
