@@ -24,7 +24,7 @@ from .interval_rules import Interval
 from .intervals import around, graph_of, propagate, worst_case
 from .probing import PixelBatches, Probed
 from .recipes import Recipe
-from .running import evaluating, frozen
+from .running import evaluating, frozen, run
 from .spec import InputSpec, Threat
 
 _WARM_UP, _FALL = 50, 0.4
@@ -127,23 +127,53 @@ def schedule(optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.lr_sch
     return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
 
-def begin_afresh(model: nn.Module, seed: int) -> None:
-    """Draw all weights anew, so that intervals neither grow nor shrink from layer to layer.
+def begin_afresh(model: nn.Module, inputs: Any, seed: int) -> None:
+    """Draw all weights anew; biases are 0, BatchNorms as they are when new.
 
-    Convolutions and linear layers from N(0, sqrt(2 pi) / fan-in), biases 0; BatchNorms as they are
-    when new (Shi et al. 2021, section 3.2).
+    Layers in front of a BatchNorm, and the last one, from N(0, sqrt(2 pi) / fan-in), so that
+    intervals neither grow nor shrink (Shi et al. 2021, section 3.2). Others from N(0, 1 / fan-in):
+    staircases take their scale from the data, and beside weights so small Adam's steps are huge.
+
+    Args:
+        inputs: a batch as the model takes it, which shows what stands in front of what.
     """
     generator = torch.Generator().manual_seed(seed)
+    small = _normalised_or_last(model, inputs)
     with torch.no_grad():
         for module in model.modules():
             if isinstance(module, (nn.Linear, _ConvNd)):
-                scale = math.sqrt(2 * math.pi) / module.weight[0].numel()
+                fan_in = module.weight[0].numel()
+                scale = math.sqrt(2 * math.pi) / fan_in if module in small else fan_in ** -0.5
                 fresh = torch.randn(module.weight.shape, generator=generator) * scale
                 module.weight.copy_(fresh)
                 if module.bias is not None:
                     module.bias.zero_()
             elif isinstance(module, _BatchNorm):
                 module.reset_parameters()
+
+
+def _normalised_or_last(model: nn.Module, inputs: Any) -> set[nn.Module]:
+    """Return the layers whose output a BatchNorm takes at once, and the one that ran last."""
+    put_out: list[tuple[nn.Module, Tensor]] = []
+    found: set[nn.Module] = set()
+
+    def ran(module: nn.Module, _: Any, output: Tensor) -> None:
+        put_out.append((module, output))
+
+    def norm(_: nn.Module, given: tuple[Tensor, ...]) -> None:
+        found.update(module for module, output in put_out if output is given[0])
+
+    handles = [m.register_forward_hook(ran) for m in model.modules()
+               if isinstance(m, (nn.Linear, _ConvNd))]
+    handles += [m.register_forward_pre_hook(norm) for m in model.modules()
+                if isinstance(m, _BatchNorm)]
+    try:
+        with evaluating(model), torch.no_grad():
+            run(model, inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found | {module for module, _ in put_out[-1:]}
 
 
 def input_of(threat: Threat, bits: int | None) -> InputSpec | None:

@@ -23,7 +23,7 @@ from .batching import hold_out
 from .certifying import begin_afresh, check, input_of
 from .conversion import convert, restore, unwrap, with_entrance
 from .entrance import is_input
-from .errors import SpecError
+from .errors import DataError, SpecError
 from .files import write_text
 from .recipes import Recipe, recipe_of, stages
 from .running import (
@@ -290,12 +290,23 @@ def prepare(model: nn.Module, loader: Iterable[Any], bits: int | dict[str, int] 
     """
     if recipe.init == "interval":
         model = copy.deepcopy(model)
-        begin_afresh(model, seed)
+        begin_afresh(model, _first(loader, model), seed)
     entry = None
     if recipe.input_bits and not any(map(is_input, staircases(model))):
         entry = input_of(threat, recipe.input_bits)
     result = _prepared(model, loader, bits, dynamic, recipe)
     return result if entry is None else with_entrance(result, entry)
+
+
+def _first(loader: Iterable[Any], model: nn.Module) -> Any:
+    """Return the images of a loader's first batch, on the model's device.
+
+    Raises:
+        DataError: there is none.
+    """
+    for batch in loader:
+        return to_device(unpack(batch)[0], device_of(model))
+    raise DataError("the loader is empty", fix="Give at least one batch.")
 
 
 def _prepared(model: nn.Module, loader: Iterable[Any], bits: int | dict[str, int] | None,

@@ -195,14 +195,19 @@ def test_radius_and_rate_follow_their_course() -> None:
 
 
 def test_weights_are_drawn_anew_by_their_fan_in() -> None:
-    model = nn.Sequential(nn.Linear(400, 300), nn.BatchNorm1d(300))
+    model = nn.Sequential(nn.Linear(400, 300), nn.BatchNorm1d(300), nn.ReLU(), nn.Linear(300, 200),
+                          nn.ReLU(), nn.Linear(200, 100))
     model[1].running_mean.fill_(3.0)
-    begin_afresh(model, 0)
-    wanted = (2 * torch.pi) ** 0.5 / 400
-    assert float(model[0].weight.detach().std()) == pytest.approx(wanted, rel=0.02)
-    assert not model[0].bias.any() and not model[1].running_mean.any()
+    inputs = torch.rand(3, 400)
+    begin_afresh(model, inputs, 0)
+    for layer, wanted in ((0, (2 * torch.pi) ** 0.5 / 400), (3, 300 ** -0.5),
+                          (5, (2 * torch.pi) ** 0.5 / 200)):
+        assert float(model[layer].weight.detach().std()) == pytest.approx(wanted, rel=0.02)
+        assert not model[layer].bias.any()
+    assert not model[1].running_mean.any()
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
     other = copy.deepcopy(model)
-    begin_afresh(other, 1)
+    begin_afresh(other, inputs, 1)
     assert not torch.equal(other[0].weight, model[0].weight)
 
 
@@ -245,6 +250,14 @@ def certified(model: nn.Module, loader: Any, **options: Any) -> Hardened:
 def trained(loader: DataLoader[Any], one_thread: None) -> Hardened:
     torch.manual_seed(0)
     return certified(net(), loader)
+
+
+def test_a_net_without_batchnorm_learns_as_well(loader: DataLoader[Any], digits: Any) -> None:
+    bare = nn.Sequential(nn.Conv2d(1, 8, 3, 1, 1), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(),
+                         nn.Linear(128, 32), nn.ReLU(), nn.Linear(32, 10))
+    made = certified(bare, loader).model
+    test = [(digits[0][:200], digits[1][:200])]
+    assert qg.certify(made, test, THREAT, method="ibp", progress=False).certified_accuracy > 0.5
 
 
 def test_it_raises_what_can_be_certified(trained: Hardened, digits: Any, cnn: nn.Module) -> None:
