@@ -16,7 +16,7 @@ from .activation import staircases
 from .batches import unpack
 from .conversion import conversion_of, unwrap
 from .crossed import crossed
-from .errors import DataError, SpecError
+from .errors import ConversionError, DataError, SpecError
 from .evaluation import evaluate
 from .files import write_text
 from .hardening import hardened, prepare
@@ -119,8 +119,12 @@ def compare(models: Mapping[str, nn.Module], loader: Iterable[Any], threat: Thre
         if progress:
             print(f"[{number + 1}/{len(models)}] {name}", flush=True, file=_stderr())
         directory = None if run_dir is None else Path(run_dir) / f"{number}"
-        rows[name] = evaluate(model, loader, threat, suite=suite, images=images, run_dir=directory,
-                              seed=seed, device=device, progress=progress, certify=certify)
+        try:
+            rows[name] = evaluate(model, loader, threat, suite=suite, images=images, seed=seed,
+                                  run_dir=directory, device=device, progress=progress,
+                                  certify=certify)
+        except ConversionError as error:
+            raise ConversionError(f"{name}: {error.what}", error.why, error.fix) from error
     if len({e.image_hash for e in rows.values()}) > 1:
         raise DataError("the loader gives each model other images",
                         why="It shuffles by a generator of its own.",

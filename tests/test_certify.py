@@ -1004,6 +1004,10 @@ def test_a_bracket_goes_on_from_where_it_stopped_and_is_compared(
     table = qg.compare({"2 bits": model, "again": model}, loader, threat, suite="quick",
                        certify=True, progress=False)
     assert "certified" in str(table) and "certified" in table._repr_html_()
+    recurrent = nn.Sequential(nn.Flatten(), nn.GLU(), nn.Linear(32, 10))
+    with pytest.raises(qg.ConversionError, match=r"^gated: .*1.*GLU"):
+        qg.compare({"gated": recurrent}, loader, threat, suite="quick", certify=True,
+                   progress=False)
     table.save(tmp_path / "page.html")
     assert "true robust accuracy" in (tmp_path / "page.html").read_text()
 
