@@ -158,7 +158,8 @@ def rows(folder: Path, some: list[str] | None) -> dict[str, tuple[nn.Module, nn.
         "1 bit by torch.sign": (swapped(load("fixed1"), Sign), one),
         "2 bits, trained through the ramp": (load("fixed2"), two),
         "2 bits, surrogate lost": (swapped(load("fixed2"), Lost), two),
-        **({} if some else {"k-WTA": (winners(), None)})}
+        # trained here, so only where it is asked for
+        **({} if some and not any(s in "k-WTA" for s in some) else {"k-WTA": (winners(), None)})}
     return {name: row for name, row in found.items() if not some or any(s in name for s in some)}
 
 
