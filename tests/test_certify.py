@@ -991,6 +991,7 @@ def test_a_false_certificate_is_found_out_by_the_attacks(
     assert str(result).startswith("Robust accuracy <= ") and "Please report it" in str(result)
 
 
+@pytest.mark.slow
 def test_a_bracket_goes_on_from_where_it_stopped_and_is_compared(
         trained: Any, bracket: qg.Evaluation, tmp_path: Path) -> None:
     model, loader = trained

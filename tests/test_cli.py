@@ -182,6 +182,7 @@ def test_compare_shows_a_row_a_model(model: str, converted: str) -> None:
     assert Path("c.html").read_text().startswith("<!doctype html>")
 
 
+@pytest.mark.slow
 def test_ablate_shows_four_rows_and_writes_the_hardened_model(model: str, data: str) -> None:
     text = succeeds("ablate", model, "--data", data, *HARDEN, "--suite", "quick", "--images", "8",
                     "-o", "out.qg", "--json", "a.json", "--run-dir", "run")

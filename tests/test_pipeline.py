@@ -130,6 +130,7 @@ def test_bits_that_contradict_the_conversion(bits: int | None, dynamic: bool | N
         hardened(quantized, loader, bits=bits, dynamic=dynamic)
 
 
+@pytest.mark.slow
 def test_bits_that_do_not_contradict_are_accepted(quantized: nn.Module,
                                                   loader: DataLoader[Any]) -> None:
     assert same_state(hardened(quantized, loader, bits=2, dynamic=True),
@@ -198,6 +199,7 @@ def test_a_normalised_loader_is_attacked_in_pixels(cnn: nn.Module,
         hardened(cnn, batches, bits=32, val=batches[:1])
 
 
+@pytest.mark.slow
 def test_adversarial_training_beats_no_training(cnn: nn.Module, digits: Digits) -> None:
     loader = load_data("digits", "train", batch_size=64)
     result = hardened(cnn, loader, bits=32, recipe="pgd", epochs=5)

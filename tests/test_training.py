@@ -475,8 +475,10 @@ def test_images_are_laid_out_as_the_model_takes_them_and_weights_come_back(view:
 # --- what thresholds do ---
 
 
-@pytest.mark.parametrize("train", ["all", "thresholds"])
-@pytest.mark.parametrize(("bits", "per_channel"), [(2, False), (3, True), (4, False)])
+@pytest.mark.parametrize(("bits", "per_channel", "train"), [
+    (2, False, "all"), (3, True, "thresholds"),
+    *(pytest.param(*case, marks=pytest.mark.slow) for case in (
+        (2, False, "thresholds"), (3, True, "all"), (4, False, "all"), (4, False, "thresholds")))])
 def test_thresholds_move_stay_ordered_and_inside_the_data(
         cnn: nn.Module, train_digits: TensorDataset, bits: int, per_channel: bool, train: str,
         monkeypatch: pytest.MonkeyPatch) -> None:
