@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import sys
-from collections.abc import Callable
-from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from . import options
 from .errors import QuantguardError, SpecError
 from .files import write_text
 
@@ -19,126 +17,6 @@ if TYPE_CHECKING:
     from torch import nn
 
     from .spec import Threat
-
-_DATA = "digits, fashion-mnist[:ROOT], mnist[:ROOT], cifar10[:ROOT], imagefolder:DIR or npz:FILE"
-
-
-class _Eps(click.ParamType):  # type: ignore[type-arg]
-    """Read 0.1 or 8/255."""
-
-    name = "eps"
-
-    def convert(self, value: Any, param: Any, ctx: Any) -> float:
-        try:
-            return float(Fraction(str(value)))
-        except (ValueError, ZeroDivisionError):
-            self.fail(f"{value!r} is no number; write 0.1 or 8/255", param, ctx)
-
-
-class _Numbers(click.ParamType):  # type: ignore[type-arg]
-    """Read 0.5 or 0.485,0.456,0.406."""
-
-    name = "numbers"
-
-    def convert(self, value: Any, param: Any, ctx: Any) -> tuple[float, ...]:
-        if isinstance(value, tuple):
-            return value
-        try:
-            return tuple(float(v) for v in str(value).split(","))
-        except ValueError:
-            self.fail(f"{value!r} is no list of numbers; write 0.485,0.456,0.406", param, ctx)
-
-
-class _Shape(click.ParamType):  # type: ignore[type-arg]
-    """Read 3,224,224 or 3x224x224."""
-
-    name = "shape"
-
-    def convert(self, value: Any, param: Any, ctx: Any) -> tuple[int, ...]:
-        if isinstance(value, tuple):
-            return value
-        try:
-            shape = tuple(int(v) for v in str(value).replace("x", ",").split(","))
-        except ValueError:
-            shape = ()
-        if not shape or min(shape) < 1:
-            self.fail(f"{value!r} is no shape; write 3,224,224", param, ctx)
-        return shape
-
-
-class _Bits(click.ParamType):  # type: ignore[type-arg]
-    """Read 2, or PATTERN=BITS."""
-
-    name = "bits"
-
-    def convert(self, value: Any, param: Any, ctx: Any) -> tuple[str, int]:
-        if isinstance(value, tuple):
-            return value
-        pattern, _, number = str(value).rpartition("=")
-        if not number.isdigit():
-            self.fail(f"{value!r} is neither a number of bits nor PATTERN=BITS", param, ctx)
-        return pattern or "*", int(number)
-
-
-def _options(*decorators: Callable[..., Any]) -> Callable[..., Any]:
-    return lambda f: functools.reduce(lambda g, d: d(g), reversed(decorators), f)
-
-
-_MODEL = _options(
-    click.option("--arch", help="Builds the float model of a state dict: torchvision:NAME, "
-                                "timm:NAME or package.module:factory."),
-    click.option("--trust", is_flag=True, help="Load a pickle of any class: this runs its code."))
-_CONVERSION = _options(
-    click.option("--bits", type=_Bits(), multiple=True, default=["2"], metavar="BITS",
-                 help="2 by default; PATTERN=BITS for some sites (a name, a pattern, a kind, "
-                      "first, last), given several times: the last that matches counts."),
-    click.option("--dynamic/--fixed", default=False, help="Learned or constant thresholds."),
-    click.option("--keep", multiple=True, help="Name, pattern or kind that stays float; may be "
-                                               "given several times."),
-    click.option("--gates", is_flag=True, help="Convert sigmoids that multiply something, too."),
-    click.option("--per-channel", is_flag=True, help="Thresholds per channel."),
-    click.option("--input-bits", type=click.IntRange(1, 8),
-                 help="A staircase on the input, too; needs --input-range."),
-    click.option("--input-range", type=_Numbers(), metavar="LOW,HIGH",
-                 help="Its ends, in what MODEL eats: two numbers, or two for each channel."),
-    click.option("--input-shape", type=_Shape(), help="Of one image, for the audit: 3,224,224."))
-_LOADING = _options(
-    click.option("--batch-size", type=click.IntRange(1), default=128, show_default=True),
-    click.option("--size", type=click.IntRange(1), help="Resize images to this side."),
-    click.option("--mean", type=_Numbers(), help="Per channel; MODEL eats (pixel - mean) / std."),
-    click.option("--std", type=_Numbers(), help="Per channel."))
-_THREAT = _options(
-    click.option("--eps", type=_Eps(), default="8/255", show_default=True,
-                 help="Radius in [0,1] pixel units: 0.1 or 8/255."),
-    click.option("--norm", type=click.Choice(["linf", "l2"]), default="linf", show_default=True))
-_BARE_RUNNING = _options(
-    click.option("--run-dir", type=click.Path(file_okay=False),
-                 help="Keeps the state; the same command again goes on from there."),
-    click.option("--device", help="cpu, cuda, …; where the model is by default."),
-    click.option("--quiet", is_flag=True, help="No progress."))
-_RUNNING = _options(click.option("--seed", type=int, default=0, show_default=True), _BARE_RUNNING)
-_EVALUATION = _options(
-    click.option("--suite", default="standard", show_default=True,
-                 help="quick, standard, full or paper."),
-    click.option("--split", type=click.Choice(["train", "test"]), default="test",
-                 show_default=True),
-    click.option("--images", type=click.IntRange(1), help="How many, the first; all by default."),
-    click.option("--certify", is_flag=True, help="Prove first which images no attack can break: "
-                                                  "the truth is bracketed."),
-    click.option("--report", type=click.Path(dir_okay=False), help="Write an HTML page."),
-    click.option("--json", "json_file", type=click.Path(dir_okay=False), help="Write JSON."),
-    click.option("--strict", is_flag=True, help="Exit with 1 unless the verdict is resolved."))
-_TRAINING = _options(
-    click.option("--recipe", default="pgd", show_default=True,
-                 help="pgd, trades, nfgsm, clean, or ibp (trains for a certificate)."),
-    click.option("--set", "settings", multiple=True, metavar="KEY=VALUE",
-                 help="A field of the recipe: lr=1e-3; may be given several times."),
-    click.option("--epochs", type=click.IntRange(1), default=3, show_default=True),
-    click.option("--train", type=click.Choice(["all", "thresholds"]), default="all",
-                 show_default=True),
-    click.option("--augment", is_flag=True, help="Random crops (and flips where they keep the "
-                                                 "meaning) of the training images."))
-_DATA_OPTION = click.option("--data", required=True, metavar="DATA", help=f"{_DATA}.")
 
 
 class _Group(click.Group):
@@ -249,18 +127,15 @@ def _recipe(name: str, settings: tuple[str, ...]) -> Any:
 
 @main.command()
 @click.argument("model")
-@_MODEL
-@_CONVERSION
+@options.MODEL
+@options.CONVERSION
 @click.option("--json", "json_file", type=click.Path(dir_okay=False), help="Write JSON.")
 def inspect(model: str, arch: str | None, trust: bool, bits: tuple[tuple[str, int], ...],
             dynamic: bool, keep: tuple[str, ...], gates: bool, per_channel: bool,
             input_bits: int | None, input_range: Any,
             input_shape: tuple[int, ...] | None, json_file: str | None) -> None:
     """Show every activation of MODEL, converted or kept and why, without converting."""
-    import json
-
     from .conversion import inspect as plan_of
-    from .files import write_text
     _writable(json_file)
     plan = plan_of(_open(model, arch, trust), _bits(bits), dynamic, example=_example(input_shape),
                    per_channel=per_channel, keep=keep, gates=gates, input_bits=input_bits,
@@ -272,12 +147,12 @@ def inspect(model: str, arch: str | None, trust: bool, bits: tuple[tuple[str, in
 
 @main.command()
 @click.argument("model")
-@_MODEL
+@options.MODEL
 @click.option("-o", "--output", type=click.Path(dir_okay=False), help="MODEL.qg by default.")
 @click.option("--force", is_flag=True, help="Overwrite the output.")
-@_CONVERSION
-@click.option("--data", metavar="DATA", help=f"Calibrate on it; not needed. {_DATA}.")
-@_LOADING
+@options.CONVERSION
+@click.option("--data", metavar="DATA", help=f"Calibrate on it; not needed. {options.DATA}.")
+@options.LOADING
 @click.option("--quiet", is_flag=True, help="No table.")
 def convert(model: str, arch: str | None, trust: bool, output: str | None, force: bool,
             bits: tuple[tuple[str, int], ...], dynamic: bool, keep: tuple[str, ...], gates: bool,
@@ -306,20 +181,20 @@ def convert(model: str, arch: str | None, trust: bool, output: str | None, force
 
 @main.command()
 @click.argument("model")
-@_MODEL
-@_DATA_OPTION
+@options.MODEL
+@options.DATA_OPTION
 @click.option("-o", "--output", type=click.Path(dir_okay=False),
               help="MODEL.hardened.qg by default.")
 @click.option("--force", is_flag=True, help="Overwrite the output.")
 @click.option("--bits", type=int, help="2 by default, or as converted; 32: a float control.")
 @click.option("--dynamic/--fixed", default=None,
-              help="Learned (default) or constant thresholds.")
+              help="Learned (default, but for ibp) or constant thresholds.")
 @click.option("--max-clean-drop", type=click.FloatRange(0, 1), metavar="SHARE",
               help="Walk down in bits while clean accuracy falls by no more (0.02: 2 points).")
-@_THREAT
-@_TRAINING
-@_LOADING
-@_RUNNING
+@options.THREAT
+@options.TRAINING
+@options.LOADING
+@options.RUNNING
 def harden(model: str, arch: str | None, trust: bool, data: str, output: str | None, force: bool,
            bits: int | None, dynamic: bool | None, max_clean_drop: float | None, eps: float,
            norm: str, recipe: str, settings: tuple[str, ...], epochs: int, train: str,
@@ -342,10 +217,10 @@ def harden(model: str, arch: str | None, trust: bool, data: str, output: str | N
 
 @main.command()
 @click.argument("model")
-@_MODEL
-@_DATA_OPTION
-@_THREAT
-@_EVALUATION
+@options.MODEL
+@options.DATA_OPTION
+@options.THREAT
+@options.EVALUATION
 @click.option("--adversarials", type=click.Path(dir_okay=False),
               help="Save what broke each image as FILE.npz (x, y, broken).")
 @click.option("--budget", help="Time that the attacks may take, as 90s, 5m or 2h; what does not "
@@ -353,8 +228,8 @@ def harden(model: str, arch: str | None, trust: bool, data: str, output: str | N
 @click.option("--replay", type=click.Path(exists=True, dir_okay=False),
               help="Run what this JSON of an evaluation ran; its threat, suite, seed and number of "
                    "images count.")
-@_LOADING
-@_RUNNING
+@options.LOADING
+@options.RUNNING
 def evaluate(model: str, arch: str | None, trust: bool, data: str, eps: float, norm: str,
              suite: str, split: str, images: int | None, certify: bool, report: str | None,
              json_file: str | None, strict: bool, adversarials: str | None,
@@ -390,9 +265,9 @@ def evaluate(model: str, arch: str | None, trust: bool, data: str, eps: float, n
 
 @main.command()
 @click.argument("model")
-@_MODEL
-@_DATA_OPTION
-@_THREAT
+@options.MODEL
+@options.DATA_OPTION
+@options.THREAT
 @click.option("--method", default="auto", show_default=True,
               help="ibp (intervals), crown (linear bounds), or auto: those where it pays.")
 @click.option("--splits", type=click.IntRange(0), default=0, show_default=True,
@@ -402,8 +277,8 @@ def evaluate(model: str, arch: str | None, trust: bool, data: str, eps: float, n
 @click.option("--json", "json_file", type=click.Path(dir_okay=False), help="Write JSON.")
 @click.option("--budget", help="Time that it may take, as 90s, 5m or 2h; images that there is no "
                                "time for count as not certified.")
-@_LOADING
-@_BARE_RUNNING
+@options.LOADING
+@options.BARE_RUNNING
 def certify(model: str, arch: str | None, trust: bool, data: str, eps: float, norm: str,
             method: str, splits: int, split: str, images: int | None, json_file: str | None,
             budget: str | None, batch_size: int, size: int | None, mean: Any, std: Any,
@@ -420,12 +295,12 @@ def certify(model: str, arch: str | None, trust: bool, data: str, eps: float, no
 
 @main.command()
 @click.argument("models", nargs=-1, required=True, metavar="MODEL MODEL...")
-@_MODEL
-@_DATA_OPTION
-@_THREAT
-@_EVALUATION
-@_LOADING
-@_RUNNING
+@options.MODEL
+@options.DATA_OPTION
+@options.THREAT
+@options.EVALUATION
+@options.LOADING
+@options.RUNNING
 def compare(models: tuple[str, ...], arch: str | None, trust: bool, data: str, eps: float,
             norm: str, suite: str, split: str, images: int | None, certify: bool,
             report: str | None, json_file: str | None, strict: bool, batch_size: int,
@@ -447,20 +322,21 @@ def compare(models: tuple[str, ...], arch: str | None, trust: bool, data: str, e
 
 @main.command()
 @click.argument("model")
-@_MODEL
-@_DATA_OPTION
+@options.MODEL
+@options.DATA_OPTION
 @click.option("-o", "--output", type=click.Path(dir_okay=False),
               help="Write the hardened model, too.")
 @click.option("--force", is_flag=True, help="Overwrite the output.")
 @click.option("--bits", type=int, default=2, show_default=True)
-@click.option("--dynamic/--fixed", default=True, help="Learned (default) or constant thresholds.")
-@_THREAT
-@_TRAINING
-@_EVALUATION
-@_LOADING
-@_RUNNING
+@click.option("--dynamic/--fixed", default=None,
+              help="Learned (default, but for ibp) or constant thresholds.")
+@options.THREAT
+@options.TRAINING
+@options.EVALUATION
+@options.LOADING
+@options.RUNNING
 def ablate(model: str, arch: str | None, trust: bool, data: str, output: str | None, force: bool,
-           bits: int, dynamic: bool, eps: float, norm: str, recipe: str,
+           bits: int, dynamic: bool | None, eps: float, norm: str, recipe: str,
            settings: tuple[str, ...], epochs: int, train: str, augment: bool, suite: str,
            split: str, images: int | None, certify: bool, report: str | None,
            json_file: str | None, strict: bool, batch_size: int, size: int | None, mean: Any,
@@ -486,17 +362,17 @@ def ablate(model: str, arch: str | None, trust: bool, data: str, output: str | N
 
 @main.command()
 @click.argument("model")
-@_MODEL
-@_DATA_OPTION
-@_THREAT
+@options.MODEL
+@options.DATA_OPTION
+@options.THREAT
 @click.option("--suite", default="quick", show_default=True,
               help="quick, standard, full or paper.")
 @click.option("--split", type=click.Choice(["train", "test"]), default="train", show_default=True,
               help="Which images; what is chosen by the test set is no longer measured by it.")
 @click.option("--images", type=click.IntRange(1), help="How many, the first; all by default.")
 @click.option("--json", "json_file", type=click.Path(dir_okay=False), help="Write JSON.")
-@_LOADING
-@_RUNNING
+@options.LOADING
+@options.RUNNING
 def sensitivity(model: str, arch: str | None, trust: bool, data: str, eps: float, norm: str,
                 suite: str, split: str, images: int | None, json_file: str | None,
                 batch_size: int, size: int | None, mean: Any, std: Any, seed: int,
