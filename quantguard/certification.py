@@ -43,7 +43,7 @@ from .running import (
     seconds_of,
     usable_device,
 )
-from .spec import Threat
+from .spec import Threat, check_threat
 
 # What an image has been through once branch and bound is done with it.
 _BRANCHED = 3
@@ -93,6 +93,7 @@ def certify(model: nn.Module, loader: Iterable[Any], threat: Threat = Threat(), 
     """
     if method not in METHODS:
         raise SpecError(f"method={method!r} is unknown", fix=f"Use one of {', '.join(METHODS)}.")
+    check_threat(threat)
     if splits < 0 or (splits and threat.norm != "linf"):
         raise SpecError(f"splits={splits} in {threat.norm}",
                         fix="Give 0 or more, and more than 0 in linf only.")

@@ -82,6 +82,19 @@ def _threat(eps: float, norm: str, mean: Any, std: Any) -> Threat:
     return Threat(norm, eps, (0, 1), mean, std)
 
 
+def _not_given(names: tuple[str, ...], why: str) -> None:
+    """Refuse options that would not be looked at.
+
+    Raises:
+        SpecError: one of them stands on the command line.
+    """
+    ctx = click.get_current_context()
+    for name in names:
+        if ctx.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE:
+            raise SpecError(f"--{name} would not be looked at", why=f"{why}.",
+                            fix=f"Leave --{name} out.")
+
+
 def _first() -> bool:
     """Return whether this process writes and speaks; of several only one does."""
     from .world import world
@@ -135,12 +148,26 @@ def inspect(model: str, arch: str | None, trust: bool, bits: tuple[tuple[str, in
             input_bits: int | None, input_range: Any,
             input_shape: tuple[int, ...] | None, json_file: str | None) -> None:
     """Show every activation of MODEL, converted or kept and why, without converting."""
+    import torch
+
+    from .conversion import conversion_of
     from .conversion import inspect as plan_of
+    from .running import evaluating, run
     _writable(json_file)
-    plan = plan_of(_open(model, arch, trust), _bits(bits), dynamic, example=_example(input_shape),
-                   per_channel=per_channel, keep=keep, gates=gates, input_bits=input_bits,
-                   input_range=_pairs(input_range))
-    click.echo(str(plan))
+    opened = _open(model, arch, trust)
+    done, example = conversion_of(opened), _example(input_shape)
+    if done is not None:
+        _not_given(("bits", "dynamic", "keep", "gates", "per_channel", "input_bits"),
+                   f"{model} is converted already")
+        plan = done.plan
+    else:
+        plan = plan_of(opened, _bits(bits), dynamic, example=example, per_channel=per_channel,
+                       keep=keep, gates=gates, input_bits=input_bits,
+                       input_range=_pairs(input_range))
+    if example is not None:
+        with torch.no_grad(), evaluating(opened):
+            run(opened, example, "--input-shape")
+    click.echo(str(plan if done is None else done))
     if json_file:
         write_text(json_file, json.dumps(plan.to_dict(), indent=1))
 
@@ -246,6 +273,8 @@ def evaluate(model: str, arch: str | None, trust: bool, data: str, eps: float, n
     threat = _threat(eps, norm, mean, std)
     again = Evaluation.load(replay) if replay else None
     if again is not None:
+        _not_given(("eps", "norm", "suite", "images", "seed", "budget", "certify", "mean", "std"),
+                   f"--replay takes it from {replay}")
         mean, std = again.threat.mean, again.threat.std
     loader = _loader(data, split, batch_size, size, mean, std)
     result = run(_open(model, arch, trust), loader, threat, suite=suite, images=images,

@@ -41,6 +41,9 @@ class Conversion:
     plan: Plan
     audit: Audit | None = None
 
+    def __str__(self) -> str:
+        return f"{self.plan}\n{self.summary()}"
+
     def summary(self) -> str:
         """Return one line: how many activations were converted, and what was not."""
         sites = self.plan.converted

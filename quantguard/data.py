@@ -226,6 +226,8 @@ def _npz(file: str | None, split: Split, size: int | None, augment: bool) -> _So
     import numpy as np
 
     keys = (f"x_{split}", f"y_{split}")
+    if not Path(file).exists():
+        raise DataError(f"{file} does not exist")
     try:
         loaded = np.load(file, allow_pickle=False)
         if not isinstance(loaded, np.lib.npyio.NpzFile):
@@ -261,6 +263,8 @@ def _check_npz_images(images: Any, where: str) -> None:
     if images.ndim == 3:
         raise DataError(f"{where} has the shape {shape}, without a channel axis",
                         fix="Images are (N, C, H, W): add it with x[:, None].")
+    if shape[:1] == (0,):
+        raise DataError(f"{where} holds no images")
     if images.ndim != 4 or 0 in shape:
         raise DataError(f"{where} has the shape {shape}", fix="Images are (N, C, H, W).")
     if shape[3] in (1, 3) and shape[1] not in (1, 3):
@@ -270,7 +274,10 @@ def _check_npz_images(images: Any, where: str) -> None:
         return
     if images.dtype.kind != "f":
         raise DataError(f"{where} is {images.dtype}", fix="Use uint8 0..255, or floats in [0, 1].")
-    low, high = float(images.min()), float(images.max())  # NaN if any is
+    wrong = (images != images).any(axis=(1, 2, 3)).nonzero()[0]
+    if len(wrong):
+        raise DataError(f"{where} holds NaN in {len(wrong)} images, image {wrong[0]} first")
+    low, high = float(images.min()), float(images.max())
     if not (low >= -RANGE_TOLERANCE and high <= 1 + RANGE_TOLERANCE):
         raise DataError(f"{where} holds {low:g}..{high:g}, and float images must be in [0, 1]",
                         fix="Store pixels: uint8, or divided by 255; normalise with mean and std.")

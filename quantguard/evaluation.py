@@ -31,7 +31,7 @@ from .progress import Progress
 from .results import CurvePoint, Evaluation
 from .running import device_of, environment, measuring, seconds_of, usable_device
 from .schedule import Schedule, State
-from .spec import Threat
+from .spec import Threat, check_threat
 from .world import world
 
 
@@ -78,6 +78,7 @@ def evaluate(model: nn.Module, loader: Iterable[Any], threat: Threat = Threat(),
         threat, seed, images, budget = replay.threat, replay.seed, replay.images, None
         suite = suite if replay.suite == "list" else replay.suite
         certify = replay.certificate is not None
+    check_threat(threat)
     limit = None if budget is None else seconds_of(budget)
     before, device = device_of(model), device or world().device
     if device is not None:

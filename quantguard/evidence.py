@@ -186,8 +186,11 @@ def flags_of_attacks(results: Sequence[AttackResult], correct: np.ndarray, survi
         flags.append(masking.saturated_logits(int((scaled & ~plain).sum()),
                                               int((plain & ~scaled).sum()), n))
     stand = correct & ~seeing & ~certified
+    tried = any(r.group not in BLIND and bool((r.attacked | ~correct).all()) for r in results)
+    # where no attack that sees a gradient has met all images, blind ones came before, not better
     flags += [masking.blind_beats_seeing(name, int((by_group[name] & stand).sum()),
-                                         int(stand.sum())) for name in BLIND if name in by_group]
+                                         int(stand.sum()))
+              for name in BLIND if name in by_group and tried]
     flags.append(masking.unseen(quantized, set(by_group)))
     if rounds:
         broken_by = [int(r.broke.sum()) for r in results if r.group == "escalation"]

@@ -11,8 +11,11 @@ RETRIES = 3
 # Clean accuracy below this share of what the model came with is a wreck.
 _WRECKED = 0.6
 # Catastrophic overfitting (Wong, Rice, Kolter 2020, arXiv:2001.03994): the training attack alone no
-# longer works. It leaves so much more than the probe does, which keeps less than this share of it.
-_FOOLED, _SHARE = 0.15, 0.6
+# longer works. It leaves nearly what is right without it, so much more than the probe does, which
+# keeps less than this share of it. (A step that is merely short of what many steps do is no such.)
+_FOOLED, _SHARE, _NEARLY = 0.15, 0.6, 0.7
+# A shorter step than this cannot tell: what is hardly attacked is hardly broken.
+_SHORTEST = 0.5
 # Certified accuracy that falls below this share of the best so far does not come back by itself.
 _COLLAPSED, _WORTH = 0.5, 0.2
 
@@ -65,7 +68,8 @@ def remedy(recipe: Recipe, start: float | None, clean: float | None, attacked: f
     """
     if clean is None or attacked is None or start is None:
         return None
-    if own is not None and own - attacked > _FOOLED and attacked < _SHARE * own:
+    if own is not None and (recipe.rel_step or 0) > _SHORTEST and own > _NEARLY * clean \
+            and own - attacked > _FOOLED and attacked < _SHARE * own:
         return Remedy(f"the training attack leaves {own:.1%} and the probe {attacked:.1%} "
                       "(catastrophic overfitting)", smaller_step(recipe))
     if clean < _WRECKED * start:

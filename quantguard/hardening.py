@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .activation import bypass, staircases
-from .attacks import logits_of
+from .attacks import PixelModel, logits_of
 from .batches import unpack
 from .batching import hold_out
 from .certifying import begin_afresh, check, input_of
@@ -25,6 +25,7 @@ from .conversion import convert, restore, unwrap, with_entrance
 from .entrance import is_input
 from .errors import DataError, SpecError
 from .files import write_text
+from .probing import PixelBatches, probe
 from .recipes import Recipe, recipe_of, stages
 from .running import (
     device_of,
@@ -36,12 +37,14 @@ from .running import (
     usable_device,
 )
 from .sensitive import costs
-from .spec import FLOAT_BITS, QuantSpec, Threat
+from .spec import FLOAT_BITS, QuantSpec, Threat, check_threat
 from .training import History, fit
 from .world import world
 
 # The bits that a goal is looked for at, one after the other.
 _LADDER = (FLOAT_BITS, 8, 4, 3, 2)
+# Below this share of the clean accuracy that a model came with a user should know.
+_BEHIND = 0.85
 # Batches that BatchNorm statistics are estimated from.
 _STATISTICS = 32
 
@@ -130,6 +133,10 @@ def hardened(model: nn.Module, loader: Iterable[Any], threat: Threat, *, bits: i
              max_clean_drop: float | None = None) -> Hardened:
     """Do what :func:`harden` does, and return how it went, too."""
     model, chosen = unwrap(model), recipe_of(recipe)
+    check_threat(threat)
+    if threat.eps == 0 and (chosen.attacks or chosen.certifies):
+        raise SpecError(f"eps=0 leaves recipe {chosen.name} nothing to train against",
+                        fix="Use recipe clean, or an eps above 0.")
     if device is not None:
         usable_device(device)  # before any work
     if not isinstance(epochs, int) or epochs < 1:
@@ -249,9 +256,13 @@ class Walk:
         dynamic = None if bits == FLOAT_BITS else self.dynamic
         if self.recipe.certifies:
             check(self.threat, self.train)
-        if self.recipe.init == "interval":
+        afresh = self.recipe.init == "interval"
+        if afresh:
             self._say("weights are drawn anew, as suits intervals; init=keep keeps them")
         result = prepare(model, self.loader, bits, dynamic, self.recipe, self.threat, self.seed)
+        if any(map(is_input, staircases(result))) and not any(map(is_input, staircases(model))):
+            self._say(f"a {self.recipe.input_bits}-bit staircase stands on the input, so that what "
+                      "eps moves at either end of the range is lost; input_bits=0 leaves it out")
         where = self.device or world().device
         if where is not None:
             result.to(usable_device(where))
@@ -263,7 +274,20 @@ class Walk:
         history = fit(result, self.loader, self.threat, self.recipe, epochs=epochs,
                       train=self.train, val=self.val, run_dir=directory, seed=self.seed,
                       progress=self.progress)
+        if afresh and history.kept.clean is not None:
+            self._compare(model, history.kept.clean)
         return result.to(before), history
+
+    def _compare(self, model: nn.Module, clean: float) -> None:
+        """Say so where a model that was trained afresh is far behind the one that came."""
+        held = hold_out(self.loader, self.val, self.recipe.batch_size, self.seed).val
+        asked = PixelModel(model, self.threat)
+        with evaluating(model):
+            came = probe(asked, held, PixelBatches(asked, self.threat), self.threat, False,
+                         self.seed).clean
+        if came is not None and clean < _BEHIND * came:
+            self._say(f"warning: held-out clean accuracy is {clean:.1%}, and the model came with "
+                      f"{came:.1%}: train longer, or for a smaller eps")
 
     def _say(self, text: str) -> None:
         if self.progress and world().first:

@@ -19,6 +19,12 @@ PAYS = 0.005
 WITHHELD = ("random forward", "depends on its batch")
 
 
+# Images of which none speaks that are enough: 0.98^149 is below 5 %.
+ENOUGH = 149
+# How a reason ends where nothing speaks but how few images there are.
+TOO_FEW = ": too few images to tell. Evaluate more images."
+
+
 @dataclass(frozen=True)
 class Flag:
     """Hold one check: what it measured, its threshold, and what that means.
@@ -102,8 +108,7 @@ def _share(name: str, k: int, n: int, threshold: float, clear: float, what: str,
         return Flag(name, "unresolved", True, value, 100 * threshold, test, f"{text}. {so}")
     if upper < clear:
         return Flag(name, "unresolved", False, value, 100 * threshold, test, f"{text}.")
-    return Flag(name, "undecided", True, value, 100 * threshold, test,
-                f"{text}: too few images to tell. Evaluate more images.")
+    return Flag(name, "undecided", True, value, 100 * threshold, test, text + TOO_FEW)
 
 
 def overstated(default_only: int, n: int, standing: int) -> Flag:
@@ -195,8 +200,7 @@ def reseeding_pays(once: int, runs: int, n: int) -> Flag:
                     f"{text}: the next run would break more.")
     if upper < 0.02:
         return Flag(name, "unresolved", False, value, 1.0, test, f"{text}.")
-    return Flag(name, "undecided", True, value, 1.0, test,
-                f"{text}: too few images to tell. Evaluate more images.")
+    return Flag(name, "undecided", True, value, 1.0, test, text + TOO_FEW)
 
 
 def not_monotone(stood: int, n: int) -> Flag:
@@ -308,7 +312,8 @@ def unseen(quantized: bool, groups: set[str]) -> Flag:
         quantized: whether the model has staircases: then its softened twin must be attacked.
         groups: what the suite's attacks stand for, see :class:`quantguard.attacks.Entry`.
     """
-    needed = {"twin"} if quantized else {"pgd", "modes", "twin"}
+    twins = {"twin", "escalation", "reseeded"}
+    needed = twins if quantized else {"pgd", "modes", *twins}
     missing = not needed & groups
     reason = "The suite holds the attack that decides."
     if missing and quantized:

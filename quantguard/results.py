@@ -249,5 +249,8 @@ class Evaluation:
                        tuple(CurvePoint(**point) for point in data.get("curve", ())),
                        tuple(data.get("skipped", ())),
                        None if kept is None else Certificate.from_dict(kept))
-        except (KeyError, TypeError) as error:
-            raise DataError("this is no evaluation JSON of quantguard", why=repr(error)) from None
+        except KeyError as error:
+            raise DataError("this is no evaluation JSON of quantguard",
+                            why=f"It has no {error}.") from None
+        except TypeError as error:
+            raise DataError("this is no evaluation JSON of quantguard", why=str(error)) from None

@@ -33,11 +33,13 @@ def run(model: nn.Module, inputs: Any, where: str = "") -> Any:
         return model(*inputs) if isinstance(inputs, tuple) else model(inputs)
     except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:
         shape = changed(inputs, lambda x: tuple(x.shape))  # type: ignore[arg-type,return-value]
+        said = (str(error).strip() or type(error).__name__).splitlines()[0]
+        fix = "Check channels and size: nothing is converted silently; --size resizes images."
+        if isinstance(inputs, dict) and isinstance(error, TypeError):
+            fix = "Of a dict batch all but labels are keyword arguments of the model's forward."
         raise DataError(
             f"{where}: " * bool(where) + f"the model does not accept inputs of shape {shape}",
-            why=f"It says: {(str(error).strip() or type(error).__name__).splitlines()[0]}",
-            fix="Check channels and size: nothing is converted silently; --size resizes images.",
-        ) from error
+            why=f"It says: {said}", fix=fix) from error
 
 
 def accepts(model: nn.Module, inputs: Any) -> bool:

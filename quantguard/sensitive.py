@@ -67,7 +67,8 @@ class Sensitivity:
     def __str__(self) -> str:
         n, width = self.whole.images, max(map(len, ["site", *self.sites]))
         lines = [f"{n} images: clean {self.whole.clean_accuracy:.1%}, robust <= "
-                 f"{self.whole.robust_accuracy:.1%}; with one site float again:",
+                 f"{self.whole.robust_accuracy:.1%}; points that one site made float again adds "
+                 "(robust: differences of upper bounds; p: exact McNemar of the survivors):",
                  f"{'site':{width}}  clean    robust   p"]
         for name in sorted(self.sites, key=lambda name: -self.cost(name)[1]):
             clean, robust, p = self.cost(name)
@@ -101,16 +102,16 @@ def sensitivity(model: nn.Module, loader: Iterable[Any], threat: Threat = Threat
     copy = duplicate(model)
     where = None if run_dir is None else Path(run_dir)
 
-    def measured(name: str) -> Evaluation:
+    def measured(name: str, number: int) -> Evaluation:
         if progress:
-            print(name, flush=True, file=sys.stderr)
+            print(f"[{number + 1}/{len(names) + 1}] {name}", flush=True, file=sys.stderr)
         return evaluate(copy, loader, threat, suite=suite, images=images, seed=seed, device=device,
                         progress=progress, run_dir=None if where is None else where / name)
-    whole = measured("as it is")
+    whole = measured("as it is", 0)
     sites = {}
-    for name in names:
+    for number, name in enumerate(names, 1):
         with one_float(copy, name):
-            sites[name] = measured(name)
+            sites[name] = measured(name, number)
     return Sensitivity(whole, sites)
 
 

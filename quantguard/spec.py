@@ -130,6 +130,18 @@ class Threat:
         return asdict(self)
 
 
+def check_threat(threat: Any) -> None:
+    """Refuse a number where a threat is meant.
+
+    Raises:
+        SpecError: threat is no :class:`Threat`.
+    """
+    if not isinstance(threat, Threat):
+        number = isinstance(threat, (int, float))
+        raise SpecError(f"threat is {threat!r}, and must be a quantguard.Threat",
+                        fix=f"Write Threat(eps={threat:g})." if number else "Write Threat(eps=…).")
+
+
 @dataclass(frozen=True)
 class InputSpec:
     """Describe the staircase on a model's input.

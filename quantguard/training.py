@@ -457,8 +457,9 @@ class Trainer:
         self.rng = told["rng"].cpu()
         torch.set_rng_state(self.rng)
         self.bar.skip(self.epoch * self.per_epoch + self.number)
-        self.bar.say(f"resumed from {self.directory.path} at epoch {self.epoch + 1}, "
-                     f"batch {self.number}")
+        where = f"at epoch {self.epoch + 1}, batch {self.number}" if self.epoch < self.epochs \
+            else "where it had finished already"
+        self.bar.say(f"resumed from {self.directory.path} {where}")
 
 
 def _out_of_memory(error: BaseException) -> bool:

@@ -475,3 +475,16 @@ def test_ctrl_c_says_how_to_go_on_and_exits_with_130(model: str, data: str,
     assert not Path("model.hardened.qg").exists()
     succeeds(*arguments)
     assert Path("model.hardened.qg").exists()
+
+
+def test_options_that_would_not_be_looked_at_are_refused(model: str) -> None:
+    succeeds("evaluate", model, "--data", "digits", *EVALUATE, "--json", "a.json", "--quiet")
+    text = fails("evaluate", model, "--data", "digits", "--replay", "a.json", "--seed", "4")
+    assert "--seed would not be looked at" in text and "a.json" in text
+    Path("other.json").write_text("{}")
+    assert "It has no 'format'" in fails("evaluate", model, "--data", "digits", "--replay",
+                                         "other.json")
+    succeeds("convert", model, "-o", "low.qg", "--quiet")
+    assert "activations converted" in succeeds("inspect", "low.qg", "--trust")
+    assert "low.qg is converted already" in fails("inspect", "low.qg", "--trust", "--bits", "4")
+    assert "does not accept inputs" in fails("inspect", model, "--input-shape", "5,8,8")

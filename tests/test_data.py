@@ -288,11 +288,11 @@ def test_npz_uint8_and_floats(tmp_path: Path) -> None:
     ({"x_test": np.zeros((4, 28, 28, 1), np.uint8)}, "channels last"),
     ({"x_test": np.zeros((4, 5, 5), np.uint8)}, "x[:, None]"),
     ({"x_test": np.zeros((4, 25), np.uint8)}, "(N, C, H, W)"),
-    ({"x_test": np.zeros((0, 1, 5, 5), np.uint8), "y_test": np.zeros(0, int)}, "(0, 1, 5, 5)"),
+    ({"x_test": np.zeros((0, 1, 5, 5), np.uint8), "y_test": np.zeros(0, int)}, "no images"),
     ({"x_test": np.zeros((4, 1, 5, 5), np.int64)}, "int64"),
     ({"x_test": np.full((4, 1, 5, 5), 254.5)}, "254.5..254.5"),
     ({"x_test": np.full((4, 1, 5, 5), -0.5)}, "-0.5..-0.5"),
-    ({"x_test": np.full((4, 1, 5, 5), np.nan)}, "nan..nan"),
+    ({"x_test": np.full((4, 1, 5, 5), np.nan)}, "holds NaN in 4 images, image 0"),
     ({"y_test": np.zeros(4)}, "float64 (4,)"),
     ({"y_test": np.zeros((4, 1), int)}, "int64 (4, 1)"),
     ({"y_test": np.arange(4) - 1}, "labels are -1..2"),
@@ -307,7 +307,7 @@ def test_wrong_npz(tmp_path: Path, arrays: dict[str, Any], message: str) -> None
 
 
 def test_npz_that_is_none(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="cannot be read as npz"):
+    with pytest.raises(DataError, match=r"absent.npz does not exist"):
         load_data(f"npz:{tmp_path}/absent.npz", "test")
     np.save(tmp_path / "a.npy", np.zeros(3))
     with pytest.raises(DataError, match="single array"):

@@ -27,6 +27,7 @@ ONE = Recipe("nfgsm")
 @pytest.mark.parametrize(("clean", "attacked", "own", "first", "wrong"), [
     (0.9, 0.6, 0.65, False, None), (0.9, 0.1, 0.8, False, "catastrophic overfitting"),
     (0.9, 0.1, None, False, None), (0.9, 0.5, 0.7, False, None),  # weaker, but it works still
+    (0.95, 0.03, 0.33, False, None),  # many steps break more than one, and that one much
     (0.5, 0.4, 0.45, True, "clean accuracy fell from 90.0% to 50.0%"),
     (0.5, 0.4, 0.45, False, None), (0.55, 0.4, 0.45, True, None)])
 def test_what_is_wrong(clean: float, attacked: float, own: float | None, first: bool,
@@ -36,6 +37,12 @@ def test_what_is_wrong(clean: float, attacked: float, own: float | None, first: 
     assert (found is None) == (wrong is None)
     if found is not None and wrong is not None:
         assert wrong in found.reason
+
+
+def test_a_step_that_is_short_already_is_not_shortened() -> None:
+    short = Recipe("nfgsm", rel_step=0.5)
+    assert remedy(short, 0.9, 0.9, 0.1, 0.8, False) is None
+    assert remedy(Recipe("nfgsm", rel_step=0.6), 0.9, 0.9, 0.1, 0.8, False) is not None
 
 
 @pytest.mark.parametrize(("best", "now", "wrong"), [

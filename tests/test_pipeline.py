@@ -361,3 +361,15 @@ def test_ablate_refuses_what_it_cannot_convert(cnn: nn.Module, loader: DataLoade
         qg.ablate(linear, loader, test_loader, THREAT, progress=False)
     with pytest.raises(SpecError, match="bits"):
         qg.ablate(cnn, loader, test_loader, THREAT, bits=32, progress=False)
+
+
+@pytest.mark.parametrize("verb", [qg.evaluate, qg.certify, qg.harden])
+def test_a_number_is_no_threat(verb: Any, cnn: nn.Module, loader: DataLoader[Any]) -> None:
+    with pytest.raises(SpecError, match=r"Write Threat\(eps=0.1\)"):
+        verb(cnn, loader, 0.1, progress=False)
+
+
+def test_an_attacker_without_room_is_no_teacher(cnn: nn.Module, loader: DataLoader[Any]) -> None:
+    with pytest.raises(SpecError, match="eps=0 leaves recipe pgd nothing"):
+        hardened(cnn, loader, threat=qg.Threat(eps=0))
+    hardened(cnn, loader, threat=qg.Threat(eps=0), recipe=Recipe("clean", lr=1e-3))

@@ -12,12 +12,13 @@ import pytest
 from torch import Tensor, nn
 
 import quantguard as qg
+from quantguard import masking
 from quantguard.attacks import PGD, Entry
 from quantguard.attacks._foolbox import fb
 from quantguard.masking import wilson
 from quantguard.pipeline import Comparison
 from quantguard.report import comparison_html, comparison_text, evaluation_html, page
-from quantguard.report.text import Cell, columns, table
+from quantguard.report.text import Cell, columns, flag_lines, table
 from quantguard.results import Evaluation
 from quantguard.spec import Threat
 
@@ -161,3 +162,24 @@ def test_notebooks_get_html(rows: Comparison) -> None:
     evaluation = next(iter(rows.rows.values()))
     assert isinstance(evaluation, Evaluation)
     assert checked(evaluation._repr_html_()).text and checked(rows._repr_html_()).text
+
+
+def test_what_has_too_few_images_is_one_line_and_the_gravest_come_first(rows: Comparison) -> None:
+    one = next(iter(rows.rows.values()))
+    flags = (masking.blind_beats_seeing("noise", 0, 3), masking.left_out(["PGD"]),
+             masking.blind_beats_seeing("transfer", 0, 3), masking.overstated(30, 80, 10))
+    lines = flag_lines(dataclasses.replace(one, flags=flags))
+    assert [line.split("]")[0] for line in lines] == ["[masked", "[undecided", "[undecided"]
+    assert "noise beats white-box, transfer beats white-box" in lines[2] and "149" in lines[2]
+    assert masking.clopper_pearson(0, masking.ENOUGH)[1] < 0.02
+    assert masking.clopper_pearson(0, masking.ENOUGH - 1)[1] > 0.02
+    said = str(dataclasses.replace(one, flags=flags))
+    assert "hides its gradients: default attacks overstate." in said.splitlines()[0]
+
+
+def test_low_clean_accuracy_asks_how_images_are_fed(rows: Comparison) -> None:
+    one = next(iter(rows.rows.values()))
+    wrong = dataclasses.replace(one, correct=np.arange(80) < 30, survived=np.zeros(80, bool))
+    assert "normalised" in str(wrong) and "normalised" not in str(one)
+    knows = dataclasses.replace(wrong, threat=Threat(mean=(0.5,), std=(0.5,)))
+    assert "normalised" not in str(knows)

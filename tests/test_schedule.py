@@ -84,7 +84,15 @@ def test_what_does_not_fit_is_left_out_and_said(monkeypatch: pytest.MonkeyPatch)
     assert labels(result) == ["first", "short", "blind"] and result.skipped == ("long",)
     flag = {f.name: f for f in result.flags}["attacks left out"]
     assert flag.raised and flag.kind == "undecided" and "long" in flag.reason
-    assert result.verdict != "resolved" and "Left out for lack of time: long" in str(result)
+    assert result.verdict != "resolved" and "No time was left for long" in str(result)
+
+
+def test_noise_is_no_measure_of_what_an_attack_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A first call compiles: a second for one step would leave no time for a hundred."""
+    suite = Suite([entry("noise", "noise", seconds=1.0), entry("PGD", steps=100),
+                   entry("twin", "twin", steps=100)],
+                  reseeded=[entry("again", "reseeded", steps=100)])
+    assert labels(run(suite, monkeypatch, budget=3.0)) == ["noise", "PGD", "twin", "again"]
 
 
 def test_escalation_leaves_time_for_what_sees_no_gradient(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -162,17 +162,22 @@ def comparison_html(comparison: Comparison) -> str:
 
 def page(comparison: Comparison) -> str:
     """Return a whole page, self-contained: no script, no font, no image from elsewhere."""
-    body = "<h1>Robustness before and after</h1>" + _comparison(comparison)
+    alone = next(iter(comparison.rows)) if len(comparison.rows) == 1 else ""
+    title = f"Robustness of {alone}" if alone else "Robustness before and after"
+    body = f"<h1>{html.escape(title)}</h1>" + _comparison(comparison)
     for name, evaluation in comparison.rows.items():
         body += f"<h2>{html.escape(name)}</h2>" + _evaluation(evaluation)
     first = next(iter(comparison.rows.values()))
-    made = {"settings": comparison.settings, "threat": first.threat.to_dict(),
-            "environment": first.environment, "images": first.image_hash}
-    body += ("<h2>How to have it again</h2><p>Every hyper-parameter of each attack, and the images "
-             "it broke, are in the JSON beside this page.</p>"
+    made = {**({"settings": comparison.settings} if comparison.settings else {}),
+            "threat": first.threat.to_dict(), "environment": first.environment,
+            "images": first.image_hash}
+    body += ("<h2>How to have it again</h2><p>The JSON of the same result "
+             "(<code>--json FILE</code>, <code>save(\"FILE.json\")</code>) holds every "
+             "hyper-parameter of each attack and the images that it broke; "
+             "<code>--replay FILE</code> runs it again.</p>"
              f"<pre>{html.escape(json.dumps(made, indent=1))}</pre>")
     return ('<!doctype html><html lang="en"><head><meta charset="utf-8">'
             '<meta name="viewport" content="width=device-width,initial-scale=1">'
-            "<title>quantguard: robustness before and after</title>"
+            f"<title>quantguard: {html.escape(title)}</title>"
             "<style>body { margin: 2rem auto; padding: 0 1rem; max-width: 64rem }</style></head>"
             f"<body>{_framed(body)}</body></html>\n")

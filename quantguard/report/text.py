@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..masking import wilson
+from ..masking import ENOUGH, TOO_FEW, wilson
 from ..progress import duration
 
 if TYPE_CHECKING:
@@ -25,6 +25,10 @@ BOUNDS = ("Attacked figures are upper bounds of the truth: a stronger attack can
 
 LOWER_BOUND = ("Certified figures are lower bounds of the truth: they hold for the float32 model "
                "that runs.\nIntervals are 95 % Wilson and cover the sampling of images only.")
+
+
+# Clean accuracy below which the way images are fed is in doubt.
+_LOW = 0.5
 
 
 @dataclass(frozen=True)
@@ -94,7 +98,13 @@ def headline(evaluation: Evaluation) -> str:
             "unresolved": "UNRESOLVED: the worst case has not been found yet."}
     return (f"Robust accuracy <= {100 * cell.share:.1f} % (95 % interval {100 * low:.1f}-"
             f"{100 * high:.1f}; {cell.count} of {cell.n} images survive every attack). "
-            + said[evaluation.verdict])
+            + said[evaluation.verdict] + _masked(evaluation))
+
+
+def _masked(evaluation: Evaluation) -> str:
+    """Return that other evaluations of this model would be fooled, where flags say so."""
+    names = [flag.name for flag in evaluation.flags if flag.raised and flag.kind == "masked"]
+    return f" The model hides its gradients: {', '.join(names)}." if names else ""
 
 
 def bracket_line(evaluation: Evaluation) -> str:
@@ -111,7 +121,8 @@ def bracket_line(evaluation: Evaluation) -> str:
             f"{100 * standing.share:.1f} % attacked ({proven.count} of {n} images are proven to "
             f"withstand every attack, {standing.count} survived them all; 95 % interval of both "
             f"ends {100 * low:.1f}-{100 * high:.1f}). "
-            + ("Nothing is left open." if not gap else said[evaluation.verdict]))
+            + ("Nothing is left open." if not gap else said[evaluation.verdict])
+            + _masked(evaluation))
 
 
 def attack_rows(evaluation: Evaluation) -> list[list[str]]:
@@ -128,8 +139,7 @@ def attack_rows(evaluation: Evaluation) -> list[list[str]]:
 
 
 def side_lines(evaluation: Evaluation) -> list[str]:
-    """Return what is beside the table: minimum-norm attacks, fidelity, the curve, what is left out.
-    """
+    """Return what is beside the table: minimum-norm attacks, fidelity, the curve."""
     own = [f"{a.label} by its own measure: succeeds on {a.own_success} of "
            f"{int(a.attacked.sum())} images, median L2 norm "
            f"{'-' if a.median_norm is None else format(a.median_norm, '.3g')}; its column counts "
@@ -149,14 +159,19 @@ def side_lines(evaluation: Evaluation) -> list[str]:
                          for point in evaluation.curve)
         lines.append(f"Accuracy over eps, per cent of the first {evaluation.curve[0].images} "
                      f"images, upper bounds: {said}.")
-    if evaluation.skipped:
-        lines.append(f"Left out for lack of time: {', '.join(evaluation.skipped)}.")
     return lines
 
 
 def flag_lines(evaluation: Evaluation) -> list[str]:
-    """Return one line for each raised flag."""
-    return [f"[{flag.kind}] {flag.name}: {flag.reason}" for flag in evaluation.flags if flag.raised]
+    """Return one line for each raised flag, the gravest first; one for all that have too few."""
+    raised = [flag for flag in evaluation.flags if flag.raised]
+    few = [flag.name for flag in raised if flag.reason.endswith(TOO_FEW)]
+    lines = [f"[{flag.kind}] {flag.name}: {flag.reason}" for kind in ("masked", "unresolved",
+             "undecided") for flag in raised if flag.kind == kind and flag.name not in few]
+    if few:
+        lines.append(f"[undecided] too few images to tell: {', '.join(few)}. Evaluate more: with "
+                     f"{ENOUGH} survivors, and nothing found on any, it is clear.")
+    return lines
 
 
 def evaluation_text(evaluation: Evaluation) -> str:
@@ -167,10 +182,18 @@ def evaluation_text(evaluation: Evaluation) -> str:
     parts = [headline(evaluation),
              f"Clean accuracy {clean} %; attacks succeed on {broken} of {clean.count} correctly "
              f"classified images. Threat: {threat_text(evaluation)}; seed {evaluation.seed}.",
-             "", table(attack_rows(evaluation))]
+             *_doubts(evaluation), "", table(attack_rows(evaluation))]
     parts += ["", *side_lines(evaluation)]
     parts += [*flag_lines(evaluation), bounds]
     return "\n".join(parts)
+
+
+def _doubts(evaluation: Evaluation) -> list[str]:
+    """Return what to look at where a model is right about few images before any attack."""
+    if evaluation.clean_accuracy >= _LOW or evaluation.threat.mean is not None:
+        return []
+    return ["Clean accuracy is low. Was the model trained on normalised images? Then give their "
+            "mean and std (Threat(mean=, std=), --mean, --std)."]
 
 
 def certificate_text(certificate: Certificate) -> str:
@@ -213,8 +236,9 @@ def paired_lines(comparison: Comparison) -> list[str]:
     lines = []
     for first, second in pairs:
         a, b, p = comparison.paired(first, second)
-        lines.append(f"{second} against {first}: {b} images survive only the former, {a} only the "
-                     f"latter (exact McNemar p = {p:.2g})")
+        images = "image survives" if b == 1 else "images survive"
+        lines.append(f"{second} against {first}: {b} {images} only the former, {a} only the latter "
+                     f"(exact McNemar p = {p:.2g})")
     return lines
 
 
