@@ -140,10 +140,10 @@ def _channels(x: Tensor, values: Sequence[float] | None, name: str) -> Tensor | 
     """Shape per-channel numbers to go with (N, C, H, W), or with the last axis of (N, F)."""
     if values is None:
         return None
-    axis = -3 if x.ndim >= 3 else -1
+    axis = 1 if x.ndim >= 3 else -1
     if len(values) not in (1, x.shape[axis]):
         raise DataError(f"{name} has {len(values)} numbers and the images, of shape "
                         f"{tuple(x.shape)}, have {x.shape[axis]} channels",
                         fix=f"Give 1 or {x.shape[axis]}.")
     numbers = torch.tensor(values, dtype=x.dtype, device=x.device)
-    return numbers.view(-1, 1, 1) if axis == -3 else numbers
+    return numbers if axis == -1 else numbers.view(-1, *[1] * (x.ndim - 2))

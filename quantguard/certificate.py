@@ -117,8 +117,11 @@ class Certificate:
             if data["format"] != FORMAT:
                 raise DataError(f"certificate JSON of format {data['format']}, expected {FORMAT}")
             n = data["images"]
-            lower = np.array([-math.inf if v is None else v for v in data["lower"]], dtype=float)
-            return cls(mask_of(data["certified_images"], n), mask_of(data["correct_images"], n),
+            certified = mask_of(data["certified_images"], n)
+            ends = np.where(certified, math.inf, -math.inf)  # of one class the margin is infinite
+            lower = np.array([end if v is None else v
+                              for v, end in zip(data["lower"], ends, strict=True)], dtype=float)
+            return cls(certified, mask_of(data["correct_images"], n),
                        lower, data["sites"], data["seconds"], Threat(**data["threat"]),
                        data["method"], data["environment"], data["image_hash"], data["skipped"],
                        data.get("splits", 0))

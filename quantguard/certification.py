@@ -17,6 +17,7 @@ import json
 import os
 import time
 from collections.abc import Iterable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,16 @@ from .attacks import PGD, FoolboxModel, PixelModel
 from .attacks._foolbox import fb
 from .attacks.pgd import project
 from .batches import check_labels
-from .bounds import Box, Flat, around, divided, flattened, margins, propagate
+from .bounds import (
+    Box,
+    Flat,
+    around,
+    check_faithful,
+    divided,
+    flattened,
+    margins,
+    propagate,
+)
 from .certificate import Certificate
 from .errors import ConversionError, Interrupted, SpecError
 from .evidence import padded, predict
@@ -110,6 +120,10 @@ def certify(model: nn.Module, loader: Iterable[Any], threat: Threat = Threat(), 
             model.to(before)
 
 
+# Images at which the model is compared with its graph at first, and how often.
+_LOOKED_AT, _REPEATS = 16, 4
+
+
 class _State:
     """Hold what is known so far; a run directory keeps it.
 
@@ -159,7 +173,7 @@ def certificate_of(model: nn.Module, data: Images, threat: Threat, method: str =
                    limit: float | None = None, run_dir: str | os.PathLike[str] | None = None,
                    show: bool = False, splits: int = 0) -> Certificate:
     """Do what :func:`certify` does, for images that are at hand."""
-    with measuring(model, 0), torch.no_grad():
+    with torch.inference_mode(False), measuring(model, 0), torch.no_grad():
         return _certify(model, data, threat, method, limit, run_dir, show, splits)
 
 
@@ -171,10 +185,12 @@ def _certify(model: nn.Module, data: Images, threat: Threat, method: str, limit:
     check_labels(data.labels, logits.shape[1], "the loader")
     correct = (logits.argmax(1) == data.labels).cpu().numpy()
     flat = flattened(model, threat, data.key, data.pixels)
+    _agrees(flat, pixel_model, data, threat, batch)
     digest = hashlib.blake2b(data.pixels.cpu().numpy().tobytes()
                              + data.labels.cpu().numpy().tobytes(), digest_size=16).hexdigest()
     settings = json.loads(json.dumps({
         "threat": threat.to_dict(), "method": method, "splits": splits, "images": digest,
+        "model": flat.digest(), "version": version("torch-quantguard"),
         "predictions": hashlib.blake2b(logits.cpu().numpy().tobytes(),
                                        digest_size=16).hexdigest()}))
     path = None
@@ -201,6 +217,20 @@ def _certify(model: nn.Module, data: Images, threat: Threat, method: str, limit:
                        int((state.done == 0).sum()), splits)
 
 
+def _agrees(flat: Flat, model: PixelModel, data: Images, threat: Threat, batch: int) -> None:
+    """See that the model is what its graph says it is: at images, at corners, and again.
+
+    Raises:
+        ConversionError: it is not.
+    """
+    first = data.pixels[:_LOOKED_AT]
+    for number in range(_REPEATS):
+        signs = torch.randint(0, 2, first.shape, device=first.device) * 2.0 - 1
+        points = (first + threat.eps * signs * (number > 0)).clamp(*threat.bounds)
+        part, size = padded(points, batch)
+        check_faithful(flat, points, threat, model(part)[:size])
+
+
 def _bound(flat: Flat, model: PixelModel, data: Images, threat: Threat, batch: int, method: str,
            correct: np.ndarray, logits: Tensor, state: _State, limit: float | None,
            bar: Progress) -> None:
@@ -217,11 +247,11 @@ def _bound(flat: Flat, model: PixelModel, data: Images, threat: Threat, batch: i
                 return
             rows = chosen[first : first + batch]
             taped = kind == "crown"
-            box = propagate(flat, around(data.pixels[rows], threat), taped,
+            box = propagate(flat, around(data.pixels[rows], threat, data.snapped), taped,
                             None if taped else functools.partial(state.count, flat))
             gaps = margins(box, data.labels[rows], taped)
             if not taped:
-                _check(model, box, gaps, data, logits, threat, batch, rows)
+                _check(flat, model, box, gaps, data, logits, threat, batch, rows)
             lower = gaps.amin(1).nan_to_num(-np.inf, np.inf, -np.inf)
             state.lower[rows] = np.maximum(state.lower[rows], lower.cpu().numpy())
             state.done[rows] = number + 1
@@ -257,7 +287,8 @@ def _branch(flat: Flat, model: PixelModel, data: Images, threat: Threat, batch: 
             def broken(images: Tensor, image: Tensor = image, label: Tensor = label) -> bool:
                 answers = model(projected(images, image.expand_as(images))).argmax(1)
                 return bool((answers != label).any())
-            lower = divided(flat, around(image, threat), label, splits, together, broken, late)
+            ball = around(image, threat, data.snapped)
+            lower = divided(flat, ball, label, splits, together, broken, late)
             state.lower[row] = max(state.lower[row], lower)
             if not late():
                 state.done[row] = _BRANCHED
@@ -267,7 +298,7 @@ def _branch(flat: Flat, model: PixelModel, data: Images, threat: Threat, batch: 
         bar.advance(int((~stands).sum()), f"{int((state.lower > 0).sum())} certified")
 
 
-def _check(model: PixelModel, box: Box, gaps: Tensor, data: Images, logits: Tensor,
+def _check(flat: Flat, model: PixelModel, box: Box, gaps: Tensor, data: Images, logits: Tensor,
            threat: Threat, batch: int, rows: np.ndarray) -> None:
     """See that what the model itself answers lies within the bounds, at the images and beside.
 
@@ -284,7 +315,9 @@ def _check(model: PixelModel, box: Box, gaps: Tensor, data: Images, logits: Tens
     length = 1.0 if threat.norm == "linf" else pixels[0].numel() ** -0.5
     corner = (pixels + threat.eps * length * signs).clamp(*threat.bounds)
     part, size = padded(corner, batch)
-    for answer in (logits[rows].double(), model(part)[:size].double()):
+    beside = model(part)[:size]
+    check_faithful(flat, corner[:1], threat, beside[:1])
+    for answer in (logits[rows].double(), beside.double()):
         outside = (answer < box.lower) | (answer > box.upper)
         other = torch.ones_like(outside).scatter_(1, labels, False)
         outside |= other & (answer.gather(1, labels) - answer < gaps)

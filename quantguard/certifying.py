@@ -18,7 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
 from .attacks import PixelModel
-from .bounds.flat import Flat
+from .bounds import Flat, check_faithful
 from .errors import DataError, SpecError
 from .interval_rules import Interval
 from .intervals import around, graph_of, propagate, worst_case
@@ -83,8 +83,10 @@ class CertifiedObjective:
         shape = pixels.shape[1:]
         if shape not in self._flats:
             with evaluating(self.model):
-                self._flats[shape] = graph_of(self.model.model, self.threat, self.model.key,
-                                              pixels)
+                flat = graph_of(self.model.model, self.threat, self.model.key, pixels)
+                with torch.no_grad():
+                    check_faithful(flat, pixels[:4], self.threat, self.model(pixels[:4]))
+            self._flats[shape] = flat
         return propagate(self._flats[shape], around(pixels, eps, self.threat.bounds))
 
     def __call__(self, x: Tensor, _pixels: Tensor, labels: Tensor) -> Tensor:

@@ -17,11 +17,19 @@ from .spec import Threat
 
 @dataclass(frozen=True)
 class Images:
-    """Hold what is attacked: pixels (N, ...), labels (N,), and the model's keyword for images."""
+    """Hold what is attacked.
+
+    Attributes:
+        pixels: (N, ...).
+        labels: (N,).
+        key: the model's keyword for images; None: its first argument.
+        snapped: how far a pixel was moved, at most, to one of 256 levels or into the bounds.
+    """
 
     pixels: Tensor
     labels: Tensor
     key: str | None = None
+    snapped: float = 0.0
 
 
 def gather(model: nn.Module, loader: Iterable[Any], threat: Threat, images: int | None) -> Images:
@@ -38,7 +46,7 @@ def gather(model: nn.Module, loader: Iterable[Any], threat: Threat, images: int 
     pixels: list[Tensor] = []
     labels: list[Tensor] = []
     key: str | None = None
-    taken = 0
+    taken, snapped = 0, 0.0
     for number, batch in enumerate(loader):
         where = f"batch {number} of the loader"
         inputs, target = unpack(batch)
@@ -51,7 +59,9 @@ def gather(model: nn.Module, loader: Iterable[Any], threat: Threat, images: int 
         check_images_shape(x, where)
         p = to_pixels(x.float(), threat)
         check_images(p, threat.bounds, where)
-        pixels.append(snap(p, threat.bounds).clamp(*threat.bounds))
+        whole = snap(p, threat.bounds).clamp(*threat.bounds)
+        snapped = max(snapped, float((whole.double() - p.double()).abs().amax()))
+        pixels.append(whole)
         labels.append(target)
         taken += len(x)
         if images is not None and taken >= images:
@@ -59,7 +69,7 @@ def gather(model: nn.Module, loader: Iterable[Any], threat: Threat, images: int 
     if not taken:
         raise DataError("the loader is empty", fix="Give at least one batch.")
     x, y = torch.cat(pixels)[:images], torch.cat(labels)[:images].long()
-    return Images(to_device(x, device), to_device(y, device), key)
+    return Images(to_device(x, device), to_device(y, device), key, snapped)
 
 
 def image_tensor(inputs: Any, where: str) -> tuple[str | None, Tensor]:

@@ -797,7 +797,7 @@ class Moody(nn.Module):
 
 def test_a_model_that_is_not_its_graph_is_found_out() -> None:
     x = images(8, 0)
-    with pytest.raises(qg.ConversionError, match="lies outside its bounds"):
+    with pytest.raises(qg.ConversionError, match="does not compute what its graph says"):
         qg.certify(Moody(), [(x, torch.zeros(8).long())], progress=False)
 
 

@@ -3,6 +3,7 @@
 from .boxes import Box
 from .branching import divided
 from .flat import Flat, flattened
-from .propagation import around, margins, propagate
+from .propagation import around, check_faithful, margins, propagate
 
-__all__ = ["Box", "Flat", "around", "divided", "flattened", "margins", "propagate"]
+__all__ = ["Box", "Flat", "around", "check_faithful", "divided", "flattened", "margins",
+           "propagate"]

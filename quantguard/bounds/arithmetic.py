@@ -79,7 +79,7 @@ def _shifted(x: Box, shift: Tensor) -> Box:
 
 def add(x: Any, y: Any, alpha: Any = 1) -> Any:
     if alpha != 1:
-        return add(x, mul(y, alpha))
+        return add(x, mul(y, alpha) if isinstance(y, Box) else y * alpha)
     if not isinstance(x, Box):
         x, y = y, x
     if not isinstance(y, Box):

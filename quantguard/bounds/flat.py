@@ -6,9 +6,11 @@ traced by torch.fx through everything but torch's own layers and staircases.
 
 from __future__ import annotations
 
+import hashlib
+import operator
 import random
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -33,6 +35,8 @@ _VIEWS = {"flatten", "view", "reshape", "permute", "transpose", "squeeze", "unsq
           "stochastic_depth"}
 _VIEW_MODULES = (nn.Flatten, nn.Unflatten, nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d,
                  nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
+# What computes otherwise in training mode.
+_MODAL = (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._BatchNorm, nn.RReLU)
 _PREFIX = "model."
 # Operations without a rule that one error names.
 _NAMED = 8
@@ -91,7 +95,15 @@ class _Tracer(fx.Tracer):
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _InPlace(node, self)
 
+    def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
+        # In a forward that torch.fx could not trace at conversion calls are told apart as it runs.
+        other = m.instead() if isinstance(m, QuantActivation) and m.instead is not None else None
+        return super().call_module(m, forward, args, kwargs) if other is None else \
+            other(*args, **kwargs)
+
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        if any(map(torch.is_autocast_enabled, ("cpu", "cuda"))):
+            raise fx.proxy.TraceError("autocast, which computes in less than float32")
         node = super().create_node(*args, **kwargs)
         node.meta["where"] = place_of(sys._getframe(1))[0]
         return node
@@ -119,6 +131,23 @@ class Flat:
             self.last_use[node] = [x for x in node.all_input_nodes if x not in seen]
             seen |= set(node.all_input_nodes)
 
+    def digest(self) -> str:
+        """Return a hash of all operations and of all numbers that they may use."""
+        found = hashlib.blake2b(digest_size=16)
+        for node in self.nodes:
+            found.update(f"{node.format_node()}\n".encode())
+            if node.op == "call_module":
+                found.update(f"{self.module(node)}\n".encode())
+        held = {**self.root.state_dict(), **{
+            str(node.target): attribute(self.root, str(node.target)) for node in self.nodes
+            if node.op == "get_attr"}}
+        for name, value in sorted(held.items()):
+            found.update(name.encode())
+            if isinstance(value, Tensor):
+                found.update(f"{value.dtype} {tuple(value.shape)}".encode())
+                found.update(value.detach().cpu().contiguous().numpy().tobytes())
+        return found.hexdigest()
+
     def module(self, node: fx.Node) -> nn.Module:
         """Return the layer that a call_module node calls."""
         return self.root.get_submodule(str(node.target))
@@ -128,6 +157,13 @@ class Flat:
         if node.op != "call_module" or not isinstance(self.module(node), QuantActivation):
             return None
         return layer_name(node)
+
+
+def attribute(root: Any, name: str) -> Any:
+    """Return what a get_attr node reads."""
+    for part in name.split("."):
+        root = getattr(root, part)
+    return root
 
 
 def node_name(root: nn.Module, node: fx.Node) -> str:
@@ -229,6 +265,14 @@ def _settle_writes(root: nn.Module, graph: fx.Graph) -> None:
 
 
 def _overwrites(root: nn.Module, node: fx.Node) -> bool:
+    """Return whether a call writes into the first tensor that it is given.
+
+    Raises:
+        ConversionError: it writes into another one, or into a part of one.
+    """
+    if node.kwargs.get("out") is not None or node.target in ("__setitem__", operator.setitem):
+        raise ConversionError(f"{node_name(root, node)} writes into a tensor that is there",
+                              fix="Use the form that does not work in place.")
     if node.op == "call_module":
         return bool(getattr(root.get_submodule(str(node.target)), "inplace", False))
     if node.op not in ("call_function", "call_method"):
@@ -240,13 +284,19 @@ def _is_view(root: nn.Module, node: fx.Node) -> bool:
     if node.op == "call_module":
         return isinstance(root.get_submodule(str(node.target)), _VIEW_MODULES)
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    return node.op in ("call_function", "call_method") and name in _VIEWS
+    # what has no rule may be a view, for all that is known
+    return node.op in ("call_function", "call_method") and (
+        name in _VIEWS or _rule(root, node) is None)
 
 
 def rule_of(flat: Flat, node: fx.Node) -> Callable[..., Any] | None:
     """Return the rule of a node; None where there is none."""
+    return _rule(flat.root, node)
+
+
+def _rule(root: nn.Module, node: fx.Node) -> Callable[..., Any] | None:
     if node.op == "call_module":
-        module = flat.module(node)
+        module = root.get_submodule(str(node.target))
         rule = MODULES.get(type(module))
         return None if rule is None else lambda *args, **settings: rule(module, *args, **settings)
     if node.op == "call_method":
@@ -272,8 +322,9 @@ def _check(flat: Flat) -> None:
             continue
         if rule_of(flat, node) is None:
             problems[node_name(flat.root, node)] = None
-        elif node.op == "call_module" and _hooked(flat.module(node)):
-            problems[f"{node_name(flat.root, node)}, which has hooks or its own forward"] = None
+        elif node.op == "call_module":
+            for wrong in _odd(flat.module(node)):
+                problems[f"{node_name(flat.root, node)}, {wrong}"] = None
     if problems:
         several = f"{len(problems)} operations have" if len(problems) > 1 else "one operation has"
         named = list(problems)[:_NAMED]
@@ -283,8 +334,16 @@ def _check(flat: Flat) -> None:
                               fix="See quantguard.certify for those that are.")
 
 
-def _hooked(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
+def _odd(module: nn.Module) -> Iterator[str]:
+    """Yield what makes a layer another one than its rule is for."""
+    if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
+        yield "which has hooks or its own forward"
+    if module.training and isinstance(module, _MODAL):
+        yield "which stays in training mode"
+    if isinstance(module, QuantActivation):
+        t = module.thresholds
+        if not bool((t[..., 1:] > t[..., :-1]).all()):
+            yield "whose thresholds do not ascend"
 
 
 def asked(node: fx.Node) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, fx
 from ..errors import ConversionError
 from ..spec import Threat
 from .boxes import Ball, Box, U
-from .flat import Flat, asked, node_name, rule_of
+from .flat import Flat, asked, attribute, node_name, rule_of
 from .rules import apply
 from .steps import dot
 
@@ -24,14 +25,15 @@ _DOUBLE = 2.0**-52
 _LARGEST_BATCH = 1 << 24
 
 
-def around(pixels: Tensor, threat: Threat) -> Box:
+def around(pixels: Tensor, threat: Threat, snapped: float = 0.0) -> Box:
     """Return the box of all images that the threat allows.
 
     Args:
         pixels: (N, ...) within the threat's bounds.
+        snapped: how far they may be, each pixel, from the images that are meant.
     """
     x, (low, high) = pixels.double(), threat.bounds
-    slack = _WIDER * max(abs(low), abs(high), threat.eps)
+    slack = _WIDER * max(abs(low), abs(high), threat.eps) + snapped
     reach = threat.eps + slack
     lower, upper = (x - reach).clamp(min=low - slack), (x + reach).clamp(max=high + slack)
     if threat.norm == "linf":
@@ -41,6 +43,27 @@ def around(pixels: Tensor, threat: Threat) -> Box:
     ball = Ball(x, torch.ones_like(x[:1]), torch.zeros_like(x[:1]),
                 threat.eps * (1 + 1e-4) + many)
     return Box(lower, upper, None, ball)
+
+
+def check_faithful(flat: Flat, points: Tensor, threat: Threat, answers: Tensor) -> None:
+    """See that a model computes what its graph says, at some images, but for float32's rounding.
+
+    Args:
+        points: (N, ...) pixels.
+        answers: (N, C) what the model itself says of them.
+
+    Raises:
+        ConversionError: it does not.
+    """
+    told = propagate(flat, around(points, replace(threat, eps=0.0)))
+    wrong = (answers.double() < told.lower) | (answers.double() > told.upper)
+    if bool(wrong.any()):
+        off = float(torch.maximum(told.lower - answers, answers - told.upper).amax())
+        raise ConversionError(
+            "the model does not compute what its graph says",
+            why=f"A logit is off by {off:.2g} more than rounding allows: the forward may branch on "
+                "values, be random, keep state between calls, or run in less than float32.",
+            fix="No certificate can be had for this model as it is.")
 
 
 def propagate(flat: Flat, x: Box, taped: bool = False,
@@ -87,7 +110,7 @@ def _value(flat: Flat, node: fx.Node, values: dict[fx.Node, Any], x: Box,
     if node.op == "output":
         return args[0]
     if node.op == "get_attr":
-        return _attribute(flat.root, str(node.target))
+        return attribute(flat.root, str(node.target))
     boxes = _boxes(args) or _boxes(settings)
     if boxes and not asked(node):
         rule, name = rule_of(flat, node), node_name(flat.root, node)
@@ -100,12 +123,6 @@ def _value(flat: Flat, node: fx.Node, values: dict[fx.Node, Any], x: Box,
         return getattr(args[0], str(node.target))(*args[1:], **settings)
     function: Any = flat.module(node) if node.op == "call_module" else node.target
     return function(*args, **settings)
-
-
-def _attribute(root: Any, name: str) -> Any:
-    for part in name.split("."):
-        root = getattr(root, part)
-    return root
 
 
 def _boxes(values: Any) -> bool:

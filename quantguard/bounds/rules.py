@@ -18,10 +18,7 @@ from . import arithmetic as num
 from . import shapes as form
 from .arithmetic import NoRule, weights
 from .boxes import Box
-from .curves import activated, prelu, quantized
-
-# A bound of a clamp that is none.
-_FAR = 1e30
+from .curves import Curve, activated, curved, prelu, quantized
 
 
 def _clamp(x: Box, min: Any = None, max: Any = None) -> Box:
@@ -31,8 +28,8 @@ def _clamp(x: Box, min: Any = None, max: Any = None) -> Box:
         raise NoRule("bounds that are no numbers, or in the wrong order")
     if (low, high) == (0, math.inf):
         return activated(nn.ReLU(), x)
-    # The same function; its rule knows what rounding the bounds does.
-    return activated(nn.Hardtanh(low if low > -_FAR else -_FAR, high if high < _FAR else _FAR), x)
+    corners = tuple((float(v), float(v)) for v in (low, high) if math.isfinite(v))
+    return curved(lambda z: z.clamp(low, high), Curve(corners, straight=True), x)
 
 
 def _activation(kind: str) -> Callable[..., Box]:
@@ -145,7 +142,8 @@ def apply(rule: Callable[..., Any], args: tuple[Any, ...], settings: dict[str, A
     """
     try:
         return rule(*args, **settings)
-    except (NoRule, TypeError, RuntimeError, ValueError, IndexError, AttributeError) as error:
+    except (NoRule, TypeError, RuntimeError, ValueError, IndexError, AttributeError,
+            AssertionError) as error:
         raise ConversionError(f"{where} cannot be bounded",
                               why=str(error).strip().splitlines()[0] if str(error) else "",
                               fix="See quantguard.certify for the operations that can.") from error

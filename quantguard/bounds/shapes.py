@@ -28,7 +28,7 @@ def average_pool(d: int) -> Callable[..., Box]:
         stride = kernel_size if stride is None else stride
         settings = (kernel_size, stride, padding, ceil_mode, count_include_pad)
         more = () if d == 1 else (divisor_override,)
-        terms = math.prod(kernel_size) if isinstance(kernel_size, tuple) else kernel_size**d
+        terms = math.prod(kernel_size) if isinstance(kernel_size, (tuple, list)) else kernel_size**d
         return averaged(x, lambda v: average(v, *settings, *more), terms)
     return pool
 
@@ -56,6 +56,8 @@ def max_pool(d: int, name: str) -> Callable[..., Box]:
             result: Tensor = function(v, *args, **settings)
             return result
         lower, upper = pool(x.lower), pool(x.upper)
+        if bool((lower == -math.inf).any()):
+            raise NoRule("a window that lies in the padding alone")
         return Box(lower, upper, Largest(x, pool, upper))
     return largest
 

@@ -1,0 +1,221 @@
+"""A certificate is for the model that runs: where its graph says otherwise there is none."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import quantguard as qg
+from quantguard.errors import ConversionError
+from quantguard.recipes import Recipe
+
+D = 64
+X, Y = torch.full((4, D), 0.5), torch.zeros(4, dtype=torch.long)
+
+
+class Means(nn.Module):
+    """Answer by the mean of the features; what is done to them in between is a shrug of 3 %."""
+
+    def __init__(self, change: Callable[[Any, Any], Any] = lambda _, y: y) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(D, D, bias=False), nn.Linear(D, 2)
+        self.change, self.calls = change, 0
+        self.dice = torch.Generator().manual_seed(0)
+        self.drop = nn.Dropout(0.1)
+        with torch.no_grad():
+            self.first.weight.copy_(torch.eye(D))
+            self.last.weight.copy_(torch.stack([torch.ones(D), torch.zeros(D)]) / D)
+            self.last.bias.copy_(torch.tensor([-0.44, 0.0]))
+
+    def train(self, mode: bool = True) -> Means:
+        super().train(mode)
+        self.drop.train()  # as those do who sample from it
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x)
+        changed = self.change(self, y)
+        return self.last(y if changed is None else changed)  # type: ignore[no-any-return]
+
+
+def _counted(model: Means, y: Tensor) -> Tensor:
+    model.calls += 1
+    return y * (1 - 0.03 * (model.calls > 2))
+
+
+def _autocast(model: Means, y: Tensor) -> Tensor:
+    with torch.autocast("cpu", torch.bfloat16):
+        z: Tensor = model.first(y)
+    return z.float()
+
+
+CHANGES: dict[str, Callable[[Any, Any], Any]] = {
+    "data": lambda _, y: _void(y.data.mul_(0.97)),
+    "out": lambda _, y: _void(torch.mul(y, 0.97, out=y)),
+    "narrow": lambda _, y: _void(y.narrow(1, 0, D).mul_(0.97)),
+    "select": lambda _, y: _void(y.select(0, 0).mul_(0.97)),
+    "T": lambda _, y: _void(y.T.mul_(0.97)),
+    "movedim": lambda _, y: _void(y.movedim(0, 1).mul_(0.97)),
+    "expand": lambda _, y: _void(y.expand(-1, D).mul_(0.97)),
+    "setitem": lambda _, y: _void(y.__setitem__(0, 0.97 * y[0])),
+    "unbind": lambda _, y: _void(y.unbind(1)[0].mul_(0.5)),
+    "noise of a shape": lambda _, y: y + 0.01 * torch.randn(y.shape[1]),
+    "noise of its own generator": lambda m, y: y + 0.01 * torch.randn(D, generator=m.dice),
+    "noise of numpy": lambda _, y: y + float(0.01 * np.random.default_rng().normal()),
+    "counted calls": _counted,
+    "autocast": _autocast,
+    "dropout that stays": lambda m, y: m.drop(y),
+}
+
+
+def _void(_: Any) -> None:
+    return None
+
+
+@pytest.mark.parametrize("what", CHANGES)
+def test_what_the_graph_does_not_hold_has_no_certificate(what: str) -> None:
+    assert qg.certify(Means().eval(), [(X, Y)], qg.Threat(eps=0.05),
+                      progress=False).certified.all()
+    with pytest.raises(ConversionError):
+        qg.certify(Means(CHANGES[what]).eval(), [(X, Y)], qg.Threat(eps=0.05), progress=False)
+
+
+def test_layers_that_stay_in_training_mode_are_named() -> None:
+    with pytest.raises(ConversionError, match=r"drop \(Dropout\), which stays in training mode"):
+        qg.certify(Means(CHANGES["dropout that stays"]).eval(), [(X, Y)], qg.Threat(eps=0.05),
+                   progress=False)
+
+
+class Twice(nn.Module):
+    """One ReLU for two places, in a forward that torch.fx does not trace at conversion."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(D, D, bias=False), nn.Linear(D, D, bias=False)
+        self.c, self.relu = nn.Linear(D, 2), nn.ReLU()
+        with torch.no_grad():
+            for layer in (self.a, self.b):
+                layer.weight.copy_(torch.eye(D))
+            self.c.weight.copy_(torch.stack([torch.ones(D), torch.zeros(D)]) / D)
+            self.c.bias.copy_(torch.tensor([-0.44, 0.0]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen = x.shape
+        return self.c(self.relu(self.b(self.relu(self.a(x)))))  # type: ignore[no-any-return]
+
+
+def test_calls_that_are_told_apart_at_run_time_have_their_own_staircase() -> None:
+    model = qg.convert(Twice().eval(), 8, data=[torch.rand(256, D)])
+    t = (torch.arange(255) + 0.5) / 255
+    names = [name for name, m in model.named_modules() if type(m).__name__ == "QuantActivation"]
+    assert len(names) == 2
+    for name, shrink in zip(names, (1.0, 0.97), strict=True):
+        model.get_submodule(name).set_thresholds(t, shrink / 255)  # type: ignore[operator]
+    try:
+        lower = qg.certify(model, [(X, Y)], qg.Threat(eps=0.05), progress=False).lower
+    except ConversionError:
+        return  # no certificate is no false one
+    with torch.no_grad():
+        logits = model(X - 0.05)
+    assert (lower <= (logits[:, 0] - logits[:, 1]).double().numpy()).all()
+
+
+@pytest.mark.parametrize("method", ["ibp", "crown"])
+def test_a_clamp_without_one_end_has_none(method: str) -> None:
+    class Far(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            z = ((x - 0.5) * 3e31).clamp(max=0.0) * (1 / 3e31)
+            return torch.cat([z.mean(1, keepdim=True) + 0.04, 0 * x[:, :1]], 1)
+    found = qg.certify(Far().eval(), [(X, Y)], qg.Threat(eps=0.05), method=method, progress=False)
+    assert (found.lower <= -0.0099).all() and not found.certified.any()
+
+
+def test_a_run_directory_belongs_to_one_model(tmp_path: Path) -> None:
+    model, threat = Means().eval(), qg.Threat(eps=0.01)
+    qg.certify(model, [(X, Y)], threat, run_dir=tmp_path, progress=False)
+    with torch.no_grad():  # the same answers at the images
+        model.last.weight[0, 0] += 0.2
+        model.last.weight[0, 1] -= 0.2
+    with pytest.raises(qg.SpecError, match="other settings"):
+        qg.certify(model, [(X, Y)], threat, run_dir=tmp_path, progress=False)
+
+
+def test_the_ball_lies_around_the_image_that_was_given() -> None:
+    class Near(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.cat([(1 / 255 + 0.01 + 5e-7) - x, x * 0], 1)
+    given = torch.full((1, 1), 1 / 255 + 9e-7)  # taken for 1/255
+    found = qg.certify(Near(), [(given, Y[:1])], qg.Threat(eps=0.01), progress=False)
+    assert not found.certified.any()
+
+
+def test_thresholds_that_do_not_ascend_are_refused() -> None:
+    model = nn.Sequential(nn.Linear(D, 8), qg.QuantActivation.from_thresholds([0.3, 0.5, 0.7], 1.0),
+                          nn.Linear(8, 2)).eval()
+    state = model.state_dict()
+    state["1.base"] = torch.tensor([0.5, 0.3, 0.7])
+    model.load_state_dict(state)
+    with pytest.raises(ConversionError, match="do not ascend"):
+        qg.certify(model, [(X, Y)], qg.Threat(eps=0.05), progress=False)
+
+
+class Calls(nn.Module):
+    def __init__(self, call: Callable[[Any], Any]) -> None:
+        super().__init__()
+        self.call = call
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.call(x).flatten(1)
+        return torch.cat([y.mean(1, keepdim=True), y.mean(1, keepdim=True) * 0 - 9], 1)
+
+
+@pytest.mark.parametrize("call", [
+    lambda x: x.clamp(0.5, 0.5), lambda x: torch.add(x, 1.0, alpha=2),
+    lambda x: nn.functional.avg_pool2d(x.reshape(-1, 1, 8, 8), [2, 2])])
+def test_calls_that_look_odd_have_bounds(call: Callable[[Any], Any]) -> None:
+    assert qg.certify(Calls(call), [(X, Y)], qg.Threat(eps=0.05), progress=False).certified.all()
+
+
+def test_a_window_of_padding_alone_is_refused() -> None:
+    model = Calls(lambda x: nn.functional.max_pool2d(
+        x[:, :1].reshape(-1, 1, 1, 1), 2, 2, padding=1, dilation=2))
+    with pytest.raises(ConversionError):
+        qg.certify(model, [(X, Y)], qg.Threat(eps=0.05), progress=False)
+
+
+def test_inference_mode_around_it_changes_nothing(tmp_path: Path) -> None:
+    model = Means().eval()
+    with torch.inference_mode():
+        found = qg.certify(model, [(X, Y)], qg.Threat(eps=0.05), method="crown",
+                           progress=False)
+    assert found.certified.all()
+
+
+def test_one_class_alone_is_certain_and_stays_so_in_json(tmp_path: Path) -> None:
+    model = nn.Linear(D, 1).eval()
+    found = qg.certify(model, [(X, Y)], qg.Threat(eps=0.05), progress=False)
+    found.save(tmp_path / "c.json")
+    again = type(found).load(tmp_path / "c.json")
+    assert (again.lower == found.lower).all() and again.certified.all()
+
+
+def test_a_sequence_of_three_channels_is_normalised_by_channel() -> None:
+    from quantguard.batches import from_pixels
+    x, threat = torch.rand(2, 2, 5), qg.Threat(mean=(0.1, 0.9), std=(0.5, 0.25))
+    wanted = (x - torch.tensor([[0.1], [0.9]])) / torch.tensor([[0.5], [0.25]])
+    torch.testing.assert_close(from_pixels(x, threat), wanted)
+
+
+def test_training_goes_through_the_model_that_runs() -> None:
+    model = Means(CHANGES["noise of a shape"]).eval()
+    from torch.utils.data import DataLoader, TensorDataset
+    loader = DataLoader(TensorDataset(torch.rand(300, D), torch.zeros(300, dtype=torch.long)), 32)
+    with pytest.raises(ConversionError):
+        qg.harden(model, loader, qg.Threat(eps=0.05), bits=32, epochs=1, progress=False,
+                  recipe=Recipe("ibp", init="keep", input_bits=0))
