@@ -254,14 +254,26 @@ def seconds_of(budget: float | str) -> float:
 
 
 class true_float32:
-    """Hold TF32 off: its rounding is larger than what separates a survivor from the fallen."""
+    """Hold TF32 and bfloat16 off: they round by more than separates a survivor from the fallen.
+
+    A GPU's and a CPU's matrix products and convolutions, whatever the user lets them do elsewhere.
+    """
 
     def __enter__(self) -> None:
-        self.before = (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32)
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+        self.before = [getattr(*place) for place, _ in self._places()]
+        for place, exact in self._places():
+            setattr(*place, exact)
 
     def __exit__(self, *_: Any) -> None:
-        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = self.before
+        for (place, _), value in zip(self._places(), self.before, strict=True):
+            setattr(*place, value)
+
+    @staticmethod
+    def _places() -> list[tuple[tuple[Any, str], Any]]:
+        from torch.backends import cuda, cudnn, mkldnn
+        return [((cuda.matmul, "allow_tf32"), False), ((cudnn, "allow_tf32"), False),
+                ((mkldnn.matmul, "fp32_precision"), "ieee"),  # type: ignore[attr-defined]
+                ((mkldnn.conv, "fp32_precision"), "ieee")]  # type: ignore[attr-defined]
 
 
 @contextmanager

@@ -219,3 +219,23 @@ def test_training_goes_through_the_model_that_runs() -> None:
     with pytest.raises(ConversionError):
         qg.harden(model, loader, qg.Threat(eps=0.05), bits=32, epochs=1, progress=False,
                   recipe=Recipe("ibp", init="keep", input_bits=0))
+
+
+def test_matrix_products_are_float32_whatever_is_allowed_elsewhere() -> None:
+    from torch.backends import cuda, cudnn, mkldnn
+
+    from quantguard.running import true_float32
+
+    def now() -> list[Any]:
+        return [cuda.matmul.allow_tf32, cudnn.allow_tf32,
+                mkldnn.matmul.fp32_precision, mkldnn.conv.fp32_precision]  # type: ignore[attr-defined]
+    before, precision = now(), torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        loose = now()
+        with true_float32():
+            assert now() == [False, False, "ieee", "ieee"]
+        assert now() == loose != [False, False, "ieee", "ieee"]
+    finally:
+        torch.set_float32_matmul_precision(precision)
+    assert now()[:2] == before[:2]
