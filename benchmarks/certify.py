@@ -22,12 +22,14 @@ import argparse
 import json
 import os
 import platform
+import statistics
 import time
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+from scipy import stats
 from torch import nn
 
 import quantguard as qg
@@ -90,8 +92,10 @@ def measure(name: str, data: str, eps: float, net: str, bits: int, seed: int, ep
 def table() -> None:
     print("Linf, per cent; certified: intervals, all test images; attacked: an upper bound, first "
           "500")
+    rows = []
     for file in sorted(HERE.glob("*.json")):
         row = json.loads(file.read_text())
+        rows.append(row)
         c, e = row["certificate"], row.get("evaluation")
         attacked = "" if e is None else (
             f"  first 500: certified {100 * row['certified_of_first'] / 500:.1f} <= true <= "
@@ -100,6 +104,28 @@ def table() -> None:
         print(f"{told:18} {file.stem:34} clean {100 * c['clean'] / c['images']:.2f}  certified "
               f"{100 * c['certified_accuracy']:.2f}{attacked}  ({row['train_seconds'] / 60:.1f} "
               f"minutes, {c['seconds']:.0f} s to certify; {row['threads']} threads)")
+    paired(rows)
+
+
+def paired(rows: list[dict[str, Any]]) -> None:
+    """Print how much more each number of bits certifies than float, by seed."""
+    def key(row: dict[str, Any]) -> tuple[Any, ...]:
+        return row.get("data", "fashion-mnist"), row["eps"], row["net"], row["epochs"], row["seed"]
+    usual = recipe_of("ibp").to_dict()
+    plain = [row for row in rows if not row.get("dynamic")
+             and all(usual[k] == v for k, v in row["recipe"].items())]
+    by_float = {key(row): row["certificate"]["certified"] for row in plain if row["bits"] == 32}
+    for bits in sorted({row["bits"] for row in plain} - {32}):
+        for kind in sorted({k[:-1] for k in by_float}):
+            apart = [(row["certificate"]["certified"] - by_float[key(row)]) / 100
+                     for row in plain if row["bits"] == bits and key(row)[:-1] == kind
+                     and key(row) in by_float]
+            if len(apart) > 1:
+                p = stats.ttest_1samp(apart, 0.0).pvalue
+                half = stats.t.ppf(0.975, len(apart) - 1) * stats.sem(apart)
+                print(f"{bits} bits certify {statistics.mean(apart):+.2f} +- {half:.2f} points "
+                      f"more than float (95 % t interval, paired t p = {p:.2g}; {len(apart)} seeds; "
+                      f"{kind[2]} net, {kind[3]} epochs)")
 
 
 def main() -> None:
