@@ -124,8 +124,8 @@ def paired(rows: list[dict[str, Any]]) -> None:
                 p = stats.ttest_1samp(apart, 0.0).pvalue
                 half = stats.t.ppf(0.975, len(apart) - 1) * stats.sem(apart)
                 print(f"{bits} bits certify {statistics.mean(apart):+.2f} +- {half:.2f} points "
-                      f"more than float (95 % t interval, paired t p = {p:.2g}; {len(apart)} seeds; "
-                      f"{kind[2]} net, {kind[3]} epochs)")
+                      f"more than float (95 % t interval, paired t p = {p:.2g}; {len(apart)} "
+                      f"seeds; {kind[2]} net, {kind[3]} epochs)")
 
 
 def main() -> None:
