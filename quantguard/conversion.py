@@ -42,7 +42,7 @@ class Conversion:
     audit: Audit | None = None
 
     def __str__(self) -> str:
-        return f"{self.plan}\n{self.summary()}"
+        return self.plan.told(self.summary())
 
     def summary(self) -> str:
         """Return one line: how many activations were converted, and what was not."""

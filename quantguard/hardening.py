@@ -261,8 +261,8 @@ class Walk:
             self._say("weights are drawn anew, as suits intervals; init=keep keeps them")
         result = prepare(model, self.loader, bits, dynamic, self.recipe, self.threat, self.seed)
         if any(map(is_input, staircases(result))) and not any(map(is_input, staircases(model))):
-            self._say(f"a {self.recipe.input_bits}-bit staircase stands on the input, so that what "
-                      "eps moves at either end of the range is lost; input_bits=0 leaves it out")
+            self._say(f"a staircase of {self.recipe.input_bits} bits stands on the input, which "
+                      "swallows what eps moves at either end of the range; input_bits=0: none")
         where = self.device or world().device
         if where is not None:
             result.to(usable_device(where))

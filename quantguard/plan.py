@@ -103,6 +103,11 @@ class Plan:
                     "bits": given.bits, "low": list(given.low), "high": list(given.high)}}
 
     def __str__(self) -> str:
+        return self.told(f"{len(self.converted)} of {len(self.sites)} activation sites to convert"
+                         + (f"; kept: {self.kept_by_reason()}" if self.kept else ""))
+
+    def told(self, summary: str) -> str:
+        """Return the table of sites, a summary, and what else there is to say."""
         rows = [("site", "kind", "call", "at", "becomes")]
         for s in self.sites:
             if s.spec is None:
@@ -116,8 +121,7 @@ class Plan:
         widths = [max(len(row[i]) for row in rows) for i in range(4)]
         lines = ["  ".join([*(c.ljust(w) for c, w in zip(row[:4], widths, strict=True)), row[4]])
                  for row in rows]
-        lines.append(f"{len(self.converted)} of {len(self.sites)} activation sites to convert"
-                     + (f"; kept: {self.kept_by_reason()}" if self.kept else ""))
+        lines.append(summary)
         if self.input is not None:
             lows, highs = ("/".join(f"{v:.4g}" for v in values)
                            for values in (self.input.low, self.input.high))
