@@ -71,8 +71,8 @@ def main() -> None:
         middle = {name: statistics.median(took) for name, took in seconds.items()}
         print(f"{net:6} an epoch of ibp takes {middle['ibp epoch'] / middle['clean epoch']:.2f} "
               f"clean ones ({middle['ibp epoch']:.1f} s, {middle['clean epoch']:.1f} s); "
-              f"certifying an image takes {middle['certify'] / middle['forward']:.1f} forward passes "
-              f"({1000 * middle['certify'] / IMAGES:.2f} ms)", flush=True)
+              f"certifying an image takes {middle['certify'] / middle['forward']:.1f} forward "
+              f"passes ({1000 * middle['certify'] / IMAGES:.2f} ms)", flush=True)
     write_text(HERE / "certified_speed.json", json.dumps({
         "seconds": rows, "images": IMAGES, "batch": BATCH, "threads": 1, "cores": os.cpu_count(),
         "machine": platform.machine(), "python": platform.python_version(),

@@ -24,7 +24,7 @@ from .interval_rules import Interval
 from .intervals import around, graph_of, propagate, worst_case
 from .probing import PixelBatches, Probed
 from .recipes import Recipe
-from .running import evaluating, frozen, run
+from .running import evaluating, frozen, run, true_float32
 from .spec import InputSpec, Threat
 
 _WARM_UP, _FALL = 50, 0.4
@@ -84,7 +84,7 @@ class CertifiedObjective:
         if shape not in self._flats:
             with evaluating(self.model):
                 flat = graph_of(self.model.model, self.threat, self.model.key, pixels)
-                with torch.no_grad():
+                with torch.no_grad(), true_float32():
                     check_faithful(flat, pixels[:4], self.threat, self.model(pixels[:4]))
             self._flats[shape] = flat
         return propagate(self._flats[shape], around(pixels, eps, self.threat.bounds))
