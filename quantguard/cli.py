@@ -91,8 +91,9 @@ def _not_given(names: tuple[str, ...], why: str) -> None:
     ctx = click.get_current_context()
     for name in names:
         if ctx.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE:
-            raise SpecError(f"--{name} would not be looked at", why=f"{why}.",
-                            fix=f"Leave --{name} out.")
+            option = f"--{name.replace('_', '-')}"
+            raise SpecError(f"{option} would not be looked at", why=f"{why}.",
+                            fix=f"Leave {option} out.")
 
 
 def _first() -> bool:
