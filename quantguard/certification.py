@@ -17,7 +17,6 @@ import json
 import os
 import time
 from collections.abc import Iterable
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +51,7 @@ from .running import (
     measuring,
     seconds_of,
     usable_device,
+    version,
 )
 from .spec import Threat, check_threat
 
@@ -190,7 +190,7 @@ def _certify(model: nn.Module, data: Images, threat: Threat, method: str, limit:
                              + data.labels.cpu().numpy().tobytes(), digest_size=16).hexdigest()
     settings = json.loads(json.dumps({
         "threat": threat.to_dict(), "method": method, "splits": splits, "images": digest,
-        "model": flat.digest(), "version": version("torch-quantguard"),
+        "model": flat.digest(), "version": version(),
         "predictions": hashlib.blake2b(logits.cpu().numpy().tobytes(),
                                        digest_size=16).hexdigest()}))
     path = None
