@@ -387,7 +387,7 @@ def test_an_empty_image_folder(model: str) -> None:
     ("0..255", "must be in [0, 1]"), ("normalised", "normalise with mean and std"),
     ("channels", "does not accept inputs of shape"), ("size", "does not accept inputs of shape"),
     ("labels", "0..9"), ("negative", "labels are -1"), ("last", "channels last"),
-    ("lengths", "19 labels"), ("nan", "nan")])
+    ("lengths", "19 labels"), ("nan", "holds NaN in 20 images")])
 def test_npz_data_that_does_not_fit(verb: str, kind: str, message: str, model: str,
                                     here: Path, digits: Digits) -> None:
     x, y = digits[0][:20].numpy().copy(), digits[1][:20].numpy()
