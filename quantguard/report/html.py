@@ -18,6 +18,7 @@ from .text import (
     headline,
     paired_lines,
     side_lines,
+    spoken,
     threat_text,
 )
 
@@ -68,10 +69,13 @@ def _table(rows: Sequence[Sequence[str]]) -> str:
 
 
 def _flags(evaluation: Evaluation) -> str:
-    return "".join(f'<div class="flag {flag.kind}"><b>{html.escape(flag.kind)}: '
+    flags, few = spoken(evaluation)
+    body = "".join(f'<div class="flag {flag.kind}"><b>{html.escape(flag.kind)}: '
                    f"{html.escape(flag.name)}.</b> {html.escape(flag.reason)}<br>"
-                   f"<small>{html.escape(flag.test)}</small></div>"
-                   for flag in evaluation.flags if flag.raised)
+                   f"<small>{html.escape(flag.test)}</small></div>" for flag in flags)
+    if few:
+        body += f'<div class="flag undecided"><b>undecided:</b> {html.escape(few)}</div>'
+    return body
 
 
 def _comparison(comparison: Comparison) -> str:

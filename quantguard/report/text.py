@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..masking import ENOUGH, TOO_FEW, wilson
+from ..masking import ENOUGH, TOO_FEW, Flag, wilson
 from ..progress import duration
 
 if TYPE_CHECKING:
@@ -162,16 +162,21 @@ def side_lines(evaluation: Evaluation) -> list[str]:
     return lines
 
 
-def flag_lines(evaluation: Evaluation) -> list[str]:
-    """Return one line for each raised flag, the gravest first; one for all that have too few."""
+def spoken(evaluation: Evaluation) -> tuple[list[Flag], str]:
+    """Return the raised flags, the gravest first, and one line for all that have too few images."""
     raised = [flag for flag in evaluation.flags if flag.raised]
     few = [flag.name for flag in raised if flag.reason.endswith(TOO_FEW)]
-    lines = [f"[{flag.kind}] {flag.name}: {flag.reason}" for kind in ("masked", "unresolved",
-             "undecided") for flag in raised if flag.kind == kind and flag.name not in few]
-    if few:
-        lines.append(f"[undecided] too few images to tell: {', '.join(few)}. Evaluate more: with "
-                     f"{ENOUGH} survivors, and nothing found on any, it is clear.")
-    return lines
+    flags = [flag for kind in ("masked", "unresolved", "undecided") for flag in raised
+             if flag.kind == kind and flag.name not in few]
+    return flags, (f"too few images to tell: {', '.join(few)}. Evaluate more: with {ENOUGH} "
+                   "survivors, and nothing found on any, it is clear.") * bool(few)
+
+
+def flag_lines(evaluation: Evaluation) -> list[str]:
+    """Return one line for each flag that speaks, and one for those that cannot tell."""
+    flags, few = spoken(evaluation)
+    return [*(f"[{flag.kind}] {flag.name}: {flag.reason}" for flag in flags),
+            *[f"[undecided] {few}"] * bool(few)]
 
 
 def evaluation_text(evaluation: Evaluation) -> str:
