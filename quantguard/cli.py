@@ -149,26 +149,18 @@ def inspect(model: str, arch: str | None, trust: bool, bits: tuple[tuple[str, in
             input_bits: int | None, input_range: Any,
             input_shape: tuple[int, ...] | None, json_file: str | None) -> None:
     """Show every activation of MODEL, converted or kept and why, without converting."""
-    import torch
-
     from .conversion import conversion_of
     from .conversion import inspect as plan_of
-    from .running import evaluating, run
     _writable(json_file)
     opened = _open(model, arch, trust)
-    done, example = conversion_of(opened), _example(input_shape)
+    done = conversion_of(opened)
     if done is not None:
-        _not_given(("bits", "dynamic", "keep", "gates", "per_channel", "input_bits"),
-                   f"{model} is converted already")
-        plan = done.plan
-    else:
-        plan = plan_of(opened, _bits(bits), dynamic, example=example, per_channel=per_channel,
-                       keep=keep, gates=gates, input_bits=input_bits,
-                       input_range=_pairs(input_range))
-    if example is not None:
-        with torch.no_grad(), evaluating(opened):
-            run(opened, example, "--input-shape")
-    click.echo(str(plan if done is None else done))
+        _not_given(("bits", "dynamic", "keep", "gates", "per_channel", "input_bits", "input_range",
+                    "input_shape"), f"{model} is converted already")
+    plan = plan_of(opened, _bits(bits), dynamic, example=_example(input_shape),
+                   per_channel=per_channel, keep=keep, gates=gates, input_bits=input_bits,
+                   input_range=_pairs(input_range))
+    click.echo(str(done or plan))
     if json_file:
         write_text(json_file, json.dumps(plan.to_dict(), indent=1))
 

@@ -23,7 +23,15 @@ from .interception import Hook
 from .kinds import function_of
 from .plan import Bits, Plan, Site, assign, join
 from .rewrite import Rewritten, add_entrance, fused_paths, rewrite, undo
-from .running import device_of, duplicate, seeded, stand_in, tensors_in, to_device
+from .running import (
+    device_of,
+    duplicate,
+    run,
+    seeded,
+    stand_in,
+    tensors_in,
+    to_device,
+)
 from .sites import check_convertible, find_sites
 from .spec import FLOAT_BITS, InputSpec
 from .tracing import separate_aliases
@@ -199,12 +207,17 @@ def inspect(model: nn.Module, bits: Bits = 2, dynamic: bool = False, *,
 
     Raises:
         ConversionError, SpecError: as :func:`convert`.
+        DataError: an example that the model does not accept.
     """
-    if example is None and data is not None:
-        example = next((unpack(batch)[0] for batch in data), None)
     done = conversion_of(model)
     if done is not None:
         return done.plan
+    if example is not None:
+        with torch.no_grad(), seeded(0):  # a copy: a forward may leave traces
+            run(duplicate(unwrap(model)).eval(), to_device(example, device_of(model)),
+                "the example")
+    elif data is not None:
+        example = next((unpack(batch)[0] for batch in data), None)
     return make_plan(unwrap(model), bits, dynamic, example=example, per_channel=per_channel,
                      keep=keep, gates=gates, entry=input_spec(input_bits, input_range))
 

@@ -25,7 +25,7 @@ from .conversion import convert, restore, unwrap, with_entrance
 from .entrance import is_input
 from .errors import DataError, SpecError
 from .files import write_text
-from .probing import PixelBatches, probe
+from .probing import PixelBatches, parent_accuracy
 from .recipes import Recipe, recipe_of, stages
 from .running import (
     device_of,
@@ -282,9 +282,7 @@ class Walk:
         """Say so where a model that was trained afresh is far behind the one that came."""
         held = hold_out(self.loader, self.val, self.recipe.batch_size, self.seed).val
         asked = PixelModel(model, self.threat)
-        with evaluating(model):
-            came = probe(asked, held, PixelBatches(asked, self.threat), self.threat, False,
-                         self.seed).clean
+        came = parent_accuracy(asked, held, PixelBatches(asked, self.threat))
         if came is not None and clean < _BEHIND * came:
             self._say(f"warning: held-out clean accuracy is {clean:.1%}, and the model came with "
                       f"{came:.1%}: train longer, or for a smaller eps")
