@@ -219,7 +219,7 @@ def test_leaving_out_what_fell_changes_no_image(quantized: nn.Module, attack: An
     assert few < 0.9 * all_
 
 
-def test_rows_are_kept_in_halves_and_standing_ones_among_them() -> None:
+def test_rows_are_left_out_by_the_quarter_and_standing_ones_kept() -> None:
     labels = torch.zeros(100, dtype=torch.long)
     kept = Kept(torch.zeros(100, 2), labels)
     standing = torch.tensor([3, 4, 50, 98])
@@ -229,14 +229,14 @@ def test_rows_are_kept_in_halves_and_standing_ones_among_them() -> None:
         kept.judge(torch.full((len(kept.rows), 2), 1.0), logits)
 
     falls = torch.zeros(100, dtype=torch.bool)
-    falls[:49] = True
+    falls[:24] = True
     judge(falls)
-    assert kept.standing() is None  # 51 stand
+    assert kept.standing() is None  # 76 stand
     falls[:] = True
     falls[standing] = False
     judge(falls)
     keep = kept.standing()
-    assert keep is not None and len(keep) == len(kept.rows) == 13  # 100, 50, 25, 13, not under 8
+    assert keep is not None and len(keep) == len(kept.rows) == 9  # 100, 75, 57, ..., not under 8
     assert torch.isin(standing, kept.rows).all() and torch.equal(kept.rows, kept.rows.sort().values)
 
 

@@ -159,15 +159,15 @@ class Kept:
         self.fallen[rows] |= fools
 
     def standing(self) -> Tensor | None:
-        """Return what to keep of ``rows`` where half or more of them have fallen, else None.
+        """Return what to keep of ``rows`` where a quarter or more of them have fallen, else None.
 
-        Of n images a half, a quarter and so on are kept, so that few sizes of batch occur; what
-        of them has fallen goes on in vain. ``rows`` are those kept from here on.
+        Rows are left out by the quarter, so that few sizes of batch occur; what of the rest has
+        fallen goes on in vain. ``rows`` are those kept from here on.
         """
         stands = ~self.fallen[self.rows]
         size = len(stands)
-        while (size + 1) // 2 >= max(_LEAST, int(stands.sum())):
-            size = (size + 1) // 2
+        while (less := (3 * size + 3) // 4) >= max(_LEAST, int(stands.sum())):
+            size = less
         if size == len(stands):
             return None
         keep = stands.int().argsort(descending=True, stable=True)[:size].sort().values
