@@ -8,10 +8,11 @@ Ties go down (``x == t_i`` is not above t_i), +-inf take the outer levels, NaN s
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import blockwise, fused, plain
 from .windows import placed, windows
@@ -19,6 +20,7 @@ from .windows import placed, windows
 # A sigmoid this far from its threshold is 0 or 1 to float32; how many thresholds of equal steps may
 # lie nearer, at the sharpnesses of attacks: few numbers, since a loop is compiled for each.
 _SATURATED, _REACHES = 17.0, (2, 3, 4, 6, 11, 19)
+_PLAIN = (Tensor, nn.Parameter)
 MODES = ("ramp", "ste", "sigmoid", "parent")
 
 
@@ -79,7 +81,10 @@ def _spelled_out() -> bool:
 
 def _apply(function: Any, x: Tensor, *args: Any) -> Tensor:
     *rest, axis = args
-    result: Tensor = function.apply(x, *rest, None if axis is None else axis % x.dim())
+    # Modes that watch a model's calls are for the model's calls; a subclass keeps its own.
+    watch = torch._C.DisableTorchFunction if type(x) in _PLAIN else nullcontext
+    with watch():
+        result: Tensor = function.apply(x, *rest, None if axis is None else axis % x.dim())
     return result
 
 
