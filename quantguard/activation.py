@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 
 from .errors import SpecError
 from .spec import QuantSpec
-from .staircase import MODES, Surrogate, soft_staircase, staircase
+from .staircase import MODES, Surrogate, soft_staircase, staircase, unwatched
 from .windows import resampled
 
 # A learned gap never falls below this share of the gap it started from: unguarded, gaps merge
@@ -234,6 +234,10 @@ class QuantActivation(nn.Module):
 
     def quantized(self, z: Tensor) -> Tensor:
         """Return q(z), or its twin's value inside :func:`soften`."""
+        with unwatched(z):
+            return self._quantized(z)
+
+    def _quantized(self, z: Tensor) -> Tensor:
         t, step, zero, axis = self.thresholds, self.step, self.zero_level, self.axis
         window = self._window(t)
         if self._state.bits is not None:

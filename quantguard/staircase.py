@@ -8,7 +8,7 @@ Ties go down (``x == t_i`` is not above t_i), +-inf take the outer levels, NaN s
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +20,6 @@ from .windows import placed, windows
 # A sigmoid this far from its threshold is 0 or 1 to float32; how many thresholds of equal steps may
 # lie nearer, at the sharpnesses of attacks: few numbers, since a loop is compiled for each.
 _SATURATED, _REACHES = 17.0, (2, 3, 4, 6, 11, 19)
-_PLAIN = (Tensor, nn.Parameter)
 MODES = ("ramp", "ste", "sigmoid", "parent")
 
 
@@ -73,6 +72,16 @@ def soft_staircase(x: Tensor, t: Tensor, step: Tensor, width: Tensor, zero: Tens
     return _apply(_Bell, x, t, step, width, zero, k, False, axis)
 
 
+def unwatched(x: Tensor) -> AbstractContextManager[Any]:
+    """Return a context that hides what is done to x from modes: they watch a model's calls.
+
+    A subclass of Tensor keeps its own functions.
+    """
+    if _spelled_out() or type(x) not in (Tensor, nn.Parameter):
+        return nullcontext()
+    return torch._C.DisableTorchFunction()
+
+
 def _spelled_out() -> bool:
     """Return whether plain operations are needed: torch.compile reads, torch.func maps them."""
     return torch.compiler.is_compiling() or \
@@ -81,10 +90,7 @@ def _spelled_out() -> bool:
 
 def _apply(function: Any, x: Tensor, *args: Any) -> Tensor:
     *rest, axis = args
-    # Modes that watch a model's calls are for the model's calls; a subclass keeps its own.
-    watch = torch._C.DisableTorchFunction if type(x) in _PLAIN else nullcontext
-    with watch():
-        result: Tensor = function.apply(x, *rest, None if axis is None else axis % x.dim())
+    result: Tensor = function.apply(x, *rest, None if axis is None else axis % x.dim())
     return result
 
 
