@@ -207,25 +207,25 @@ def main() -> None:
             tenfold = int(rest.survived.sum()) / args.images
         flags = {f.name: f.kind for f in result.flags if f.raised and f.kind != "undecided"}
         default = result.surviving("fgsm", "pgd").mean()
-        table[name] = {"name": name, "clean": result.clean_accuracy, "default": float(default),
-                       "robust": result.robust_accuracy, "open": truth,
-                       "tenfold": tenfold, "flags": flags, "caught": bool(flags), "attacks": {
-                           a.label: int(a.broke.sum()) for a in result.attacks}}
+        table[name] = {"name": name, "images": args.images, "clean": result.clean_accuracy,
+                       "default": float(default), "robust": result.robust_accuracy,
+                       "open": truth, "tenfold": tenfold, "flags": flags, "caught": bool(flags),
+                       "attacks": {a.label: int(a.broke.sum()) for a in result.attacks}}
         print(f"{name}: {result.robust_accuracy:.1%}, in the open {truth:.1%}, "
               f"ten times the budget {tenfold:.1%}, {result.seconds:.0f} s", flush=True)
     for row in table.values():
         alike = next(group for group in ALIKE if row["name"] in group)
         row["truth"] = min(min(table[n][k] for k in ("robust", "open", "tenfold"))
-                           for n in alike if n in table)
+                           for n in alike if table.get(n, {}).get("images") == row["images"])
         row["through"] = row["robust"] <= row["truth"] + 0.03
-        print(f"{row['name']:34s} clean {row['clean']:6.1%}  FGSM and PGD {row['default']:6.1%}  "
-              f"suite {row['robust']:6.1%}  truth {row['truth']:6.1%}  "
+        print(f"{row['name']:34s} {row['images']} images  clean {row['clean']:6.1%}  "
+              f"FGSM and PGD {row['default']:6.1%}  suite {row['robust']:6.1%}  "
+              f"truth {row['truth']:6.1%}  "
               f"{'seen through' if row['through'] else 'NOT SEEN THROUGH'}; "
               f"{', '.join(row['flags']) or 'NOT CAUGHT'}")
     HERE.mkdir(exist_ok=True)
     write_text(target, json.dumps({
-        "rows": list(table.values()), "images": args.images, "suite": args.suite, "eps": EPS,
-        "seed": SEED,
+        "rows": list(table.values()), "suite": args.suite, "eps": EPS, "seed": SEED,
         "python": platform.python_version(), "torch": version("torch"), "threads": 1,
         "machine": platform.machine()}))
 
