@@ -98,14 +98,15 @@ def clean_model(net: str, seed: int) -> nn.Module:
     return model
 
 
-def trained(cell: str, seed: int, settings: dict[str, str], device: str | None,
-            name: str) -> tuple[nn.Module, dict[str, Any]]:
+def trained(cell: str, seed: int, settings: dict[str, str], device: str | None, name: str,
+            epochs: int | None = None) -> tuple[nn.Module, dict[str, Any]]:
     net, bits, *kind = cell.split("-")
-    recipe, epochs = recipe_of("pgd", settings), EPOCHS
+    recipe, own = recipe_of("pgd", settings), EPOCHS
     if "ramp" in kind:
         recipe = qg.Recipe("pgd", **NAIVE)
     if "ibp" in kind:
-        recipe, epochs = recipe_of("ibp", {"batch_size": "256", **settings}), CERTIFIED_EPOCHS
+        recipe, own = recipe_of("ibp", {"batch_size": "256", **settings}), CERTIFIED_EPOCHS
+    epochs = epochs or own
     made = hardened(clean_model(net, seed), data()[0], qg.Threat(eps=EPS), bits=int(bits),
                     dynamic=None if bits == "32" else "dynamic" in kind, recipe=recipe,
                     epochs=epochs, train="all", val=None, run_dir=HERE / "work" / name, seed=seed,
@@ -132,12 +133,15 @@ def measure(cell: str, seed: int, device: str | None) -> None:
     write_text(target, json.dumps({**record, "evaluation": result.to_dict(), **machine()}))
 
 
-def attempt(cell: str, seed: int, settings: dict[str, str], device: str | None) -> None:
+def attempt(cell: str, seed: int, settings: dict[str, str], device: str | None,
+            epochs: int | None) -> None:
     told = ",".join(f"{k}={v}" for k, v in sorted(settings.items()))
+    if epochs:
+        told = ",".join(filter(None, [f"epochs={epochs}", told]))
     name = f"{cell}-seed{seed}-{told.replace(',', '_').replace('=', '') or 'default'}"
     target = HERE / "tries" / f"{name}.json"
     if not target.exists():
-        model, record = trained(cell, seed, settings, device, f"try-{name}")
+        model, record = trained(cell, seed, settings, device, f"try-{name}", epochs)
         result = qg.evaluate(model, data()[1], qg.Threat(eps=EPS), suite="quick", images=500,
                              seed=seed, device=device)
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -174,6 +178,7 @@ def main() -> None:
     parser.add_argument("--cells", nargs="*", default=CELLS, choices=CELLS)
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
     parser.add_argument("--try", dest="settings", nargs="*", metavar="KEY=VALUE")
+    parser.add_argument("--epochs", type=int, help="with --try; default: as the cells")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--device")
     parser.add_argument("--table-only", action="store_true")
@@ -183,7 +188,8 @@ def main() -> None:
     for seed in args.seeds if not args.table_only else ():
         for cell in args.cells:
             if args.settings is not None:
-                attempt(cell, seed, dict(s.split("=", 1) for s in args.settings), args.device)
+                attempt(cell, seed, dict(s.split("=", 1) for s in args.settings), args.device,
+                        args.epochs)
             elif cell.startswith("lenet") or seed == 0:
                 measure(cell, seed, args.device)
     table()
