@@ -19,9 +19,10 @@ from .crossed import crossed
 from .errors import ConversionError, DataError, SpecError
 from .evaluation import evaluate
 from .files import write_text
-from .hardening import hardened, prepare
+from .hardening import hardened
 from .images import image_tensor
 from .masking import mcnemar
+from .preparing import prepare
 from .recipes import Recipe, recipe_of
 from .results import Evaluation
 from .spec import FLOAT_BITS, Threat

@@ -7,22 +7,22 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .activation import QuantActivation, bypass, staircases
+from .activation import QuantActivation, staircases
 from .attacks import PixelModel
 from .batching import Source, hold_out
 from .certifying import LR as CERTIFIED_LR
 from .certifying import CertifiedObjective, certified_probe, check, schedule
-from .crafting import Objective, climbs_in_bfloat16, craft, perturbed, random_start
 from .entrance import is_input
 from .errors import DataError, Interrupted, SpecError
+from .gradients import Gradients
 from .guards import RETRIES, Remedy, collapsed, one_step, remedy
+from .history import Epoch, History
 from .keeping import RunDir
 from .optimizing import Average, merging, parameter_groups
 from .probing import (
@@ -39,58 +39,14 @@ from .probing import (
 )
 from .progress import Progress
 from .recipes import Recipe
-from .running import duplicate, modes_kept, uninterrupted
+from .running import modes_kept, uninterrupted
 from .spec import Threat
 from .world import world
 
 _SAVE_EVERY = 60.0
 # What is kept of a run beside its model, optimizer and random numbers.
 _KEPT = ("best", "chosen", "best_score", "epoch", "number", "total_loss", "retries", "cycle", "lr",
-         "parts", "events")
-
-
-@dataclass(frozen=True)
-class Epoch:
-    """Hold what one epoch did: mean loss, and accuracies on the held-out slice (None: no slice).
-
-    ``probe`` is the attacked one, or what intervals certify where the recipe is ``ibp``.
-    """
-
-    epoch: int
-    loss: float | None
-    clean: float | None
-    probe: float | None
-    lr: float
-    seconds: float
-
-
-@dataclass(frozen=True)
-class History:
-    """Hold a whole fine-tune.
-
-    Attributes:
-        epochs: what each epoch did; epoch 0 is the start.
-        chosen: the epoch whose weights were returned.
-        lr: peak learning rate of weights.
-        levels: how many of its levels each staircase took on the held-out slice, at the end.
-        events: what went wrong on the way, and what was done about it.
-    """
-
-    epochs: tuple[Epoch, ...]
-    chosen: int
-    lr: float
-    levels: dict[str, int]
-    events: tuple[str, ...] = ()
-
-    @property
-    def kept(self) -> Epoch:
-        """Return the epoch whose weights were returned."""
-        return next(e for e in self.epochs if e.epoch == self.chosen)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain JSON types."""
-        return {"epochs": [vars(e) for e in self.epochs], "chosen": self.chosen, "lr": self.lr,
-                "levels": self.levels, "events": list(self.events)}
+         "events")
 
 
 class Trainer:
@@ -102,20 +58,14 @@ class Trainer:
         self.epochs, self.train, self.seed = epochs, train, seed
         self.pixel_model = PixelModel(model, threat)
         self.batches = PixelBatches(self.pixel_model, threat, unlabelled=recipe.distill > 0)
-        self.low = climbs_in_bfloat16(recipe, self.batches.device) and \
-            self.pixel_model.dtype != torch.float64  # who asks for digits gets them
-        make = CertifiedObjective if recipe.certifies else Objective
-        self.objective: Objective | CertifiedObjective = make(self.pixel_model, threat, recipe)
-        if isinstance(self.objective, Objective) and recipe.distill:
-            self.objective.teacher = self._teacher()
-        self.per_epoch = source.count()
-        self.world = world()
+        self.world, self.per_epoch = world(), source.count()
+        self.gradients = Gradients(self.pixel_model, threat, recipe, train == "all",
+                                   self.batches.device, self.world, self._event)
         self.bar = Progress(f"harden ({recipe.name})", epochs * self.per_epoch,
                             show and self.world.first)
         self.history: list[Epoch] = []
         self.events: list[str] = []
         self.epoch = self.number = self.chosen = self.retries = self.cycle = 0
-        self.parts = 1  # into which a batch is cut that does not fit into memory
         self.best_score, self.total_loss, self.lr = -1.0, 0.0, 0.0
         self.parent_clean: float | None = None  # of the float model, on the held-out slice
         self.started = False
@@ -128,39 +78,6 @@ class Trainer:
             "threat": threat.to_dict(), "recipe": recipe.to_dict(), "epochs": epochs,
             "train": train, "seed": seed, "start": start, "batches": self.per_epoch,
             "tensors": sorted(f"{k} {tuple(v.shape)}" for k, v in self.best.items())})
-
-    def _teacher(self) -> Callable[[Tensor], Tensor]:
-        """Return the float parent's logits as a function of pixels."""
-        parent = PixelModel(duplicate(self.model).eval().requires_grad_(False), self.threat)
-
-        def logits(pixels: Tensor) -> Tensor:
-            parent.key = self.pixel_model.key
-            with torch.no_grad(), bypass(parent):
-                return parent(pixels)  # type: ignore[no-any-return]
-        return logits
-
-    def loss(self, pixels: Tensor, labels: Tensor) -> Tensor:
-        """Return this process's share of the loss of a batch: attacked images, hard forward."""
-        share = len(labels) / self.world.total_of(len(labels))
-        return self._objective(self._crafted(pixels, labels, self._noise(pixels)), pixels,
-                               labels) * share
-
-    def _noise(self, pixels: Tensor) -> Tensor:
-        """Draw the random start of the whole batch, whichever part of it is here."""
-        count = round(self.world.total_of(len(pixels)))
-        return self.world.part(random_start(  # type: ignore[no-any-return]
-            pixels.new_empty(count, *pixels.shape[1:]), self.threat.norm))
-
-    def _crafted(self, pixels: Tensor, labels: Tensor, noise: Tensor | None = None) -> Tensor:
-        if self.objective.teacher is not None and bool((labels < 0).any()):
-            labels = torch.where(labels < 0, self.objective.teacher(pixels).argmax(1), labels)
-        return craft(self.pixel_model, pixels, labels, self.objective.attacker, self.recipe, noise,
-                     self.low)
-
-    def _objective(self, x: Tensor, pixels: Tensor, labels: Tensor) -> Tensor:
-        # what is frozen keeps its BatchNorm statistics, too
-        self.model.train(self.train == "all")
-        return self.objective(x, pixels, labels)
 
     def run(self) -> History:
         """Train, and leave the best epoch's weights in the model."""
@@ -227,7 +144,8 @@ class Trainer:
             return CERTIFIED_LR
         if self.train != "all":
             return LR_RANGE[1]
-        return auto_lr(self.model, self.source, self.batches, self.loss, self.world)
+        return auto_lr(self.model, self.source, self.batches, self.gradients.loss,
+                       self.world)
 
     def _prepare(self, lr: float) -> None:
         """Make optimizer, schedule and average for the epochs from ``cycle`` on."""
@@ -281,8 +199,8 @@ class Trainer:
         """Take one step, and return the loss; where that is not finite, take none."""
         self.optimizer.zero_grad(set_to_none=True)
         done = self.epoch * self.per_epoch + self.number
-        self.objective.at(done / max(self.epochs * self.per_epoch, 1))
-        value = self._gradients(pixels, labels)
+        self.gradients.objective.at(done / max(self.epochs * self.per_epoch, 1))
+        value = self.gradients(pixels, labels, self.parameters)
         if not math.isfinite(value):
             return value
         nn.utils.clip_grad_norm_(self.parameters, 5.0)
@@ -296,50 +214,11 @@ class Trainer:
                             f"loss {self.total_loss / self.number:.3f}{self._said()}")
         return value
 
-    def _gradients(self, pixels: Tensor, labels: Tensor) -> float:
-        """Leave the gradient of a batch in the parameters, and return its loss.
-
-        A batch that does not fit into memory is cut into parts, whose gradients add up.
-        """
-        noise = self._noise(pixels) if self.recipe.attacks else pixels
-        count = self.world.total_of(len(labels))
-        while True:
-            rng = torch.get_rng_state()
-            try:
-                value = 0.0
-                for x, y, start in zip(*(v.tensor_split(self.parts)
-                                         for v in (pixels, labels, noise)), strict=True):
-                    value += self._part(x, y, start, len(y) / count)
-                self.world.add_gradients(self.parameters)
-                return self.world.total_of(value)
-            except (RuntimeError, MemoryError) as error:
-                if not _out_of_memory(error):
-                    raise
-                if 2 * self.parts > len(labels):
-                    raise DataError("out of memory, even with one image at a time",
-                                    fix="Use a smaller model or image, or another device.",
-                                    ) from None
-            self.parts *= 2
-            self.optimizer.zero_grad(set_to_none=True)
-            torch.set_rng_state(rng)
-            if self.batches.device.type == "cuda":
-                torch.cuda.empty_cache()
-            self._event(f"out of memory: batches of {len(labels)} go through in {self.parts} parts "
-                        "from here on, their gradients added")
-
-    def _part(self, pixels: Tensor, labels: Tensor, noise: Tensor, share: float) -> float:
-        x = self._crafted(pixels, labels, noise)
-        with perturbed(self.model, self.recipe.awp, lambda: self.objective(x, pixels, labels)):
-            loss = self._objective(x, pixels, labels) * share
-            value = float(loss.detach())
-            if math.isfinite(value):
-                loss.backward()  # type: ignore[no-untyped-call]
-        return value
-
     def _note(self, epoch: int, loss: float | None, seconds: float) -> None:
         """Probe the model, and note the epoch."""
-        found = certified_probe(self.objective, self.source.val, self.batches) \
-            if isinstance(self.objective, CertifiedObjective) else probe(
+        objective = self.gradients.objective
+        found = certified_probe(objective, self.source.val, self.batches) \
+            if isinstance(objective, CertifiedObjective) else probe(
                 self.pixel_model, self.source.val, self.batches, self.threat, self.recipe.attacks,
                 self.seed)
         clean, robust, self.probed = self.world.agreed(tuple(found))
@@ -368,7 +247,7 @@ class Trainer:
         if found is not None:
             return found
         if one_step(self.recipe):
-            own = self.world.agreed(accuracy_under(self._crafted, self.pixel_model,
+            own = self.world.agreed(accuracy_under(self.gradients.crafted, self.pixel_model,
                                                    self.source.val, self.batches))
         return remedy(self.recipe, self.history[0].clean, last.clean, last.probe, own,
                       first=last.epoch == self.cycle + 1 == 1)
@@ -392,7 +271,7 @@ class Trainer:
             self.best, self.best_score, self.chosen = start, self.history[0].probe or 0.0, 0
         self.history = [row for row in self.history if row.epoch <= self.chosen]
         self.model.load_state_dict(self.best)
-        self.recipe = self.objective.recipe = found.recipe
+        self.recipe = self.gradients.objective.recipe = found.recipe
         self.epoch = self.cycle = self.chosen
         self.number, self.total_loss = 0, 0.0
         self.retries += 1
@@ -440,13 +319,14 @@ class Trainer:
             "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(), "average": self.average.values,
             "average_count": self.average.count, "history": [vars(e) for e in self.history],
-            "recipe": self.recipe.to_dict(), "rng": self.rng,
+            "recipe": self.recipe.to_dict(), "rng": self.rng, "parts": self.gradients.parts,
             **{name: getattr(self, name) for name in _KEPT}}, [vars(e) for e in self.history])
 
     def _resume(self, told: dict[str, Any]) -> None:
         for name in _KEPT:
             setattr(self, name, told[name])
-        self.recipe = self.objective.recipe = Recipe(**told["recipe"])
+        self.gradients.parts = told["parts"]
+        self.recipe = self.gradients.objective.recipe = Recipe(**told["recipe"])
         self._prepare(self.lr)
         self.model.load_state_dict(told["model"])
         self.optimizer.load_state_dict(told["optimizer"])
@@ -460,12 +340,6 @@ class Trainer:
         where = f"at epoch {self.epoch + 1}, batch {self.number}" if self.epoch < self.epochs \
             else "where it had finished already"
         self.bar.say(f"resumed from {self.directory.path} {where}")
-
-
-def _out_of_memory(error: BaseException) -> bool:
-    """Return whether there was no memory: CUDA says so by a type of its own, the CPU in words."""
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or \
-        "can't allocate memory" in str(error) or "not enough memory" in str(error)
 
 
 def fit(model: nn.Module, loader: Iterable[Any], threat: Threat, recipe: Recipe, *, epochs: int,

@@ -537,7 +537,7 @@ def quantized_inputs(seed: int) -> tuple[nn.Module, Tensor, Tensor, np.ndarray]:
                                   for image, label in zip(x, y, strict=True)])
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", [0, *(pytest.param(s, marks=pytest.mark.slow) for s in (1, 2))])
 def test_branch_and_bound_certifies_all_that_is_robust(seed: int) -> None:
     model, x, y, truth = quantized_inputs(seed)
     whole, cut = (qg.certify(model, [(x, y)], qg.Threat(eps=0.15), splits=splits, progress=False)

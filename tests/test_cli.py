@@ -209,7 +209,7 @@ def test_demo_trains_compares_and_leaves_model_and_reports(here: Path,
     assert len(staircases(qg.load("out/demo/model.hardened.qg"))) == 4
 
 
-@pytest.mark.parametrize("name", ["report", "report.htm"])
+@pytest.mark.parametrize("name", [pytest.param("report", marks=pytest.mark.slow), "report.htm"])
 def test_report_is_a_page_whatever_its_suffix(name: str, model: str) -> None:
     succeeds("evaluate", model, "--data", "digits", *EVALUATE, "--report", name)
     assert Path(name).read_text().startswith("<!doctype html>")

@@ -266,7 +266,8 @@ class Flat(nn.Module):
         return self.model(x.detach())
 
 
-@pytest.mark.parametrize("how", ["round", "compare", "detach"])
+@pytest.mark.parametrize("how", [
+    "round", "compare", pytest.param("detach", marks=pytest.mark.slow)])
 def test_zero_gradients_are_unresolved_and_not_robust(how: str, cnn: nn.Module,
                                                       quantized: nn.Module,
                                                       digits: Digits) -> None:
@@ -484,7 +485,8 @@ class Wrapped(nn.Module):
         return self.wrap(self.model(pixel_values))
 
 
-@pytest.mark.parametrize(("dtype", "apart"), [(torch.float64, 1), (torch.bfloat16, 3)])
+@pytest.mark.parametrize(("dtype", "apart"), [
+    pytest.param(torch.float64, 1, marks=pytest.mark.slow), (torch.bfloat16, 3)])
 def test_models_of_other_precision_are_attacked_as_they_are(
         dtype: torch.dtype, apart: int, cnn: nn.Module, digits: Digits) -> None:
     other = copy.deepcopy(cnn).to(dtype)

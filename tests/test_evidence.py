@@ -67,6 +67,7 @@ def test_batchnorm_over_the_batch_has_no_figure(cnn: nn.Module, digits: Digits) 
     assert raised(result)["depends on its batch"] == "unresolved" and "NO FIGURE" in str(result)
 
 
+@pytest.mark.slow
 def test_a_softmax_is_said_and_seen_through(cnn: nn.Module, digits: Digits,
                                             sound: Evaluation) -> None:
     result = measured(Around(cnn, after=lambda y: y.softmax(1)), digits)
@@ -74,7 +75,7 @@ def test_a_softmax_is_said_and_seen_through(cnn: nn.Module, digits: Digits,
     assert abs(int(result.survived.sum()) - int(sound.survived.sum())) <= 2
 
 
-@pytest.mark.parametrize("scale", [30.0, 100.0])
+@pytest.mark.parametrize("scale", [pytest.param(30.0, marks=pytest.mark.slow), 100.0])
 def test_saturated_logits_are_said_and_seen_through(scale: float, cnn: nn.Module, digits: Digits,
                                                     sound: Evaluation) -> None:
     result = measured(Around(cnn, after=lambda y: y * scale), digits)
@@ -83,6 +84,7 @@ def test_saturated_logits_are_said_and_seen_through(scale: float, cnn: nn.Module
     assert abs(int(result.survived.sum()) - int(sound.survived.sum())) <= 2
 
 
+@pytest.mark.slow
 def test_queries_alone_break_what_has_no_gradient(cnn: nn.Module, digits: Digits) -> None:
     result = measured(Around(cnn, lambda x: (x * 8).round() / 8), digits)
     found = raised(result)

@@ -16,11 +16,12 @@ import quantguard as qg
 from quantguard import hardening
 from quantguard.activation import staircases
 from quantguard.errors import SpecError
-from quantguard.hardening import hardened, reestimate
+from quantguard.hardening import hardened
+from quantguard.history import Epoch, History
+from quantguard.preparing import reestimate
 from quantguard.recipes import Recipe, stages
 from quantguard.sensitive import costs, one_float
 from quantguard.spec import Threat
-from quantguard.training import Epoch, History
 
 Digits = tuple[Tensor, Tensor]
 THREAT = Threat(eps=0.1)
@@ -173,6 +174,7 @@ def test_one_site_is_float_whatever_is_switched(quantized: nn.Module, digits: Di
         assert torch.equal(model(x), quantized(x)) and list(staircases(model)) == names
 
 
+@pytest.mark.slow
 def test_the_site_that_is_broken_costs_most(quantized: nn.Module, digits: Digits,
                                             loader: DataLoader[Any]) -> None:
     model = copy.deepcopy(quantized)

@@ -58,7 +58,7 @@ def test_every_public_callable_says_what_it_does() -> None:
         assert (getattr(qg, name).__doc__ or "").strip()
 
 
-@pytest.mark.parametrize("before", [None, "warn"])
+@pytest.mark.parametrize("before", [None, pytest.param("warn", marks=pytest.mark.slow)])
 def test_foolbox_imports_without_git_and_the_environment_is_as_it_was(before: str | None,
                                                                       tmp_path: Path) -> None:
     code = """

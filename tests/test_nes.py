@@ -26,7 +26,7 @@ def problem(request: pytest.FixtureRequest) -> Problem:
     return Problem(request.param, n=80)
 
 
-@pytest.mark.parametrize("momentum", [0.9, 0.0])
+@pytest.mark.parametrize("momentum", [0.9, pytest.param(0.0, marks=pytest.mark.slow)])
 def test_it_breaks_a_linear_model_up_to_its_margin(problem: Problem, momentum: float) -> None:
     # of single estimates more are needed: nothing but shrinking steps averages them
     options = OPTIONS if momentum else {**OPTIONS, "samples": 80}

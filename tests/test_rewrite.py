@@ -134,7 +134,8 @@ def test_restore_gives_the_float_model_back_with_its_present_weights(
 
 
 @pytest.mark.parametrize(("name", "summary"), [
-    ("googlenet", "57 of 57 activations converted (+4 that the audit's input did not reach)"),
+    pytest.param("googlenet", "57 of 57 activations converted (+4 that the audit's input did not "
+                 "reach)", marks=pytest.mark.slow),
     ("inception_v3", "94 of 94 activations converted (+2 that the audit's input did not reach)")])
 def test_auxiliary_heads_are_counted_apart_and_run_in_training(name: str, summary: str) -> None:
     model = torchvision.models.get_model(name, weights=None, init_weights=False, num_classes=3)

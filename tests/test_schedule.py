@@ -153,6 +153,7 @@ def test_a_replay_runs_what_ran_whatever_the_clock_says(tmp_path: Path,
         qg.evaluate(Bright(), other, replay=one, progress=False)
 
 
+@pytest.mark.slow
 def test_a_real_suite_replayed_gives_the_same_masks(quantized: nn.Module, digits: Digits,
                                                     tmp_path: Path) -> None:
     loader = DataLoader(TensorDataset(digits[0][:40], digits[1][:40]), batch_size=16)

@@ -50,7 +50,8 @@ def test_it_breaks_a_linear_model_up_to_its_margin(problem: Problem) -> None:
     assert_finds(problem, problem.linear(), square(problem))
 
 
-@pytest.mark.parametrize("breaking", ["sign", "eps", "projection"])
+@pytest.mark.parametrize("breaking", ["sign", pytest.param("eps", marks=pytest.mark.slow),
+                                      pytest.param("projection", marks=pytest.mark.slow)])
 def test_the_oracle_rejects_a_broken_one(problem: Problem, breaking: str,
                                          monkeypatch: pytest.MonkeyPatch) -> None:
     attack = square(problem)

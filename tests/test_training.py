@@ -16,18 +16,19 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
 
-from quantguard import training
+from quantguard import gradients, training
 from quantguard.activation import QuantActivation, listening, staircases
 from quantguard.attacks import PixelModel
 from quantguard.batching import SeededBatches, hold_out
 from quantguard.conversion import convert
 from quantguard.crafting import Objective
-from quantguard.errors import DataError, SpecError
+from quantguard.errors import DataError, Interrupted, SpecError
+from quantguard.history import History
 from quantguard.probing import Probed
 from quantguard.progress import Progress
 from quantguard.recipes import Recipe
 from quantguard.spec import Threat
-from quantguard.training import History, Interrupted, fit
+from quantguard.training import fit
 
 Untouched = Callable[[nn.Module], AbstractContextManager[None]]
 Digits = tuple[Tensor, Tensor]
@@ -165,9 +166,9 @@ def undisturbed(quantized: nn.Module, noisy: DataLoader[Any]) -> tuple[nn.Module
 
 @pytest.mark.parametrize(("owner", "name", "calls", "action"), [
     (Noisy, "__getitems__", 5, press),  # one call is for the layout, two are for the slice
-    (training, "craft", 8, press), (Progress, "advance", 5, press),
+    (gradients, "craft", 8, press), (Progress, "advance", 5, press),
     (training, "probe", 2, press), (training, "probe", 3, press),
-    (Noisy, "__getitems__", 4, press_twice), (training, "craft", 3, press_twice),
+    (Noisy, "__getitems__", 4, press_twice), (gradients, "craft", 3, press_twice),
     (Progress, "advance", 2, press_twice), (training, "probe", 2, press_twice)],
     ids=lambda v: getattr(v, "__name__", str(v)))
 def test_an_interrupted_run_goes_on_to_the_same_bits(
@@ -187,13 +188,13 @@ def test_a_run_that_died_goes_on_from_its_last_epoch_to_the_same_bits(
         quantized: nn.Module, noisy: DataLoader[Any], undisturbed: tuple[nn.Module, History],
         tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(training, "craft", at_call(7, fail, training.craft))
+        patch.setattr(gradients, "craft", at_call(7, fail, gradients.craft))
         with pytest.raises(OSError, match="died"):
             trained(quantized, noisy, run_dir=tmp_path)
     assert_same_run(trained(quantized, noisy, run_dir=tmp_path), undisturbed)
 
 
-@pytest.mark.parametrize("calls", [2, 7])
+@pytest.mark.parametrize("calls", [pytest.param(2, marks=pytest.mark.slow), 7])
 def test_a_run_over_a_list_of_batches_goes_on_to_the_same_bits(
         calls: int, quantized: nn.Module, small: TensorDataset, tmp_path: Path,
         monkeypatch: pytest.MonkeyPatch) -> None:

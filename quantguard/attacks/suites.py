@@ -142,16 +142,16 @@ def _default(norm: str, seed: int, steps: int, saturated: bool) -> list[Entry]:
     return entries
 
 
-def _climbs(norm: str, seed: int, steps: int, short: int,
+def _climbs(norm: str, seed: int, steps: int, short: int, quantized: bool,
             fidelity: Mapping[str, float]) -> list[Entry]:
     """Return every surrogate gradient, those that tell most first.
 
-    On a float model these are restarts.
+    A float model has one: the rest of the budget goes to other starts.
     """
     climbs: list[tuple[float, list[Entry]]] = []
     for number, mode in enumerate(MODES, 1):
         climbs.append((fidelity.get(mode, 0.0), [
-            Entry(f"PGD-{short} {loss} {mode}",
+            Entry(f"PGD-{short} {loss} {mode if quantized else f'start {number}'}",
                   PGD(loss, short, mode=mode, norm=norm, seed=seed + number), "modes")
             for loss in ("ce", "margin")]))
     for twin in TWINS:
@@ -199,12 +199,13 @@ def _named(name: str, threat: Threat, seed: int, quantized: bool, saturated: boo
             Entry("substitute", Substitute(norm=norm, seed=seed), "transfer", True)], curve=curve)
     # What follows the twin rarely breaks what it did not: fewer steps, that it is not left out.
     short = max(20, steps * 2 // 5)
-    entries += _climbs(norm, seed, steps, short, fidelity)
-    # A float model is its own parent: there the budget goes to another start.
-    transfers = [Entry(f"transfer-{short} {loss} from {bits} bits",
-                       PGD(loss, short, bits=bits if quantized else None, norm=norm, seed=seed + 1),
-                       "transfer" if quantized else "modes")
-                 for loss, bits in (("ce", 32), ("margin", 32), ("ce", 5))]
+    entries += _climbs(norm, seed, steps, short, quantized, fidelity)
+    # A float model is its own parent: there the budget goes to other starts.
+    transfers = [Entry(f"transfer-{short} {loss} from {bits} bits" if quantized else
+                       f"PGD-{short} {loss} start {number}",
+                       PGD(loss, short, bits=bits if quantized else None, norm=norm,
+                           seed=seed + number), "transfer" if quantized else "modes")
+                 for number, loss, bits in ((3, "ce", 32), (3, "margin", 32), (4, "ce", 5))]
     square = Entry(f"Square-{queries}", Square(queries, seed=seed, norm=norm), "black-box")
     blind = [*transfers, square] if quantized else [square]
     if not quantized:

@@ -1,0 +1,132 @@
+"""One batch of a fine-tune: attack its images, and leave the gradient of its loss in the model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from .activation import bypass
+from .attacks import PixelModel
+from .certifying import CertifiedObjective
+from .crafting import Objective, climbs_in_bfloat16, craft, perturbed, random_start
+from .errors import DataError
+from .recipes import Recipe
+from .running import duplicate
+from .spec import Threat
+from .world import World
+
+
+class Gradients:
+    """Leave the gradient of a batch's loss in the parameters of a model.
+
+    Args:
+        model: what is trained.
+        threat, recipe: the attacker, and what the loss is made of.
+        whole: whether all of the model is trained, BatchNorm statistics too.
+        device: where batches are.
+        world: the processes that share a batch.
+        say: is told what went wrong.
+
+    Attributes:
+        objective: the loss of attacked images; holds the recipe, which may change.
+        parts: into how many a batch is cut that does not fit into memory.
+    """
+
+    def __init__(self, model: PixelModel, threat: Threat, recipe: Recipe, whole: bool,
+                 device: torch.device, world: World, say: Callable[[str], None]) -> None:
+        self.model, self.whole, self.device, self.world, self.say = model, whole, device, world, say
+        self.low = climbs_in_bfloat16(recipe, device) and \
+            model.dtype != torch.float64  # who asks for digits gets them
+        make = CertifiedObjective if recipe.certifies else Objective
+        self.objective: Objective | CertifiedObjective = make(model, threat, recipe)
+        if isinstance(self.objective, Objective) and recipe.distill:
+            self.objective.teacher = self._teacher(threat)
+        self.parts = 1
+
+    def _teacher(self, threat: Threat) -> Callable[[Tensor], Tensor]:
+        """Return the float parent's logits as a function of pixels."""
+        parent = PixelModel(duplicate(self.model.model).eval().requires_grad_(False), threat)
+
+        def logits(pixels: Tensor) -> Tensor:
+            parent.key = self.model.key
+            with torch.no_grad(), bypass(parent):
+                return parent(pixels)  # type: ignore[no-any-return]
+        return logits
+
+    def __call__(self, pixels: Tensor, labels: Tensor, parameters: Sequence[nn.Parameter]) -> float:
+        """Leave the gradient of a batch in the parameters, and return its loss.
+
+        A batch that does not fit into memory is cut into parts, whose gradients add up.
+
+        Raises:
+            DataError: one image does not fit.
+        """
+        noise = self._noise(pixels) if self.objective.recipe.attacks else pixels
+        count = self.world.total_of(len(labels))
+        while True:
+            rng = torch.get_rng_state()
+            try:
+                value = 0.0
+                for x, y, start in zip(*(v.tensor_split(self.parts)
+                                         for v in (pixels, labels, noise)), strict=True):
+                    value += self._part(x, y, start, len(y) / count)
+                self.world.add_gradients(parameters)
+                return self.world.total_of(value)
+            except (RuntimeError, MemoryError) as error:
+                if not _out_of_memory(error):
+                    raise
+                if 2 * self.parts > len(labels):
+                    raise DataError("out of memory, even with one image at a time",
+                                    fix="Use a smaller model or image, or another device.",
+                                    ) from None
+            self.parts *= 2
+            for parameter in parameters:
+                parameter.grad = None
+            torch.set_rng_state(rng)
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+            self.say(f"out of memory: batches of {len(labels)} go through in {self.parts} parts "
+                     "from here on, their gradients added")
+
+    def loss(self, pixels: Tensor, labels: Tensor) -> Tensor:
+        """Return this process's share of the loss of a batch: attacked images, hard forward."""
+        share = len(labels) / self.world.total_of(len(labels))
+        return self._hard(self.crafted(pixels, labels, self._noise(pixels)), pixels, labels) * share
+
+    def crafted(self, pixels: Tensor, labels: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Return the attacked images of a batch; an image without a label keeps its answer."""
+        objective = self.objective
+        if objective.teacher is not None and bool((labels < 0).any()):
+            labels = torch.where(labels < 0, objective.teacher(pixels).argmax(1), labels)
+        return craft(self.model, pixels, labels, objective.attacker, objective.recipe, noise,
+                     self.low)
+
+    def _part(self, pixels: Tensor, labels: Tensor, noise: Tensor, share: float) -> float:
+        x = self.crafted(pixels, labels, noise)
+        with perturbed(self.model.model, self.objective.recipe.awp,
+                       lambda: self.objective(x, pixels, labels)):
+            loss = self._hard(x, pixels, labels) * share
+            value = float(loss.detach())
+            if math.isfinite(value):
+                loss.backward()  # type: ignore[no-untyped-call]
+        return value
+
+    def _hard(self, x: Tensor, pixels: Tensor, labels: Tensor) -> Tensor:
+        # what is frozen keeps its BatchNorm statistics, too
+        self.model.model.train(self.whole)
+        return self.objective(x, pixels, labels)
+
+    def _noise(self, pixels: Tensor) -> Tensor:
+        """Draw the random start of the whole batch, whichever part of it is here."""
+        count = round(self.world.total_of(len(pixels)))
+        return self.world.part(random_start(  # type: ignore[no-any-return]
+            pixels.new_empty(count, *pixels.shape[1:]), self.objective.attacker.norm))
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    """Return whether there was no memory: CUDA says so by a type of its own, the CPU in words."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or \
+        "can't allocate memory" in str(error) or "not enough memory" in str(error)

@@ -1,0 +1,125 @@
+"""What stands before a stage of training: the copy that is converted, its statistics, its input."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from .activation import bypass, staircases
+from .attacks import logits_of
+from .batches import unpack
+from .certifying import begin_afresh, input_of
+from .conversion import convert, with_entrance
+from .entrance import is_input
+from .errors import DataError, SpecError
+from .recipes import Recipe
+from .running import device_of, evaluating, modes_kept, run, seeded, to_device
+from .spec import FLOAT_BITS, QuantSpec, Threat
+
+# Batches that BatchNorm statistics are estimated from.
+_STATISTICS = 32
+
+
+def prepare(model: nn.Module, loader: Iterable[Any], bits: int | dict[str, int] | None,
+            dynamic: bool | None, recipe: Recipe, threat: Threat, seed: int) -> nn.Module:
+    """Return the copy that is trained: converted as asked, or as it is converted already.
+
+    Weights that are drawn anew, and a staircase on the input, come before and after that.
+
+    Raises:
+        SpecError: bits or dynamic contradict the model's conversion.
+    """
+    if recipe.init == "interval":
+        model = copy.deepcopy(model)
+        begin_afresh(model, _first(loader, model), seed)
+    entry = None
+    if recipe.input_bits and not any(map(is_input, staircases(model))):
+        entry = input_of(threat, recipe.input_bits)
+    result = _prepared(model, loader, bits, dynamic, recipe)
+    return result if entry is None else with_entrance(result, entry)
+
+
+def _first(loader: Iterable[Any], model: nn.Module) -> Any:
+    """Return the images of a loader's first batch, on the model's device.
+
+    Raises:
+        DataError: there is none.
+    """
+    for batch in loader:
+        return to_device(unpack(batch)[0], device_of(model))
+    raise DataError("the loader is empty", fix="Give at least one batch.")
+
+
+def _prepared(model: nn.Module, loader: Iterable[Any], bits: int | dict[str, int] | None,
+              dynamic: bool | None, recipe: Recipe) -> nn.Module:
+    done = {(m.spec.bits, m.spec.dynamic) for name, m in staircases(model).items()
+            if not is_input(name)}
+    if done:
+        for name, asked, have in (("bits", bits, {b for b, _ in done}),
+                                  ("dynamic", dynamic, {d for _, d in done})):
+            if asked is not None and have != {asked}:
+                raise SpecError(
+                    f"{name}={asked} contradicts the model, which is converted with {name}="
+                    f"{', '.join(map(str, sorted(have)))}",
+                    fix=f"Leave {name} out, or quantguard.restore(model) first.")
+        return copy.deepcopy(model)
+    if bits == FLOAT_BITS:
+        return copy.deepcopy(model)
+    table = bits if isinstance(bits, dict) else {"*": 2 if bits is None else bits}
+    learned = not recipe.certifies if dynamic is None else dynamic
+    specs = {site: QuantSpec(b, learned) for site, b in table.items()}
+    wanted = recipe.range_factor or 1.0
+    afresh = recipe.init == "interval"
+    if afresh:
+        model = copy.deepcopy(model)
+        reestimate(model, loader)
+    # Finer steps make a small net sturdier and may leave a deep one with nothing to start from.
+    for factor in dict.fromkeys((wanted, (1 + wanted) / 2, 1.0)):
+        converted = convert(model, {site: replace(spec, range_factor=factor)
+                                    for site, spec in specs.items()}, data=loader)
+        if afresh or factor == 1.0 or agreement(converted, loader) >= 0.5:
+            break
+    return converted
+
+
+def agreement(model: nn.Module, loader: Iterable[Any]) -> float:
+    """Return the share of a loader's first images on which model answers as under ``bypass``."""
+    same = total = 0
+    device = device_of(model)
+    with torch.no_grad(), evaluating(model), seeded(0):
+        for batch in itertools.islice(loader, 4):
+            inputs = to_device(unpack(batch)[0], device)
+            answers = logits_of(run(model, inputs)).argmax(1)
+            with bypass(model):
+                same += int((logits_of(run(model, inputs)).argmax(1) == answers).sum())
+            total += len(answers)
+    return same / max(total, 1)
+
+
+def reestimate(model: nn.Module, loader: Iterable[Any]) -> None:
+    """Estimate BatchNorm statistics anew, from a loader's first images.
+
+    Those that came with the weights are of other activations.
+    """
+    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    if not norms:
+        return
+    momenta = [norm.momentum for norm in norms]
+    with torch.no_grad(), modes_kept(model), seeded(0):
+        model.eval()
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum, norm.training = None, True  # None: the mean over batches
+        try:
+            for batch in itertools.islice(loader, _STATISTICS):
+                run(model, to_device(unpack(batch)[0], device_of(model)))
+        finally:
+            for norm, momentum in zip(norms, momenta, strict=True):
+                norm.momentum = momentum
