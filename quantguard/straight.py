@@ -114,9 +114,9 @@ def _size(x: Tensor) -> Tensor:
 
     With ReLU before it 68 images stand, by the standard deviation, zeros and all, 75.
     """
-    rows = x.detach().flatten(1) if x.dim() > 1 else x.detach().reshape(-1, 1)
+    rows = _rows(x)
     size = (rows.square().sum(1) / (rows != 0).sum(1).clamp_min(1)).sqrt()
-    return size.clamp_min(1e-6).reshape(-1, *[1] * (x.dim() - 1))
+    return size.clamp_min(1e-6).to(x.dtype).reshape(-1, *[1] * (x.dim() - 1))
 
 
 def _distance(x: Tensor) -> Tensor:
@@ -125,11 +125,16 @@ def _distance(x: Tensor) -> Tensor:
     Of a 1-bit net written with signs 43 images stand, as behind the twin of our own staircases; by
     half the standard deviation 57, by half the root mean square 50.
     """
-    rows = x.detach().flatten(1) if x.dim() > 1 else x.detach().reshape(-1, 1)
-    away = rows.abs()
+    away = _rows(x).abs()
     middle = away.median(1).values
     width = torch.where(middle > 0, middle, away.mean(1))
-    return width.clamp_min(1e-6).reshape(-1, *[1] * (x.dim() - 1))
+    return width.clamp_min(1e-6).to(x.dtype).reshape(-1, *[1] * (x.dim() - 1))
+
+
+def _rows(x: Tensor) -> Tensor:
+    """Return x as (N, values of an image), in a type that holds the sum of their squares."""
+    rows = x.detach().flatten(1) if x.dim() > 1 else x.detach().reshape(-1, 1)
+    return rows if rows.dtype == torch.float64 else rows.float()
 
 
 class _StraightThrough(TorchFunctionMode):

@@ -281,3 +281,11 @@ def test_the_twin_sees_through_comparisons(cnn: nn.Module, digits: tuple[Tensor,
             FoolboxModel(model), x, fb.criteria.Misclassification(y), epsilon=0.1)
         return int((model(found).argmax(1) != y).sum())
     assert broken() == 0 and broken(twin=(2, 32)) > 40
+
+
+def test_half_precision_is_softened_by_the_same_scale() -> None:
+    x = 300 * torch.linspace(-1, 1, 4001).repeat(2, 1)  # squares add up to more than float16 holds
+    for step, apart in ((torch.sign, 0.02), (torch.round, 1.0)):
+        wide, narrow = x.clone().requires_grad_(), x.half().requires_grad_()
+        with straight_through(4.0):
+            assert torch.allclose(step(wide), step(narrow).float(), rtol=1e-2, atol=apart)
