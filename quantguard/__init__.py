@@ -14,10 +14,11 @@ from .spec import QuantSpec, Threat
 
 if TYPE_CHECKING:
     from . import attacks
-    from .activation import QuantActivation, backward, bypass, soften
+    from .activation import QuantActivation
     from .certificate import Certificate
     from .certification import certify
     from .checkpoint import load, save
+    from .contexts import backward, bypass, soften
     from .conversion import convert, inspect, restore
     from .evaluation import evaluate
     from .hardening import harden
@@ -29,8 +30,8 @@ if TYPE_CHECKING:
     from .sensitive import Sensitivity, sensitivity
 
 _LAZY = {
-    "QuantActivation": "activation", "backward": "activation", "bypass": "activation",
-    "soften": "activation", "Certificate": "certificate", "certify": "certification",
+    "QuantActivation": "activation", "backward": "contexts", "bypass": "contexts",
+    "soften": "contexts", "Certificate": "certificate", "certify": "certification",
     "load": "checkpoint", "save": "checkpoint",
     "Evaluation": "results", "evaluate": "evaluation", "Flag": "masking",
     "Comparison": "pipeline", "ablate": "pipeline", "compare": "pipeline", "harden": "hardening",

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +12,7 @@ from torch import Tensor, fx, nn
 
 from .errors import SpecError
 from .spec import QuantSpec
-from .staircase import MODES, Surrogate, soft_staircase, staircase, unwatched
+from .staircase import Surrogate, soft_staircase, staircase, unwatched
 from .windows import resampled
 
 # A learned gap never falls below this share of the gap it started from: unguarded, gaps merge
@@ -307,97 +305,3 @@ def staircases(model: nn.Module) -> dict[str, QuantActivation]:
     """Return every staircase of model by its full name, but for those held in float."""
     return {name: m for name, m in model.named_modules()
             if isinstance(m, QuantActivation) and not m.exempt}
-
-
-@contextmanager
-def switched(model: nn.Module, change: dict[str, Any]) -> Iterator[nn.Module]:
-    """Change fields of every staircase's state, inside the context."""
-    before = [(module, module._state) for module in staircases(model).values()]
-    for module, state in before:
-        module._state = state._replace(**change)
-    try:
-        yield model
-    finally:
-        for module, state in before:
-            module._state = state
-
-
-@contextmanager
-def bypass(model: nn.Module) -> Iterator[nn.Module]:
-    """Make the converted model compute exactly what the float one would, inside the context."""
-    with switched(model, {"action": "bypass"}):
-        yield model
-
-
-@contextmanager
-def at_bits(model: nn.Module, bits: int) -> Iterator[nn.Module]:
-    """Give every staircase so many bits over the range that it has, inside the context.
-
-    Args:
-        model: any module; one without staircases is left as it is.
-        bits: 1 to 8; 32 is :func:`bypass`.
-    """
-    if not (1 <= bits <= 8 or bits == 32):
-        raise SpecError(f"bits={bits} must be 1 to 8, or 32")
-    with bypass(model) if bits == 32 else switched(model, {"bits": bits}):
-        yield model
-
-
-@contextmanager
-def backward(model: nn.Module, mode: str) -> Iterator[nn.Module]:
-    """Choose the surrogate gradient of every staircase; forward bits do not change.
-
-    Args:
-        model: any module; one without staircases is left as it is.
-        mode: ``ramp``, ``ste``, ``sigmoid`` (k = 8), ``sigmoid(k)`` or ``parent``.
-
-    Raises:
-        SpecError: an unknown mode.
-    """
-    match = re.fullmatch(r"(\w+)(?:\((\d+(?:\.\d+)?)\))?", mode)
-    if not match or match[1] not in MODES or (match[2] and match[1] != "sigmoid") \
-            or (match[2] and float(match[2]) <= 0):
-        raise SpecError(f"backward mode {mode!r} is unknown",
-                        fix=f"Use one of {', '.join(MODES)}, or sigmoid(k).")
-    surrogate = Surrogate(match[1], float(match[2] or 8.0))
-    with switched(model, {"surrogate": surrogate}):
-        yield model
-
-
-@contextmanager
-def soften(model: nn.Module, k: float) -> Iterator[nn.Module]:
-    """Replace every staircase by its smooth twin, inside the context.
-
-    Args:
-        model: any module; one without staircases is left as it is.
-        k: sharpness, positive and dimensionless: 2 is a smooth function, infinity is q itself.
-
-    Raises:
-        SpecError: k is not a positive number.
-    """
-    if not (isinstance(k, (int, float)) and 0 < k < math.inf):
-        raise SpecError(f"sharpness k={k!r} must be a positive number")
-    with switched(model, {"action": "soften", "sharpness": float(k)}):
-        yield model
-
-
-@contextmanager
-def listening(model: nn.Module,
-              listeners: Mapping[str, Callable[[Tensor], None]]) -> Iterator[nn.Module]:
-    """Hand what each named staircase quantizes to its listener, before it is quantized."""
-    modules = staircases(model)
-    try:
-        for name, listener in listeners.items():
-            modules[name]._listener = listener
-        yield model
-    finally:
-        for module in modules.values():
-            module._listener = None
-
-
-@contextmanager
-def observing(model: nn.Module,
-              listeners: Mapping[str, Callable[[Tensor], None]]) -> Iterator[nn.Module]:
-    """Run in float, handing what each named activation f puts out to its listener."""
-    with listening(model, listeners), switched(model, {"action": "observe"}):
-        yield model

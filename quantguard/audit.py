@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from .activation import QuantActivation, bypass, staircases
+from .activation import QuantActivation, staircases
+from .contexts import bypass
 from .discovery import NOT_REACHED
 from .entrance import is_input
 from .kinds import ALWAYS_KEPT, kind_of

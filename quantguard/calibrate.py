@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .activation import QuantActivation, observing, staircases
+from .activation import QuantActivation, staircases
+from .contexts import observing
 from .errors import ConversionError, DataError
 from .plan import Site
 from .running import changed, evaluating, modes_kept, run, seeded

@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .activation import listening, soften, staircases
+from .activation import staircases
 from .attacks import PixelModel
 from .attacks.pgd import ascend, project
+from .contexts import listening, soften
 from .pooling import pools_first
 from .recipes import Recipe
 from .running import evaluating, frozen

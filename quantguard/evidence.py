@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from . import masking
-from .activation import backward, soften
 from .attacks import PGD, FoolboxModel, PixelModel
 from .attacks.noise import image_noise
 from .attacks.pgd import input_gradient, margin
 from .attacks.suites import BLIND
+from .contexts import backward, soften
 from .errors import ConversionError
 from .images import Images
 from .masking import Flag

@@ -8,9 +8,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from .activation import bypass
 from .attacks import PixelModel
 from .certifying import CertifiedObjective
+from .contexts import bypass
 from .crafting import Objective, climbs_in_bfloat16, craft, perturbed, random_start
 from .errors import DataError
 from .recipes import Recipe

@@ -16,7 +16,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from .activation import QuantActivation, staircases, switched
+from .activation import QuantActivation, staircases
+from .contexts import switched
 
 _POOLS = {f"{kind}max_pool{d}d" for kind in ("", "adaptive_") for d in (1, 2, 3)}
 # Staircases whose results a pool may still read: more, and their memory would be held for long.

@@ -12,10 +12,11 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .activation import bypass, staircases
+from .activation import staircases
 from .attacks import logits_of
 from .batches import unpack
 from .certifying import begin_afresh, input_of
+from .contexts import bypass
 from .conversion import convert, with_entrance
 from .entrance import is_input
 from .errors import DataError, SpecError

@@ -9,10 +9,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .activation import bypass, listening, staircases
+from .activation import staircases
 from .attacks import PGD, FoolboxModel, PixelModel
 from .batches import check_images, check_labels, to_pixels, unpack
 from .batching import Source
+from .contexts import bypass, listening
 from .errors import DataError
 from .evidence import predict
 from .images import image_tensor

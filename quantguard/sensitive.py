@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from .activation import bypass, staircases
+from .activation import staircases
 from .attacks import PixelModel
+from .contexts import bypass
 from .errors import SpecError
 from .evaluation import evaluate
 from .masking import mcnemar

@@ -16,17 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 
-from quantguard.activation import (
-    GAP_FLOOR,
-    QuantActivation,
-    at_bits,
-    backward,
-    bypass,
-    listening,
-    observing,
-    soften,
-    staircases,
-)
+from quantguard.activation import GAP_FLOOR, QuantActivation, staircases
+from quantguard.contexts import at_bits, backward, bypass, listening, observing, soften
 from quantguard.errors import SpecError
 from quantguard.spec import QuantSpec
 from quantguard.staircase import MODES, Surrogate, soft_staircase, staircase

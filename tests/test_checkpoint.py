@@ -20,8 +20,9 @@ import torchvision.models
 from torch import Tensor, nn
 
 from quantguard import checkpoint, sites
-from quantguard.activation import QuantActivation, bypass, staircases
+from quantguard.activation import QuantActivation, staircases
 from quantguard.checkpoint import load, open_model, save
+from quantguard.contexts import bypass
 from quantguard.conversion import conversion_of, convert, restore
 from quantguard.errors import LoadError
 from quantguard.spec import QuantSpec

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from quantguard.activation import soften
 from quantguard.attacks import PixelModel
+from quantguard.contexts import soften
 from quantguard.crafting import Objective, climbs_in_bfloat16, craft, perturbed
 from quantguard.recipes import Recipe
 from quantguard.spec import Threat

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from quantguard import fused
-from quantguard.activation import QuantActivation, backward
+from quantguard.activation import QuantActivation
+from quantguard.contexts import backward
 from quantguard.spec import QuantSpec
 from quantguard.staircase import Surrogate, soft_staircase, staircase
 from quantguard.windows import placed, windows

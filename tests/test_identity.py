@@ -34,8 +34,9 @@ from torchvision.models.swin_transformer import PatchMergingV2, SwinTransformerB
 from torchvision.models.video import resnet as video
 from torchvision.models.video.mvit import MSBlockConfig, MViT
 
-from quantguard.activation import QuantActivation, bypass, listening, staircases
+from quantguard.activation import QuantActivation, staircases
 from quantguard.audit import audit
+from quantguard.contexts import bypass, listening
 from quantguard.conversion import conversion_of, convert, restore
 
 Build = Callable[[], nn.Module]

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from quantguard import convert
-from quantguard.activation import QuantActivation, backward, bypass, soften, staircases
+from quantguard.activation import QuantActivation, staircases
+from quantguard.contexts import backward, bypass, soften
 from quantguard.pooling import pools_first
 
 

@@ -16,7 +16,8 @@ import torchvision.models
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, ResNet
 
-from quantguard.activation import QuantActivation, backward, bypass, soften, staircases
+from quantguard.activation import QuantActivation, staircases
+from quantguard.contexts import backward, bypass, soften
 from quantguard.conversion import conversion_of, convert, restore
 from quantguard.errors import ConversionError, DataError, SpecError
 from quantguard.running import duplicate

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
 
 from quantguard import gradients, training
-from quantguard.activation import QuantActivation, listening, staircases
+from quantguard.activation import QuantActivation, staircases
 from quantguard.attacks import PixelModel
 from quantguard.batching import SeededBatches, hold_out
+from quantguard.contexts import listening
 from quantguard.conversion import convert
 from quantguard.crafting import Objective
 from quantguard.errors import DataError, Interrupted, SpecError

@@ -27,8 +27,9 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from quantguard.activation import QuantActivation, bypass, observing, staircases
+from quantguard.activation import QuantActivation, staircases
 from quantguard.audit import audit
+from quantguard.contexts import bypass, observing
 from quantguard.conversion import conversion_of, convert, restore
 from quantguard.kinds import GATES
 from quantguard.running import changed

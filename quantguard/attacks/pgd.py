@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..activation import at_bits, backward, soften
+from ..contexts import at_bits, backward, soften
 from ..errors import SpecError
 from ..pooling import pools_first
 from ..running import frozen
