@@ -23,14 +23,14 @@ from .attacks import PixelModel, build_suite
 from .batches import check_labels
 from .certification import certificate_of
 from .curve import accuracy_over_eps
-from .errors import DataError, Interrupted
+from .errors import DataError, Interrupted, SpecError
 from .evidence import all_flags, are_probabilities, fidelity, flags_of_attacks, predict, saturated
 from .images import batch_size, gather
 from .masking import Flag
 from .progress import Progress
 from .results import CurvePoint, Evaluation
 from .running import device_of, environment, measuring, seconds_of, usable_device
-from .schedule import Schedule, State
+from .schedule import OTHERS, Schedule, State
 from .spec import Threat, check_threat
 from .world import world
 
@@ -68,7 +68,8 @@ def evaluate(model: nn.Module, loader: Iterable[Any], threat: Threat = Threat(),
     Raises:
         DataError: images or labels that do not fit, or other ones than ``replay`` had.
         ConversionError: a model that returns no logits, or NaN; or one that cannot be certified.
-        SpecError: an unknown suite, a run_dir of other settings, or a budget that is no time.
+        SpecError: an unknown suite, a run_dir of other settings, a budget that is no time, or a
+            replay of attacks that the suite does not have.
 
     Example:
         >>> evaluation = evaluate(model, loader, Threat(eps=8 / 255))  # doctest: +SKIP
@@ -118,6 +119,16 @@ def _evaluate(model: nn.Module, loader: Iterable[Any], threat: Threat, suite: st
     faithful = fidelity(pixel_model, data, correct, threat, batch, seed)
     chosen = build_suite(suite, threat, seed=seed, quantized=pixel_model.quantized,
                          saturated=saturated(logits, data.labels), fidelity=faithful)
+    if replay is not None:
+        known = {e.label for e in chosen.every}
+        known |= {f"{label}{OTHERS}" for label in known}
+        gone = [r.label for r in replay.attacks if r.label not in known]
+        if gone:
+            raise SpecError(f"the evaluation that is to be replayed ran {gone[0]}"
+                            + f" and {len(gone) - 1} more attacks" * (len(gone) > 1)
+                            + ", which its suite does not have here",
+                            why="It is another version's, or its suite was a list of others.",
+                            fix="Evaluate anew.")
     settings = {"threat": json.loads(json.dumps(threat.to_dict())), "seed": seed,
                 "suite": [e.settings() for e in chosen.every], "images": digest,
                 "predictions": hashlib.blake2b(logits.cpu().numpy().tobytes(),

@@ -26,6 +26,8 @@ from .world import world
 
 # They take next to no time, and what there is of it goes into first calls: no measure of the rest.
 _WARMING = ("noise", "fgsm")
+# Ends the label of a reseeded attack that is run once more, on what it has not been tried on.
+OTHERS = ", the others"
 # Survivors that are enough to see whether another seed would break more.
 _RESEEDED = 64
 
@@ -122,7 +124,7 @@ class Schedule:
         if pays and bool((self.standing & ~few).any()):
             for entry in suite.reseeded:  # what broke some of the few breaks some of the others
                 self.bar.extend(entry.cost * int(self.correct.sum()))
-                self._one(replace(entry, label=f"{entry.label}, the others", group="twin"),
+                self._one(replace(entry, label=entry.label + OTHERS, group="twin"),
                           self.standing & ~few, reserved=suite.blind)
         for entry in suite.blind:
             self._one(entry)

@@ -151,6 +151,9 @@ def test_a_replay_runs_what_ran_whatever_the_clock_says(tmp_path: Path,
     other = DataLoader(TensorDataset(torch.full((60, 1, 4, 4), 0.4), torch.zeros(60).long()))
     with pytest.raises(DataError, match="not the images"):
         qg.evaluate(Bright(), other, replay=one, progress=False)
+    suite.entries[0] = entry("renamed", seconds=0.1)
+    with pytest.raises(SpecError, match="ran first, which its suite does not have"):
+        qg.evaluate(Bright(), dim(60), replay=one, progress=False)
 
 
 @pytest.mark.slow
