@@ -267,6 +267,11 @@ class QuantActivation(nn.Module):
         return self._state.action == "bypass"
 
     @property
+    def softened(self) -> bool:
+        """Return whether it is its smooth twin just now."""
+        return self._state.action == "soften"
+
+    @property
     def in_float(self) -> bool:
         """Return whether the float activation's value is what it gives just now."""
         return self._state.action in ("bypass", "observe")

@@ -42,10 +42,15 @@ class InputStaircase(nn.Module):
         self.register_buffer("low", low.float().reshape(-1, 1, 1) if rows else low.float())
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return x quantized, in x's shape; itself under ``bypass``, and while calibrating."""
+        """Return x quantized, in x's shape; itself under ``bypass``, and while calibrating.
+
+        Softened, it hands every gradient on as it is: beyond either end it has none of its own, and
+        who climbs would leave a pixel there that could come back into the range.
+        """
         if self.staircase.in_float:
             return x
-        return self.staircase(x) + self.low  # type: ignore[no-any-return]
+        y: Tensor = self.staircase(x) + self.low
+        return y.detach() + (x - x.detach()) if self.staircase.softened else y
 
 
 def is_input(name: str) -> bool:

@@ -115,6 +115,21 @@ def test_gradients_pass_it_inside_the_range_alone() -> None:
 
 
 @torch.no_grad()
+def test_who_climbs_the_twin_comes_out_of_the_ends() -> None:
+    """A pixel near 0 may reach 0.15, and only that breaks it: from 0.05 no gradient leads there."""
+    line = nn.Linear(64, 2)
+    with torch.no_grad():
+        line.weight.copy_(torch.tensor([[-1.0], [1.0]]).expand(2, 64))
+        line.bias.copy_(64 * 0.13 * torch.tensor([1.0, -1.0]))  # the lowest level is 0.1
+    model = qg.convert(nn.Sequential(nn.ReLU(), nn.Flatten(), line), 8, input_bits=8,
+                       input_range=(0.1, 0.9), data=[torch.rand(64, 1, 8, 8)])
+    x, y = torch.full((8, 1, 8, 8), 0.05), torch.zeros(8, dtype=torch.long)
+    for twin, falls in ((None, False), ((32.0, 64.0), True)):
+        attack = qg.attacks.PGD("ce", 10, noise=0.0, twin=twin)
+        result = qg.evaluate(model, [(x, y)], THREAT, suite=[attack], progress=False)
+        assert result.clean_accuracy == 1 and bool(result.survived.any()) is not falls
+
+
 def test_the_certificate_sees_it(digits: Any, cnn: nn.Module) -> None:
     """Black and white pixels move half as far: intervals are the narrower for it."""
     x = (digits[0][:40], digits[1][:40])
