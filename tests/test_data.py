@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
-from quantguard import data
+from quantguard import sources
 from quantguard.batches import (
     check_images,
     check_labels,
@@ -210,7 +210,7 @@ def test_failed_download_is_one_error(tmp_path: Path, monkeypatch: pytest.Monkey
         raise RuntimeError("no route to host")
 
     monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setattr(data, "DEBIAN_FASHION_MNIST", tmp_path / "absent")
+    monkeypatch.setattr(sources, "DEBIAN_FASHION_MNIST", tmp_path / "absent")
     monkeypatch.setattr(getattr(torchvision.datasets, name), "download", offline)
     with pytest.raises(DataError) as caught:
         load_data(spec, "test")
@@ -227,7 +227,7 @@ def test_the_cache_is_read_before_any_download(tmp_path: Path,
 
 
 def test_real_fashion_mnist() -> None:
-    if not data.DEBIAN_FASHION_MNIST.is_dir():
+    if not sources.DEBIAN_FASHION_MNIST.is_dir():
         pytest.skip("needs the Debian package dataset-fashion-mnist")
     loader = load_data("fashion-mnist", "test", batch_size=2000)
     images, labels = everything(loader)
