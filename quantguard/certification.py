@@ -26,7 +26,7 @@ from torch import Tensor, fx, nn
 
 from .attacks import PGD, FoolboxModel, PixelModel
 from .attacks._foolbox import fb
-from .attacks.pgd import project
+from .attacks.losses import project
 from .batches import check_labels
 from .bounds import (
     Box,

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .activation import staircases
 from .attacks import PixelModel
-from .attacks.pgd import ascend, project
+from .attacks.losses import ascend, project
 from .contexts import listening, soften
 from .pooling import pools_first
 from .recipes import Recipe

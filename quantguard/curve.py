@@ -11,7 +11,7 @@ import torch
 
 from .attacks import PGD, FoolboxModel, PixelModel
 from .attacks._foolbox import fb
-from .attacks.pgd import project
+from .attacks.losses import project
 from .evidence import batches
 from .images import Images
 from .results import CurvePoint

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from . import masking
 from .attacks import PGD, FoolboxModel, PixelModel
+from .attacks.losses import input_gradient, margin
 from .attacks.noise import image_noise
-from .attacks.pgd import input_gradient, margin
 from .attacks.suites import BLIND
 from .contexts import backward, soften
 from .errors import ConversionError

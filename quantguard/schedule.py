@@ -14,7 +14,7 @@ import torch
 
 from . import masking
 from .attacks import Entry, FoolboxModel, PixelModel, Substitute, Suite
-from .attacks.pgd import margin, project
+from .attacks.losses import margin, project
 from .errors import SpecError
 from .evidence import padded
 from .files import indices, mask_of, replacing

@@ -17,7 +17,7 @@ from quantguard.attacks import FoolboxModel, PixelModel
 from quantguard.attacks import apgd as room
 from quantguard.attacks import pgd as pgd_room
 from quantguard.attacks.apgd import APGD, checkpoints
-from quantguard.attacks.pgd import dlr, image_losses, margin
+from quantguard.attacks.losses import dlr, image_losses, margin
 from quantguard.contexts import soften
 from quantguard.errors import SpecError
 from quantguard.spec import Threat

@@ -26,8 +26,9 @@ from quantguard.attacks import (
 )
 from quantguard.attacks import pgd as pgd_room
 from quantguard.attacks._foolbox import fb
+from quantguard.attacks.losses import ascend, attack_loss, margin, project, rival
 from quantguard.attacks.noise import image_noise
-from quantguard.attacks.pgd import Kept, ascend, attack_loss, margin, project
+from quantguard.attacks.pgd import Kept
 from quantguard.errors import ConversionError, SpecError
 from quantguard.spec import Threat
 
@@ -136,7 +137,7 @@ def test_every_way_of_climbing_finds_what_is_there(problem: Problem,
 def test_targets_are_ranked_among_the_wrong_classes() -> None:
     logits = torch.tensor([[5.0, 1.0, 3.0, 2.0], [0.0, 1.0, 3.0, 2.0]])
     labels = torch.tensor([0, 2])
-    assert [pgd_room.rival(logits, labels, k).tolist() for k in (1, 2, 3, 9)] == [
+    assert [rival(logits, labels, k).tolist() for k in (1, 2, 3, 9)] == [
         [2, 3], [3, 1], [1, 0], [1, 0]]
     loss = attack_loss(logits, labels, "margin", torch.tensor([3, 0]))
     assert float(loss) == (2 - 5) + (0 - 3)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from quantguard.attacks import Entry, FoolboxModel, PixelModel
 from quantguard.attacks import zoo as room
 from quantguard.attacks._foolbox import fb
-from quantguard.attacks.pgd import margin
+from quantguard.attacks.losses import margin
 from quantguard.attacks.zoo import ZOO, Differences
 from quantguard.errors import SpecError
 from quantguard.spec import Threat

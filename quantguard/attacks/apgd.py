@@ -11,7 +11,8 @@ from torch import Tensor
 
 from ..errors import SpecError
 from .bridge import PixelModel
-from .pgd import Climb, Kept, ascend, image_losses, input_gradient, project
+from .losses import ascend, image_losses, input_gradient, project
+from .pgd import Climb, Kept
 
 # How much of a move is the new step; the rest repeats the move before.
 _ALPHA = 0.75
@@ -43,7 +44,7 @@ class APGD(Climb):
     the loss of the best point is computed anew: losses at two sharpnesses cannot be compared.
 
     Args:
-        loss: ``ce``, ``margin`` or ``dlr``, see :func:`quantguard.attacks.pgd.image_losses`.
+        loss: ``ce``, ``margin`` or ``dlr``, see :func:`quantguard.attacks.losses.image_losses`.
         steps: gradient steps; with a twin each of the up to 8 checkpoints takes one more forward.
         rel_step: first step's length over eps; None: 2, or 1 with a twin.
         rho: the share of steps between two checkpoints that must raise the loss, 0 to 1, or steps

@@ -20,8 +20,8 @@ from ..errors import SpecError
 from ..running import frozen, seeded
 from ._foolbox import fb, known_norm
 from .bridge import PixelModel, labels_of, module_of
+from .losses import ascend, margin
 from .noise import image_noise, seed_of
-from .pgd import ascend, margin
 
 # Queries in one forward pass of an attack that runs image by image.
 _TOGETHER = 128

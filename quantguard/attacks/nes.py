@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from ..errors import SpecError
+from .losses import ascend
 from .noise import seed_of
-from .pgd import ascend
 from .zoo import Ask, Differences, Guide
 
 

@@ -16,8 +16,9 @@ from torch import Tensor
 from ..errors import SpecError
 from ._foolbox import InNorm, fb, known_norm
 from .bridge import labels_of, module_of
+from .losses import margin, project
 from .noise import seed_of
-from .pgd import Kept, margin, project
+from .pgd import Kept
 
 # Section 4: the share of pixels changed at a time starts at p and is halved at these iterations of
 # 10,000; a shorter search scales them.

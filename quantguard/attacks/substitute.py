@@ -19,8 +19,8 @@ from ..errors import SpecError
 from ..running import seeded
 from ._foolbox import InNorm, fb, known_norm
 from .bridge import PixelModel, labels_of, module_of
+from .losses import ascend, input_gradient, margin, project
 from .noise import image_noise, seed_of
-from .pgd import ascend, input_gradient, margin, project
 
 _LOSSES = ("ce", "margin")
 # Images in one forward pass, and in one step of training.

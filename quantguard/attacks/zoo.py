@@ -17,8 +17,8 @@ from torch import Tensor
 from ..errors import SpecError
 from ._foolbox import InNorm, fb, known_norm
 from .bridge import labels_of, module_of
+from .losses import ascend, margin, project
 from .noise import seed_of
-from .pgd import ascend, margin, project
 
 # Decay of ADAM's moments, as in algorithm 2.
 _BETAS = (0.9, 0.999)

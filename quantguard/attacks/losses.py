@@ -1,0 +1,111 @@
+"""What an attack climbs, which way is up, and the ball that it stays in."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# What ``scaled`` brings the top logit's distance from the mean to: far from rounding to 0 or 1.
+_SPREAD = 3.0
+
+
+def margin(logits: Tensor, labels: Tensor, target: Tensor | None = None) -> Tensor:
+    """Return ``max_{j != y} z_j - z_y`` for each row: positive where misclassified.
+
+    With target, (N,) classes, ``z_target - z_y``.
+    """
+    own = logits.gather(1, labels.unsqueeze(1)).squeeze(1)
+    if target is not None:
+        return logits.gather(1, target.unsqueeze(1)).squeeze(1) - own
+    others = logits.scatter(1, labels.unsqueeze(1), -torch.inf)
+    return others.amax(1) - own
+
+
+def rival(logits: Tensor, labels: Tensor, rank: int) -> Tensor:
+    """Return the class that comes rank-th, from 1, among the wrong ones; at most the last."""
+    others = logits.scatter(1, labels.unsqueeze(1), -torch.inf)
+    order = others.argsort(dim=1, descending=True, stable=True)
+    return order[:, min(rank, logits.shape[1] - 1) - 1]
+
+
+def dlr(logits: Tensor, labels: Tensor, target: Tensor | None = None) -> Tensor:
+    """Return the difference of logits ratio (N,), which no scale or shift of the logits changes.
+
+    The margin, to the likeliest wrong class or to target, divided by what the sorted logits
+    ``z_(1) >= z_(2) >= ...`` span (Croce, Hein 2020, arXiv:2003.01690, equations 6 and 7):
+    ``z_(1) - z_(3)``, or with a target ``z_(1) - (z_(3) + z_(4)) / 2``. Three classes have no
+    ``z_(4)``: with a target the mean is that of ``z_(2)`` and ``z_(3)``, since ``z_(1) - z_(3)``
+    may be the margin itself. Of two classes nothing is left to divide by: the margin.
+    """
+    climbed = margin(logits, labels, target)
+    count = min(logits.shape[1], 4)
+    if count == 2:
+        return climbed
+    top = logits.topk(count, dim=1).values
+    low = top[:, 2] if target is None else top[:, -2:].mean(1)
+    return climbed / (top[:, 0] - low).clamp_min(1e-12)
+
+
+def image_losses(logits: Tensor, labels: Tensor, loss: str,
+                 target: Tensor | None = None) -> Tensor:
+    """Return what the attacker climbs, (N,), one number an image.
+
+    Args:
+        logits: (N, classes).
+        labels: (N,) true classes.
+        loss: ``ce``; ``margin``, to the likeliest wrong class or to target; ``dlr``, see
+            :func:`dlr`; or ``scaled``: the cross-entropy of logits divided by their own spread,
+            held constant, which no scale of the last layer saturates (as in Gupta, Ajanthan 2022,
+            arXiv:2003.13511).
+        target: (N,) classes.
+    """
+    if loss in ("margin", "dlr"):
+        return (margin if loss == "margin" else dlr)(logits, labels, target)
+    if loss == "scaled":
+        spread = (logits.amax(1, keepdim=True) - logits.mean(1, keepdim=True)).detach()
+        logits = logits / spread.clamp_min(1e-30) * _SPREAD
+    return F.cross_entropy(logits, labels, reduction="none")
+
+
+def attack_loss(logits: Tensor, labels: Tensor, loss: str, target: Tensor | None = None) -> Tensor:
+    """Return the sum over images of :func:`image_losses`."""
+    return image_losses(logits, labels, loss, target).sum()
+
+
+def project(x: Tensor, center: Tensor, eps: float, norm: str,
+            bounds: tuple[float, float]) -> Tensor:
+    """Return the point of the eps ball around center, within bounds, next to x.
+
+    In L2 the ball is projected on first and the bounds clipped after, which only shortens.
+    """
+    delta = x - center
+    if norm == "linf":
+        delta = delta.clamp(-eps, eps)
+    else:
+        length = delta.flatten(1).norm(dim=1).clamp_min(1e-12)
+        delta = delta * (eps / length).clamp_max(1).reshape(-1, *[1] * (x.dim() - 1))
+    inside: Tensor = (center + delta).clamp(*bounds)
+    return inside
+
+
+def ascend(gradient: Tensor, norm: str) -> Tensor:
+    """Return the steepest direction of unit length."""
+    if norm == "linf":
+        return gradient.sign()
+    # by the largest entry first: squares of a saturated network's gradient underflow
+    shape = (-1, *[1] * (gradient.dim() - 1))
+    peak = gradient.flatten(1).abs().amax(1).reshape(shape)
+    scaled = gradient / torch.where(peak > 0, peak, 1.0)
+    length: Tensor = scaled.flatten(1).norm(dim=1).clamp_min(1e-12)
+    return scaled / length.reshape(shape)
+
+
+def input_gradient(model: nn.Module, x: Tensor, labels: Tensor, loss: str,
+                   target: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Return the gradient of the loss in the images, and the logits."""
+    with torch.enable_grad():
+        leaf = x.detach().requires_grad_()
+        logits = model(leaf)
+        (gradient,) = torch.autograd.grad(attack_loss(logits, labels, loss, target), leaf)
+    return gradient, logits.detach()
