@@ -9,14 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from . import options
+from . import given, options
 from .errors import QuantguardError, SpecError
 from .files import write_text
 
 if TYPE_CHECKING:
-    from torch import nn
 
-    from .spec import Threat
+    pass
 
 
 class _Group(click.Group):
@@ -47,98 +46,6 @@ def main() -> None:
     """
 
 
-def _open(model: str, arch: str | None, trust: bool) -> nn.Module:
-    from .checkpoint import open_model
-    return open_model(model, arch=arch, trust=trust)
-
-
-def _arch_of(model: str, arch: str | None) -> str | None:
-    from .models import is_arch_spec
-    return arch or (model if is_arch_spec(model) else None)
-
-
-def _output(model: str, output: str | None, suffix: str, force: bool) -> Path:
-    """Return where to write, refusing a file that is there before any work is done."""
-    from .models import is_arch_spec
-    path = Path(output) if output else (
-        Path(model.partition(":")[2].replace(":", "-") + suffix) if is_arch_spec(model)
-        else Path(model).with_suffix(suffix))
-    _writable(path, force)
-    return path
-
-
-def _writable(path: Path | str | None, force: bool = True) -> None:
-    if path is None:
-        return
-    path = Path(path)
-    if path.exists() and not force:
-        raise SpecError(f"{path} exists already", fix="Use --force to overwrite it, or -o FILE.")
-    if not path.absolute().parent.is_dir():
-        raise SpecError(f"the folder of {path} does not exist", fix="Make it first.")
-
-
-def _threat(eps: float, norm: str, mean: Any, std: Any) -> Threat:
-    from .spec import Threat
-    return Threat(norm, eps, (0, 1), mean, std)
-
-
-def _not_given(names: tuple[str, ...], why: str) -> None:
-    """Refuse options that would not be looked at.
-
-    Raises:
-        SpecError: one of them stands on the command line.
-    """
-    ctx = click.get_current_context()
-    for name in names:
-        if ctx.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE:
-            option = f"--{name.replace('_', '-')}"
-            raise SpecError(f"{option} would not be looked at", why=f"{why}.",
-                            fix=f"Leave {option} out.")
-
-
-def _first() -> bool:
-    """Return whether this process writes and speaks; of several only one does."""
-    from .world import world
-    return world().first
-
-
-def _loader(data: str, split: str, batch_size: int, size: int | None, mean: Any, std: Any,
-            augment: bool = False) -> Any:
-    from .data import load_data
-    return load_data(data, split, batch_size=batch_size, size=size,  # type: ignore[arg-type]
-                     mean=mean, std=std, augment=augment)
-
-
-def _example(shape: tuple[int, ...] | None) -> Any:
-    if shape is None:
-        return None
-    import torch
-    return torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))
-
-
-def _bits(given: tuple[tuple[str, int], ...]) -> dict[str, int]:
-    """Return bits by pattern; where only some sites are named, the others get 2."""
-    return {"*": 2} | dict(given)
-
-
-def _pairs(numbers: Any) -> list[tuple[float, ...]] | None:
-    """Return LOW,HIGH,LOW,HIGH,... as pairs."""
-    if numbers is None:
-        return None
-    return [tuple(numbers[i : i + 2]) for i in range(0, len(numbers), 2)]
-
-
-def _recipe(name: str, settings: tuple[str, ...]) -> Any:
-    from .recipes import recipe_of
-    pairs = {}
-    for text in settings:
-        key, equals, value = text.partition("=")
-        if not equals:
-            raise SpecError(f"--set {text!r} is not KEY=VALUE", fix="Write --set lr=1e-3.")
-        pairs[key] = value
-    return recipe_of(name, pairs)
-
-
 @main.command()
 @click.argument("model")
 @options.MODEL
@@ -151,15 +58,15 @@ def inspect(model: str, arch: str | None, trust: bool, bits: tuple[tuple[str, in
     """Show every activation of MODEL, converted or kept and why, without converting."""
     from .conversion import conversion_of
     from .conversion import inspect as plan_of
-    _writable(json_file)
-    opened = _open(model, arch, trust)
+    given.writable(json_file)
+    opened = given.opened(model, arch, trust)
     done = conversion_of(opened)
     if done is not None:
-        _not_given(("bits", "dynamic", "keep", "gates", "per_channel", "input_bits", "input_range",
-                    "input_shape"), f"{model} is converted already")
-    plan = plan_of(opened, _bits(bits), dynamic, example=_example(input_shape),
+        given.not_given(("bits", "dynamic", "keep", "gates", "per_channel", "input_bits",
+                         "input_range", "input_shape"), f"{model} is converted already")
+    plan = plan_of(opened, given.bits_of(bits), dynamic, example=given.example_of(input_shape),
                    per_channel=per_channel, keep=keep, gates=gates, input_bits=input_bits,
-                   input_range=_pairs(input_range))
+                   input_range=given.pairs(input_range))
     click.echo(str(done or plan))
     if json_file:
         write_text(json_file, json.dumps(plan.to_dict(), indent=1))
@@ -183,12 +90,13 @@ def convert(model: str, arch: str | None, trust: bool, output: str | None, force
     from .checkpoint import save
     from .conversion import conversion_of
     from .conversion import convert as carry_out
-    target = _output(model, output, ".qg", force)
-    loader = _loader(data, "train", batch_size, size, mean, std) if data else None
-    converted = carry_out(_open(model, arch, trust), _bits(bits), dynamic, data=loader,
-                          example=_example(input_shape), per_channel=per_channel, keep=keep,
-                          gates=gates, input_bits=input_bits, input_range=_pairs(input_range))
-    save(converted, target, arch=_arch_of(model, arch))
+    target = given.output_of(model, output, ".qg", force)
+    loader = given.loader_of(data, "train", batch_size, size, mean, std) if data else None
+    converted = carry_out(given.opened(model, arch, trust), given.bits_of(bits), dynamic,
+                          data=loader, example=given.example_of(input_shape),
+                          per_channel=per_channel, keep=keep, gates=gates, input_bits=input_bits,
+                          input_range=given.pairs(input_range))
+    save(converted, target, arch=given.arch_of(model, arch))
     done = conversion_of(converted)
     if done is not None:
         if not quiet:
@@ -223,15 +131,15 @@ def harden(model: str, arch: str | None, trust: bool, data: str, output: str | N
     """Quantize MODEL where it is not yet, and fine-tune it adversarially."""
     from .checkpoint import save
     from .hardening import harden as run
-    target = _output(model, output, ".hardened.qg", force)
-    chosen = _recipe(recipe, settings)
-    threat = _threat(eps, norm, mean, std)
-    loader = _loader(data, "train", batch_size, size, mean, std, augment)
-    hardened = run(_open(model, arch, trust), loader, threat, bits=bits, dynamic=dynamic,
+    chosen = given.recipe_of(recipe, settings)
+    target = given.output_of(model, output, ".hardened.qg", force)
+    threat = given.threat_of(eps, norm, mean, std)
+    loader = given.loader_of(data, "train", batch_size, size, mean, std, augment)
+    hardened = run(given.opened(model, arch, trust), loader, threat, bits=bits, dynamic=dynamic,
                    recipe=chosen, epochs=epochs, train=train, max_clean_drop=max_clean_drop,
                    run_dir=run_dir, seed=seed, device=device, progress=not quiet)
-    if _first():
-        save(hardened, target, arch=_arch_of(model, arch))
+    if given.is_first():
+        save(hardened, target, arch=given.arch_of(model, arch))
         click.echo(f"wrote {target}")
 
 
@@ -260,20 +168,20 @@ def evaluate(model: str, arch: str | None, trust: bool, data: str, eps: float, n
     from .pipeline import Comparison
     from .results import Evaluation
     for file in (report, json_file, adversarials):
-        _writable(file)
+        given.writable(file)
     if adversarials and not adversarials.endswith(".npz"):
         raise SpecError(f"--adversarials {adversarials} must end in .npz")
-    threat = _threat(eps, norm, mean, std)
+    threat = given.threat_of(eps, norm, mean, std)
     again = Evaluation.load(replay) if replay else None
     if again is not None:
-        _not_given(("eps", "norm", "suite", "images", "seed", "budget", "certify", "mean", "std"),
-                   f"--replay takes it from {replay}")
+        given.not_given(("eps", "norm", "suite", "images", "seed", "budget", "certify", "mean",
+                         "std"), f"--replay takes it from {replay}")
         mean, std = again.threat.mean, again.threat.std
-    loader = _loader(data, split, batch_size, size, mean, std)
-    result = run(_open(model, arch, trust), loader, threat, suite=suite, images=images,
+    loader = given.loader_of(data, split, batch_size, size, mean, std)
+    result = run(given.opened(model, arch, trust), loader, threat, suite=suite, images=images,
                  run_dir=run_dir, seed=seed, device=device, progress=not quiet, budget=budget,
                  certify=certify, replay=again)
-    if _first():
+    if given.is_first():
         click.echo(str(result))
         if json_file:
             result.save(json_file)
@@ -307,10 +215,10 @@ def certify(model: str, arch: str | None, trust: bool, data: str, eps: float, no
             run_dir: str | None, device: str | None, quiet: bool) -> None:
     """Prove for how many images of DATA no attack on MODEL can succeed."""
     from .certification import certify as run
-    _writable(json_file)
-    threat = _threat(eps, norm, mean, std)
-    loader = _loader(data, split, batch_size, size, mean, std)
-    result = run(_open(model, arch, trust), loader, threat, method=method, images=images,
+    given.writable(json_file)
+    threat = given.threat_of(eps, norm, mean, std)
+    loader = given.loader_of(data, split, batch_size, size, mean, std)
+    result = run(given.opened(model, arch, trust), loader, threat, method=method, images=images,
                  splits=splits, budget=budget, run_dir=run_dir, device=device, progress=not quiet)
     _tell(result, json_file)
 
@@ -330,14 +238,14 @@ def compare(models: tuple[str, ...], arch: str | None, trust: bool, data: str, e
             device: str | None, quiet: bool) -> None:
     """Evaluate several models on the same images by the same attacks."""
     from .pipeline import compare as run
-    _writable(report)
-    _writable(json_file)
+    given.writable(report)
+    given.writable(json_file)
     if len(set(models)) < len(models):
         raise SpecError("a model is named twice", fix="Name each model once.")
-    threat = _threat(eps, norm, mean, std)
-    loader = _loader(data, split, batch_size, size, mean, std)
-    result = run({name: _open(name, arch, trust) for name in models}, loader, threat, suite=suite,
-                 images=images, run_dir=run_dir, seed=seed, device=device, progress=not quiet,
+    threat = given.threat_of(eps, norm, mean, std)
+    loader = given.loader_of(data, split, batch_size, size, mean, std)
+    result = run({name: given.opened(name, arch, trust) for name in models}, loader, threat,
+                 suite=suite, images=images, run_dir=run_dir, seed=seed, device=device, progress=not quiet,
                  certify=certify)
     _show(result, report, json_file, strict)
 
@@ -366,19 +274,19 @@ def ablate(model: str, arch: str | None, trust: bool, data: str, output: str | N
     """Compare float, float + fine-tune, converted, and converted + the same fine-tune."""
     from .checkpoint import save
     from .pipeline import ablate as run
-    target = None if output is None else _output(model, output, ".qg", force)
-    _writable(report)
-    _writable(json_file)
-    chosen = _recipe(recipe, settings)
-    threat = _threat(eps, norm, mean, std)
-    loaders = (_loader(data, "train", batch_size, size, mean, std, augment),
-               _loader(data, split, batch_size, size, mean, std))
-    result = run(_open(model, arch, trust), *loaders, threat, bits=bits, dynamic=dynamic,
+    target = None if output is None else given.output_of(model, output, ".qg", force)
+    given.writable(report)
+    given.writable(json_file)
+    chosen = given.recipe_of(recipe, settings)
+    threat = given.threat_of(eps, norm, mean, std)
+    loaders = (given.loader_of(data, "train", batch_size, size, mean, std, augment),
+               given.loader_of(data, split, batch_size, size, mean, std))
+    result = run(given.opened(model, arch, trust), *loaders, threat, bits=bits, dynamic=dynamic,
                  recipe=chosen, epochs=epochs, train=train, suite=suite, images=images,
                  run_dir=run_dir, seed=seed, device=device, progress=not quiet,
                  certify=certify)
-    if target is not None and _first():
-        save(list(result.models.values())[-1], target, arch=_arch_of(model, arch))
+    if target is not None and given.is_first():
+        save(list(result.models.values())[-1], target, arch=given.arch_of(model, arch))
     _show(result, report, json_file, strict)
 
 
@@ -401,10 +309,10 @@ def sensitivity(model: str, arch: str | None, trust: bool, data: str, eps: float
                 run_dir: str | None, device: str | None, quiet: bool) -> None:
     """Measure what the quantization of each site of MODEL costs, clean and attacked."""
     from .sensitive import sensitivity as run
-    _writable(json_file)
-    threat = _threat(eps, norm, mean, std)
-    loader = _loader(data, split, batch_size, size, mean, std)
-    result = run(_open(model, arch, trust), loader, threat, suite=suite, images=images,
+    given.writable(json_file)
+    threat = given.threat_of(eps, norm, mean, std)
+    loader = given.loader_of(data, split, batch_size, size, mean, std)
+    result = run(given.opened(model, arch, trust), loader, threat, suite=suite, images=images,
                  run_dir=run_dir, seed=seed, device=device, progress=not quiet)
     _tell(result, json_file)
 
@@ -424,7 +332,7 @@ def demo(output: str, seed: int, quiet: bool) -> None:
 
 
 def _tell(result: Any, json_file: str | None) -> None:
-    if not _first():
+    if not given.is_first():
         return
     click.echo(str(result))
     if json_file:
@@ -434,7 +342,7 @@ def _tell(result: Any, json_file: str | None) -> None:
 
 def _show(result: Any, report: str | None, json_file: str | None, strict: bool) -> None:
     _tell(result, json_file)
-    if report and _first():
+    if report and given.is_first():
         result.save_page(report)
         click.echo(f"wrote {report}")
     if strict and not all(e.reliable for e in result.rows.values()):

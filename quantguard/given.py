@@ -1,0 +1,118 @@
+"""From what a command is told to what the library takes; heavy imports wait until one is needed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from .errors import SpecError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from .spec import Threat
+
+
+def opened(model: str, arch: str | None, trust: bool) -> nn.Module:
+    """Return the model that MODEL names."""
+    from .checkpoint import open_model
+    return open_model(model, arch=arch, trust=trust)
+
+
+def arch_of(model: str, arch: str | None) -> str | None:
+    """Return the arch spec that a file is to name, where there is one."""
+    from .models import is_arch_spec
+    return arch or (model if is_arch_spec(model) else None)
+
+
+def output_of(model: str, output: str | None, suffix: str, force: bool) -> Path:
+    """Return where to write, refusing a file that is there before any work is done."""
+    from .models import is_arch_spec
+    path = Path(output) if output else (
+        Path(model.partition(":")[2].replace(":", "-") + suffix) if is_arch_spec(model)
+        else Path(model).with_suffix(suffix))
+    writable(path, force)
+    return path
+
+
+def writable(path: Path | str | None, force: bool = True) -> None:
+    """Refuse a path that could not be written in the end.
+
+    Raises:
+        SpecError: it is there already, and no force; or its folder is not.
+    """
+    if path is None:
+        return
+    path = Path(path)
+    if path.exists() and not force:
+        raise SpecError(f"{path} exists already", fix="Use --force to overwrite it, or -o FILE.")
+    if not path.absolute().parent.is_dir():
+        raise SpecError(f"the folder of {path} does not exist", fix="Make it first.")
+
+
+def threat_of(eps: float, norm: str, mean: Any, std: Any) -> Threat:
+    """Return the threat to pixels from 0 to 1, as ``--data`` yields them."""
+    from .spec import Threat
+    return Threat(norm, eps, (0, 1), mean, std)
+
+
+def not_given(names: tuple[str, ...], why: str) -> None:
+    """Refuse options that would not be looked at.
+
+    Raises:
+        SpecError: one of them stands on the command line.
+    """
+    ctx = click.get_current_context()
+    for name in names:
+        if ctx.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE:
+            option = f"--{name.replace('_', '-')}"
+            raise SpecError(f"{option} would not be looked at", why=f"{why}.",
+                            fix=f"Leave {option} out.")
+
+
+def is_first() -> bool:
+    """Return whether this process writes and speaks; of several only one does."""
+    from .world import world
+    return world().first
+
+
+def loader_of(data: str, split: str, batch_size: int, size: int | None, mean: Any, std: Any,
+              augment: bool = False) -> Any:
+    """Return the loader that ``--data`` names."""
+    from .data import load_data
+    return load_data(data, split, batch_size=batch_size, size=size,  # type: ignore[arg-type]
+                     mean=mean, std=std, augment=augment)
+
+
+def example_of(shape: tuple[int, ...] | None) -> Any:
+    """Return a seeded batch of two inputs of a shape."""
+    if shape is None:
+        return None
+    import torch
+    return torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))
+
+
+def bits_of(given: tuple[tuple[str, int], ...]) -> dict[str, int]:
+    """Return bits by pattern; where only some sites are named, the others get 2."""
+    return {"*": 2} | dict(given)
+
+
+def pairs(numbers: Any) -> list[tuple[float, ...]] | None:
+    """Return LOW,HIGH,LOW,HIGH,... as pairs."""
+    if numbers is None:
+        return None
+    return [tuple(numbers[i : i + 2]) for i in range(0, len(numbers), 2)]
+
+
+def recipe_of(name: str, settings: tuple[str, ...]) -> Any:
+    """Return a recipe from its name and ``--set``."""
+    from . import recipes
+    values = {}
+    for text in settings:
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise SpecError(f"--set {text!r} is not KEY=VALUE", fix="Write --set lr=1e-3.")
+        values[key] = value
+    return recipes.recipe_of(name, values)
