@@ -245,8 +245,8 @@ def compare(models: tuple[str, ...], arch: str | None, trust: bool, data: str, e
     threat = given.threat_of(eps, norm, mean, std)
     loader = given.loader_of(data, split, batch_size, size, mean, std)
     result = run({name: given.opened(name, arch, trust) for name in models}, loader, threat,
-                 suite=suite, images=images, run_dir=run_dir, seed=seed, device=device, progress=not quiet,
-                 certify=certify)
+                 suite=suite, images=images, run_dir=run_dir, seed=seed, device=device,
+                 progress=not quiet, certify=certify)
     _show(result, report, json_file, strict)
 
 
