@@ -127,7 +127,7 @@ def _evaluate(model: nn.Module, loader: Iterable[Any], threat: Threat, suite: st
             raise SpecError(f"the evaluation that is to be replayed ran {gone[0]}"
                             + f" and {len(gone) - 1} more attacks" * (len(gone) > 1)
                             + ", which its suite does not have here",
-                            why="It is another version's, a row of a comparison, or of other attacks.",
+                            why="It is another version's, a comparison's, or of other attacks.",
                             fix="Evaluate anew.")
     settings = {"threat": json.loads(json.dumps(threat.to_dict())), "seed": seed,
                 "suite": [e.settings() for e in chosen.every], "images": digest,
