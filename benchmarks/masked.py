@@ -229,8 +229,8 @@ def main() -> None:
                            if other["name"] in alike and other["images"] == row["images"])
         row["through"] = row["robust"] - row["truth"] < 0.03 + 1e-9
         print(f"{row['name']:34s} {row['images']} images, {row['suite']:8s} "
-              f"clean {row['clean']:6.1%}  FGSM and PGD {row['default']:6.1%}  suite {row['robust']:6.1%}  "
-              f"truth {row['truth']:6.1%}  "
+              f"clean {row['clean']:6.1%}  FGSM and PGD {row['default']:6.1%}  "
+              f"suite {row['robust']:6.1%}  truth {row['truth']:6.1%}  "
               f"{'seen through' if row['through'] else 'NOT SEEN THROUGH'}; "
               f"{', '.join(row['flags']) or 'NOT CAUGHT'}")
     HERE.mkdir(exist_ok=True)
