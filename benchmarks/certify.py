@@ -10,12 +10,11 @@
 
 Nets: `small`: 4x4 convolutions of stride 2 with 16 and 32 channels, linear 128; `wide`: 32 and 64,
 linear 256; `deep`: a 3x3 convolution before each of those; layers without bias, then BatchNorm and
-ReLU, which `recipe="ibp"` converts. Every
-setting is the recipe's own, the same for all bits; the epoch is chosen by what intervals certify of
-a held-out twentieth of the training set. Certified: `qg.certify`, method "ibp", on all 10,000 test
-images. Attacked: `qg.evaluate`'s standard suite on the first 500: an upper bound. Each cell writes
-its own JSON when it is done, and is resumed where it was interrupted. Minutes are of this machine,
-whatever else runs on it.
+ReLU, which `recipe="ibp"` converts. Every setting is the recipe's own, the same for all bits; the
+epoch is chosen by what intervals certify of a held-out twentieth of the training set. Certified:
+`qg.certify`, method "ibp", on all 10,000 test images. Attacked: `qg.evaluate`'s standard suite on
+the first 500: an upper bound. Each cell writes its own JSON when it is done, and is resumed where
+it was interrupted. Minutes are of this machine, whatever else runs on it.
 """
 
 from __future__ import annotations

@@ -5,17 +5,13 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from . import given, options
 from .errors import QuantguardError, SpecError
 from .files import write_text
-
-if TYPE_CHECKING:
-
-    pass
 
 
 class _Group(click.Group):

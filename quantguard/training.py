@@ -144,8 +144,7 @@ class Trainer:
             return CERTIFIED_LR
         if self.train != "all":
             return LR_RANGE[1]
-        return auto_lr(self.model, self.source, self.batches, self.gradients.loss,
-                       self.world)
+        return auto_lr(self.model, self.source, self.batches, self.gradients.loss, self.world)
 
     def _prepare(self, lr: float) -> None:
         """Make optimizer, schedule and average for the epochs from ``cycle`` on."""
