@@ -101,11 +101,13 @@ def clean_model(net: str, seed: int) -> nn.Module:
 def trained(cell: str, seed: int, settings: dict[str, str], device: str | None, name: str,
             epochs: int | None = None) -> tuple[nn.Module, dict[str, Any]]:
     net, bits, *kind = cell.split("-")
-    recipe, own = recipe_of("pgd", settings), EPOCHS
+    own = EPOCHS
     if "ramp" in kind:
         recipe = qg.Recipe("pgd", **NAIVE)
-    if "ibp" in kind:
+    elif "ibp" in kind:
         recipe, own = recipe_of("ibp", {"batch_size": "256", **settings}), CERTIFIED_EPOCHS
+    else:
+        recipe = recipe_of("pgd", settings)
     epochs = epochs or own
     made = hardened(clean_model(net, seed), data()[0], qg.Threat(eps=EPS), bits=int(bits),
                     dynamic=None if bits == "32" else "dynamic" in kind, recipe=recipe,

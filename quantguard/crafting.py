@@ -64,21 +64,27 @@ def random_start(pixels: Tensor, norm: str) -> Tensor:
         (len(pixels), *[1] * (pixels.dim() - 1)), device=pixels.device)
 
 
+def answers_of(model: nn.Module, x: Tensor, low: bool) -> Tensor:
+    """Return the logits of x in its own dtype; ``low``: computed in bfloat16."""
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=low):
+        logits: Tensor = model(x)
+    return logits.to(x.dtype)
+
+
 def _gradient(model: nn.Module, x: Tensor, labels: Tensor, answers: Tensor | None,
               low: bool) -> Tensor:
     """Return the gradient in the images of what the inner attack climbs."""
     with torch.enable_grad():
         leaf = x.detach().requires_grad_()
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=low):
-            logits = model(leaf).to(x.dtype)
+        logits = answers_of(model, leaf, low)
         height = F.cross_entropy(logits, labels, reduction="sum") if answers is None else \
             F.kl_div(logits.log_softmax(1), answers, reduction="sum")
         (gradient,) = torch.autograd.grad(height, leaf)
     return gradient
 
 
-def climbs_in_bfloat16(recipe: Recipe, device: torch.device) -> bool:
-    """Return whether the inner attack runs in bfloat16.
+def trains_in_bfloat16(recipe: Recipe, device: torch.device) -> bool:
+    """Return whether the network runs in bfloat16; weights and what is added up are float32.
 
     ``auto``: where the machine has instructions for it; elsewhere it is slower than float32.
     """
@@ -95,12 +101,14 @@ class Objective:
     Args:
         model: what is trained.
         threat, recipe: the attacker, and what the loss is made of.
+        low: whether the network runs in bfloat16.
         teacher: the float parent's logits of clean pixels; needed where the recipe distills.
     """
 
-    def __init__(self, model: PixelModel, threat: Threat, recipe: Recipe,
+    def __init__(self, model: PixelModel, threat: Threat, recipe: Recipe, low: bool = False,
                  teacher: Callable[[Tensor], Tensor] | None = None) -> None:
         self.model, self.threat, self.recipe, self.teacher = model, threat, recipe, teacher
+        self.low = low
 
     def at(self, progress: float) -> None:
         """Do nothing: the loss is the same from the first step to the last."""
@@ -121,9 +129,10 @@ class Objective:
         recipe, known = self.recipe, labels >= 0
         with stability_term(self.model.model, recipe.stability or 0.0) as term, \
                 pools_first(self.model):
-            logits = self.model(x)
+            logits = answers_of(self.model, x, self.low)
             loss = term()
-            clean = self.model(pixels) if recipe.mix or recipe.beta else logits
+            clean = answers_of(self.model, pixels, self.low) if recipe.mix or recipe.beta \
+                else logits
         if recipe.beta:
             away = F.kl_div(logits.log_softmax(1), clean.log_softmax(1), reduction="none",
                             log_target=True).sum(1)
@@ -189,6 +198,7 @@ def stability_term(model: nn.Module, weight: float) -> Iterator[Callable[[], Ten
         module = modules[name]
 
         def listen(z: Tensor) -> None:
+            z = z.float() if z.dtype == torch.bfloat16 else z
             t, step = module.thresholds.detach(), module.step.detach()
             m = t.shape[-1]
             if module.axis is not None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .attacks import PixelModel
 from .certifying import CertifiedObjective
 from .contexts import bypass
-from .crafting import Objective, climbs_in_bfloat16, craft, perturbed, random_start
+from .crafting import Objective, craft, perturbed, random_start, trains_in_bfloat16
 from .errors import DataError
 from .recipes import Recipe
 from .running import duplicate
@@ -38,10 +38,11 @@ class Gradients:
     def __init__(self, model: PixelModel, threat: Threat, recipe: Recipe, whole: bool,
                  device: torch.device, world: World, say: Callable[[str], None]) -> None:
         self.model, self.whole, self.device, self.world, self.say = model, whole, device, world, say
-        self.low = climbs_in_bfloat16(recipe, device) and \
+        self.low = trains_in_bfloat16(recipe, device) and \
             model.dtype != torch.float64  # who asks for digits gets them
-        make = CertifiedObjective if recipe.certifies else Objective
-        self.objective: Objective | CertifiedObjective = make(model, threat, recipe)
+        self.objective: Objective | CertifiedObjective = \
+            CertifiedObjective(model, threat, recipe) if recipe.certifies else \
+            Objective(model, threat, recipe, self.low)
         if isinstance(self.objective, Objective) and recipe.distill:
             self.objective.teacher = self._teacher(threat)
         self.parts = 1

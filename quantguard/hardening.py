@@ -248,7 +248,8 @@ class Walk:
         if afresh:
             self._say("weights are drawn anew, as suits intervals; init=keep keeps them")
         result = prepare(model, self.loader, bits, dynamic, self.recipe, self.threat, self.seed)
-        if any(map(is_input, staircases(result))) and not any(map(is_input, staircases(model))):
+        if not self.stages and any(map(is_input, staircases(result))) \
+                and not any(map(is_input, staircases(model))):
             self._say(f"a staircase of {self.recipe.input_bits} bits stands on the input, which "
                       "swallows what eps moves at either end of the range; input_bits=0: none")
         where = self.device or world().device

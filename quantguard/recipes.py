@@ -76,8 +76,9 @@ class Recipe:
             label is -1, or batches without labels, train as well.
         walk: bits that harden trains at first, each from what the one before has learned; 32 is
             float. They share half of the epochs.
-        precision: of the inner attack: ``float32``, ``bfloat16``, or ``auto``: bfloat16 where the
-            machine multiplies it faster. What is trained is float32.
+        precision: in which the network runs in training: ``float32``, ``bfloat16``, or ``auto``:
+            bfloat16 where the machine multiplies it faster. Weights, losses and what is probed are
+            float32, and so is all of ``ibp``: its intervals must not round.
         init: ``interval``: harden draws weights anew, as suits intervals, and places thresholds
             for them: what the model has learned before is lost. The default of ``ibp``: trained
             weights make intervals that are so wide that it learns more from nothing. ``keep``:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from quantguard.attacks import PixelModel
 from quantguard.contexts import soften
-from quantguard.crafting import Objective, climbs_in_bfloat16, craft, perturbed
+from quantguard.crafting import Objective, craft, perturbed, trains_in_bfloat16
 from quantguard.recipes import Recipe
 from quantguard.spec import Threat
 
@@ -66,7 +66,8 @@ def test_distillation_needs_no_labels_and_weighs_by_its_share(
         p, q = log_softmax(cnn, x), log_softmax(quantized, near)
         away = (q.exp() * 0 + p.exp() * (p - q)).sum(1).mean()
         known = F.nll_loss(q, y, reduction="none")[1::2].sum() / len(y)
-        got = Objective(model, THREAT, Recipe("pgd", stability=0.0, distill=0.25), cnn)(
+        got = Objective(model, THREAT, Recipe("pgd", stability=0.0, distill=0.25),
+                        teacher=cnn)(
             near, x, half)
     assert torch.allclose(got, 0.75 * known + 0.25 * away, rtol=1e-4)
 
@@ -110,8 +111,8 @@ def test_perturbed_weights_raise_the_loss_by_their_share_and_come_back(cnn: nn.M
         assert torch.equal(model[0].weight, before["0.weight"])
 
 
-def test_bfloat16_is_for_the_attack_alone_and_nearly_as_strong(quantized: nn.Module,
-                                                               digits: Digits) -> None:
+def test_an_attack_in_bfloat16_is_nearly_as_strong(quantized: nn.Module,
+                                                   digits: Digits) -> None:
     x, y = digits[0][:200], digits[1][:200]
     model, losses = PixelModel(quantized, THREAT), {}
     for low in (False, True):
@@ -123,17 +124,38 @@ def test_bfloat16_is_for_the_attack_alone_and_nearly_as_strong(quantized: nn.Mod
     assert losses[True] > 0.9 * losses[False]
 
 
+@pytest.mark.parametrize("recipe", [Recipe("pgd"), Recipe("trades"), Recipe("pgd", mix=0.5)])
+def test_a_loss_in_bfloat16_is_nearly_the_same_and_its_gradients_are_float32(
+        quantized: nn.Module, digits: Digits, recipe: Recipe) -> None:
+    x, y = digits[0][:200], digits[1][:200]
+    model, dtypes = PixelModel(quantized, THREAT), set()
+    near, found = (x + 0.05).clamp(0, 1), []
+    handle = quantized[0].register_forward_hook(lambda _, __, out: dtypes.add(out.dtype))
+    for low in (False, True):
+        loss = Objective(model, THREAT, recipe, low)(near, x, y)
+        assert loss.dtype == torch.float32
+        weights = [p for p in quantized.parameters() if p.requires_grad]
+        gradients = torch.autograd.grad(loss, weights)
+        assert all(g.dtype == torch.float32 for g in gradients)
+        found.append((loss.detach(), torch.cat([g.flatten() for g in gradients])))
+    handle.remove()
+    assert dtypes == {torch.float32, torch.bfloat16}
+    assert torch.isclose(found[0][0], found[1][0], rtol=0.05)
+    # rounding moves some pre-activations over a threshold; TRADES' term is a difference of the two
+    assert F.cosine_similarity(found[0][1], found[1][1], 0) > 0.8
+
+
 @pytest.mark.parametrize(("precision", "expected"), [("float32", False), ("bfloat16", True)])
 def test_precision_is_what_the_recipe_says(precision: str, expected: bool) -> None:
     recipe = Recipe("pgd", precision=precision)
-    assert climbs_in_bfloat16(recipe, torch.device("cpu")) is expected
+    assert trains_in_bfloat16(recipe, torch.device("cpu")) is expected
 
 
 def test_auto_precision_asks_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     for has in (False, True):
         monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda has=has: has)
-        assert climbs_in_bfloat16(Recipe("pgd"), torch.device("cpu")) is has
-    assert climbs_in_bfloat16(Recipe("pgd"), torch.device("meta")) is False
+        assert trains_in_bfloat16(Recipe("pgd"), torch.device("cpu")) is has
+    assert trains_in_bfloat16(Recipe("pgd"), torch.device("meta")) is False
 
 
 def test_noise_that_is_given_is_what_it_starts_from(quantized: nn.Module, batch: Digits) -> None:

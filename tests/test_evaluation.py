@@ -464,6 +464,7 @@ def test_the_users_model_is_untouched(quantized: nn.Module, digits: Digits,
 # --- what loaders and models may be ---
 
 
+@pytest.mark.slow
 def test_every_form_of_batch_gives_the_same_images(quantized: nn.Module, digits: Digits) -> None:
     x, y = digits[0][:20], digits[1][:20]
     expected = measured(quantized, [(x, y)], suite=[PGD("ce", 2)])

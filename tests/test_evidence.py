@@ -51,7 +51,7 @@ def sound(cnn: nn.Module, digits: Digits) -> Evaluation:
     return result
 
 
-@pytest.mark.parametrize("where", ["before", "after"])
+@pytest.mark.parametrize("where", ["before", pytest.param("after", marks=pytest.mark.slow)])
 def test_a_random_forward_has_no_figure(where: str, cnn: nn.Module, digits: Digits) -> None:
     def noisy(v: Tensor) -> Tensor:
         return F.dropout(v, 0.1, training=True)
@@ -60,6 +60,7 @@ def test_a_random_forward_has_no_figure(where: str, cnn: nn.Module, digits: Digi
     assert "Robust accuracy" not in str(result).splitlines()[0] and "NO FIGURE" in str(result)
 
 
+@pytest.mark.slow
 def test_batchnorm_over_the_batch_has_no_figure(cnn: nn.Module, digits: Digits) -> None:
     def normed(x: Tensor) -> Tensor:
         return F.batch_norm(x, None, None, training=True)

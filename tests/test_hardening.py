@@ -68,6 +68,7 @@ def test_a_quantized_row_starts_from_the_float_stage(cnn: nn.Module, loader: Dat
                for k, v in made.model.state_dict().items())
 
 
+@pytest.mark.slow
 def test_a_converted_model_and_thresholds_alone_take_no_walk(
         cnn: nn.Module, quantized: nn.Module, loader: DataLoader[Any]) -> None:
     assert len(walked(quantized, loader, bits=None, dynamic=None).stages) == 1

@@ -300,6 +300,7 @@ def test_thresholds_are_fixed_unless_they_are_to_be_learned(trained: Hardened,
             "val": None, "run_dir": None, "seed": 0, "device": None, "progress": False})
 
 
+@pytest.mark.slow
 def test_smaller_boxes_lie_around_attacked_images_within_the_ball(
         loader: DataLoader[Any], digits: Any) -> None:
     recipe = Recipe("ibp", box=0.4)

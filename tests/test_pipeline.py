@@ -281,6 +281,7 @@ def test_a_loader_that_shuffles_does_not_make_rows_of_different_images(
     assert len(hashes) <= 1
 
 
+@pytest.mark.slow
 def test_compare_resumes_each_row_in_a_place_of_its_own(
         cnn: nn.Module, quantized: nn.Module, comparison: Comparison,
         test_loader: DataLoader[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

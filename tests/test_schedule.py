@@ -213,6 +213,7 @@ def test_the_others_are_spared_where_no_seed_broke_anything(
 # --- curve ---
 
 
+@pytest.mark.slow
 def test_accuracy_falls_from_clean_to_nothing(cnn: nn.Module, quantized: nn.Module,
                                               digits: Digits) -> None:
     loader = DataLoader(TensorDataset(digits[0][:60], digits[1][:60]), batch_size=60)

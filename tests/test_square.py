@@ -18,7 +18,7 @@ from quantguard.spec import Threat
 QUERIES = {"linf": 1500, "l2": 2500}
 
 
-@pytest.fixture(scope="module", params=["linf", "l2"])
+@pytest.fixture(scope="module", params=["linf", pytest.param("l2", marks=pytest.mark.slow)])
 def problem(request: pytest.FixtureRequest) -> Problem:
     return Problem(request.param, n=100 if request.param == "linf" else 40)
 

@@ -453,22 +453,25 @@ def test_a_model_in_train_mode_trains_without_a_warning(quantized: nn.Module, sm
 class Viewing(nn.Module):
     """Asks for a view that channels-last order cannot give, or for a copy where there is none."""
 
-    def __init__(self, view: bool) -> None:
+    def __init__(self, channels: int, view: bool) -> None:
         super().__init__()
-        self.conv, self.last, self.view = nn.Conv2d(3, 4, 3, padding=1), nn.Linear(256, 2), view
+        self.first, self.conv = (nn.Conv2d(n, 4, 3, padding=1) for n in (channels, 4))
+        self.last, self.view = nn.Linear(256, 2), view
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.conv(x).relu()
+        y = self.conv(self.first(x).relu()).relu()
         flat = y.view(len(y), -1) if self.view else y.reshape(len(y), -1)
         return self.last(flat)  # type: ignore[no-any-return]
 
 
-@pytest.mark.parametrize("view", [False, True])
-def test_images_are_laid_out_as_the_model_takes_them_and_weights_come_back(view: bool) -> None:
-    model, loader = Viewing(view).eval(), [(torch.rand(8, 3, 8, 8), torch.tensor([0, 1] * 4))] * 2
+@pytest.mark.parametrize(("channels", "view"), [(3, False), (3, True), (1, False), (1, True)])
+def test_images_are_laid_out_as_the_model_takes_them_and_weights_come_back(
+        channels: int, view: bool) -> None:
+    model = Viewing(channels, view).eval()
+    loader = [(torch.rand(8, channels, 8, 8), torch.tensor([0, 1] * 4))] * 2
     seen = []
-    handle = model.conv.register_forward_pre_hook(lambda _, args: seen.append(
-        args[0].is_contiguous(memory_format=torch.channels_last)))
+    handle = model.conv.register_forward_hook(lambda _, __, y: seen.append(
+        y.is_contiguous(memory_format=torch.channels_last)))
     fit(model, loader, THREAT, FAST, epochs=1, val=loader[:1], progress=False)
     handle.remove()
     assert seen[-1] is not view and model.conv.weight.is_contiguous()
@@ -478,9 +481,10 @@ def test_images_are_laid_out_as_the_model_takes_them_and_weights_come_back(view:
 
 
 @pytest.mark.parametrize(("bits", "per_channel", "train"), [
-    (2, False, "all"), (3, True, "thresholds"),
+    (2, False, "all"),
     *(pytest.param(*case, marks=pytest.mark.slow) for case in (
-        (2, False, "thresholds"), (3, True, "all"), (4, False, "all"), (4, False, "thresholds")))])
+        (3, True, "thresholds"), (2, False, "thresholds"), (3, True, "all"), (4, False, "all"),
+        (4, False, "thresholds")))])
 def test_thresholds_move_stay_ordered_and_inside_the_data(
         cnn: nn.Module, train_digits: TensorDataset, bits: int, per_channel: bool, train: str,
         monkeypatch: pytest.MonkeyPatch) -> None:

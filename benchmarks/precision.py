@@ -1,0 +1,106 @@
+"""Does training in bfloat16 cost accuracy?
+
+    python benchmarks/precision.py [--seeds 0 1 2 3 4] [--table-only]
+
+Fashion-MNIST, Linf eps 0.1, `recipe="pgd"`, 2 bits fixed, an epoch in float and one through the
+staircase; a LeNet (no BatchNorm, 6,000 training images) and the ResNet of `hardening.py` (3,000),
+each trained clean for an epoch first. The same seed trains in float32 and in bfloat16: the same
+start, images and order. The first 2,000 test images, in float32: clean, and attacked by 20 steps of
+PGD on the margin through the softened twin; an upper bound, the same for both. Differences are
+paired; +- is half the 95 % t interval. Each seed of a net writes its own JSON; missing ones are
+made. On a machine whose `auto` is float32 the question does not arise; it is slow there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import scipy.stats
+import torch
+from fashion_lenet import lenet
+from hardening import resnet
+from torch.utils.data import DataLoader, Subset
+
+import quantguard as qg
+from quantguard.attacks import PGD
+from quantguard.data import load_data
+from quantguard.demo import train_clean
+from quantguard.files import write_text
+
+HERE = Path(__file__).parent / "results" / "precision"
+EPS, EPOCHS, HELD, TEST = 0.1, 2, 250, 2000
+NETS = {"LeNet": (lenet, 6_000), "ResNet": (resnet, 3_000)}
+
+
+def run(net: str, seed: int) -> dict[str, Any]:
+    make, count = NETS[net]
+    whole: Any = load_data("fashion-mnist", "train", batch_size=128).dataset
+    start = seed * (count + HELD)
+    train, held = (DataLoader(Subset(whole, range(a, b)), batch_size=128, shuffle=a == start)
+                   for a, b in ((start, start + count), (start + count, start + count + HELD)))
+    torch.manual_seed(seed)
+    model = make()
+    train_clean(model, train, 1)
+    test = load_data("fashion-mnist", "test", batch_size=250)
+    rows: dict[str, Any] = {}
+    for precision in ("float32", "bfloat16"):
+        begin = time.process_time()
+        recipe = qg.Recipe("pgd", precision=precision)
+        hard = qg.harden(model, train, qg.Threat(eps=EPS), bits=2, dynamic=False, recipe=recipe,
+                         epochs=EPOCHS, val=held, seed=seed, progress=False)
+        took = time.process_time() - begin
+        found = qg.evaluate(hard, test, qg.Threat(eps=EPS), images=TEST, seed=seed, progress=False,
+                            suite=[PGD("margin", 20, twin=(2, 16), seed=seed)])
+        rows[precision] = {"clean": found.clean_accuracy, "robust": found.robust_accuracy,
+                           "cpu_seconds": took, "recipe": recipe.to_dict()}
+        print(net, seed, precision, f"clean {found.clean_accuracy:.1%}, attacked "
+              f"{found.robust_accuracy:.1%}, {took:.0f} s", flush=True)
+    return {"net": net, "seed": seed, "rows": rows, "eps": EPS, "epochs": EPOCHS, "images": count,
+            "held_out": HELD, "test": TEST, "threads": torch.get_num_threads(),
+            "cores": os.cpu_count(), "machine": platform.machine(),
+            "python": platform.python_version(), "torch": version("torch")}
+
+
+def table() -> None:
+    for net in NETS:
+        rows = [json.loads(f.read_text())["rows"] for f in sorted(HERE.glob(f"{net}-*.json"))]
+        if len(rows) < 2:
+            print(f"{net:7} missing")
+            continue
+        for kind in ("clean", "robust"):
+            a, b = ([100 * row[p][kind] for row in rows] for p in ("float32", "bfloat16"))
+            gain = [y - x for x, y in zip(a, b, strict=True)]
+            half = float(scipy.stats.t.ppf(0.975, len(gain) - 1)) \
+                * statistics.stdev(gain) / len(gain) ** 0.5
+            print(f"{net:7} {kind:7} float32 {statistics.mean(a):5.1f}, bfloat16 "
+                  f"{statistics.mean(b):5.1f}: {statistics.mean(gain):+.2f} +- {half:.2f}")
+        ratio = statistics.median(r["float32"]["cpu_seconds"] / r["bfloat16"]["cpu_seconds"]
+                                  for r in rows)
+        print(f"{net:7} {ratio:.2f} times as fast in bfloat16, {len(rows)} seeds")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--table-only", action="store_true")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    HERE.mkdir(parents=True, exist_ok=True)
+    for seed in args.seeds if not args.table_only else ():
+        for net in NETS:
+            target = HERE / f"{net}-{seed}.json"
+            if not target.exists():
+                write_text(target, json.dumps(run(net, seed)))
+    table()
+
+
+if __name__ == "__main__":
+    main()
