@@ -216,7 +216,8 @@ def _attack(fmodel: FoolboxModel, entry: Entry, data: Images, threat: Threat, ba
         criterion = fb.criteria.Misclassification(y)
         counted = _counts(model)
         if minimum:
-            raw = entry.attack.run(fmodel, x, criterion)
+            with model.laid_out(x):
+                raw = entry.attack.run(fmodel, x, criterion)
             # Foolbox answers "none found" with zeros, ours with the image.
             found = (model(raw).argmax(1) != y) & (raw != 0).flatten(1).any(1)
             own += int(found[:size].sum())
@@ -228,7 +229,8 @@ def _attack(fmodel: FoolboxModel, entry: Entry, data: Images, threat: Threat, ba
             if getattr(entry.attack, "restart", False):
                 near = torch.from_numpy(state.adversarials[rows]).to(x)
                 options["starting_points"] = padded(near, full)[0]
-            raw = entry.attack.run(fmodel, x, criterion, epsilon=threat.eps, **options)
+            with model.laid_out(x):
+                raw = entry.attack.run(fmodel, x, criterion, epsilon=threat.eps, **options)
         asked += (_counts(model) - counted) * size // full
         raw = torch.where(raw.isfinite(), raw.detach(), x)
         raw, x, y = (padded(v, batch)[0] for v in (raw, x, y))

@@ -24,6 +24,7 @@ from .gradients import Gradients
 from .guards import RETRIES, Remedy, collapsed, one_step, remedy
 from .history import Epoch, History
 from .keeping import RunDir
+from .layout import order_weights
 from .optimizing import Average, merging, parameter_groups
 from .probing import (
     LR_RANGE,
@@ -33,7 +34,6 @@ from .probing import (
     copied,
     lay_out,
     levels_used,
-    order_weights,
     parent_accuracy,
     probe,
 )

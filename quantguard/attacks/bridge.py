@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -10,6 +12,7 @@ from torch import Tensor, nn
 from ..activation import staircases
 from ..batches import from_pixels
 from ..errors import ConversionError, SpecError
+from ..layout import channels_last, takes_channels_last
 from ..running import device_of
 from ..spec import Threat
 from ..straight import has_foreign_steps
@@ -47,6 +50,7 @@ class PixelModel(nn.Module):
         foreign: whether it goes through steps of its own that can be softened; None: not known.
         queries: images passed forward, in all.
         gradients: images passed forward with a gradient wanted.
+        last: whether its convolutions may lie channels last; None: not known.
     """
 
     def __init__(self, model: nn.Module, threat: Threat, key: str | None = None) -> None:
@@ -55,6 +59,7 @@ class PixelModel(nn.Module):
         self.training = model.training
         self.probabilities = False
         self.foreign: bool | None = None
+        self.last: bool | None = None
         self.queries = self.gradients = 0
 
     def forward(self, pixels: Tensor) -> Tensor:
@@ -78,6 +83,20 @@ class PixelModel(nn.Module):
             asked = self.queries, self.gradients
             self.foreign = has_foreign_steps(self, pixels)
             self.queries, self.gradients = asked
+
+    @contextmanager
+    def laid_out(self, pixels: Tensor) -> Iterator[None]:
+        """Hold weights channels last while attacking, where that changes nothing but rounding.
+
+        On a CPU an attack takes 2 to 40 % less time so (ResNet-18, MobileNet). Whether an image has
+        fallen is for the model as it lies to say. These images are not counted.
+        """
+        if self.last is None:
+            asked = self.queries, self.gradients
+            self.last = pixels.device.type == "cpu" and takes_channels_last(self, pixels[:2])
+            self.queries, self.gradients = asked
+        with channels_last(self) if self.last else nullcontext():
+            yield
 
     @property
     def dtype(self) -> torch.dtype:

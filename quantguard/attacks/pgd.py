@@ -123,7 +123,7 @@ class Climb(InNorm):
         if self.target:
             with torch.no_grad():
                 target = rival(module(x0), labels, self.target)
-        with frozen(module):
+        with frozen(module), module.laid_out(x0):
             if self.twin is not None and self.see_through:
                 module.look_for_foreign_steps(x0[:2])
             kept = self._climb(module, x0, x, labels, target, epsilon, model.bounds)

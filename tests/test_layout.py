@@ -1,0 +1,116 @@
+"""Weights lie channels last while a model is attacked, where that changes nothing but rounding."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import foolbox as fb
+import pytest
+import torch
+from torch import Tensor, nn
+
+from quantguard import Threat, convert
+from quantguard.attacks import PGD, FoolboxModel, PixelModel
+from quantguard.layout import channels_last, order_weights, takes_channels_last
+
+X = torch.rand(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+LABELS = torch.tensor([0, 1, 0, 1])
+
+
+class Net(nn.Module):
+    """Two convolutions, and a way of making features of what they put out."""
+
+    def __init__(self, flat: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1)
+        self.relu, self.last, self.flat = nn.ReLU(), nn.Linear(256, 2), flat
+        self.orders: set[bool] = set()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.relu(self.second(self.relu(self.first(x))))
+        self.orders.add(y.is_contiguous(memory_format=torch.channels_last))
+        return self.last(self.flat(y))  # type: ignore[no-any-return]
+
+
+def net(flat: Callable[[Tensor], Tensor] = lambda y: y.flatten(1)) -> Net:
+    torch.manual_seed(0)
+    return Net(flat).eval()
+
+
+@pytest.mark.parametrize(("flat", "takes"), [
+    (lambda y: y.flatten(1), True),
+    (lambda y: y.view(len(y), -1), False),  # does not run
+    (lambda y: y.as_strided((len(y), 256), (256, 1)), False),  # reads other numbers
+    (lambda y: y.flatten(1) + torch.rand(1), True),  # the same draws in both orders
+    (lambda y: y.flatten(1) * torch.nan, False)])
+def test_what_computes_the_same_takes_it(flat: Callable[[Tensor], Tensor], takes: bool) -> None:
+    model = net(flat)
+    before = torch.get_rng_state()
+    assert takes_channels_last(model, X) is takes
+    assert torch.equal(torch.get_rng_state(), before)
+    assert model.first.weight.is_contiguous() and model.second.weight.is_contiguous()
+
+
+def test_one_value_of_many_that_differs_is_noticed() -> None:
+    def swapped(y: Tensor) -> Tensor:
+        out = y.flatten(1).clone()
+        out[:, 0] += y.is_contiguous() * 0.01 * out.abs().amax()
+        return out
+    assert not takes_channels_last(net(swapped), X)
+
+
+def test_staircases_do_not_pass_for_another_function() -> None:
+    model = convert(net(), 1)
+    with torch.no_grad(), channels_last(model):
+        order = model(X)
+    assert takes_channels_last(model, X) and order.shape == (4, 2)
+
+
+@pytest.mark.parametrize("model", [
+    nn.Sequential(nn.Flatten(), nn.Linear(192, 2)), net().double(), net().bfloat16()])
+def test_other_kinds_of_models(model: nn.Module) -> None:
+    x = X.to(next(model.parameters()).dtype)
+    assert takes_channels_last(model, x) is isinstance(model, Net)
+
+
+def test_vectors_do_not_take_it() -> None:
+    assert not takes_channels_last(nn.Sequential(nn.Linear(3, 2)), torch.rand(2, 3))
+
+
+def stopped(model: nn.Module, orders: list[bool]) -> None:
+    with channels_last(model):
+        orders += [p.is_contiguous(memory_format=torch.channels_last)
+                   for p in model.parameters() if p.dim() == 4]
+        raise RuntimeError("stop")
+
+
+def test_weights_lie_where_they_lay_afterwards() -> None:
+    model = net()
+    orders: list[bool] = []
+    places = [p.data_ptr() for p in model.parameters()]
+    with pytest.raises(RuntimeError, match="stop"):
+        stopped(model, orders)
+    assert orders == [True, True] and [p.data_ptr() for p in model.parameters()] == places
+    order_weights(model, torch.channels_last)
+    assert model.second.weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_an_attack_runs_so_and_counts_no_image_of_the_look() -> None:
+    model = net()
+    fmodel = FoolboxModel(PixelModel(model, Threat(eps=0.1)))
+    places = [p.data_ptr() for p in model.parameters()]
+    model.orders.clear()
+    PGD("ce", 3).run(fmodel, X, fb.criteria.Misclassification(LABELS), epsilon=0.1)
+    assert model.orders == {True, False} and fmodel.module.last is True
+    first = fmodel.module.queries
+    model.orders.clear()
+    PGD("ce", 3).run(fmodel, X, fb.criteria.Misclassification(LABELS), epsilon=0.1)
+    assert model.orders == {True} and fmodel.module.queries == 2 * first
+    assert [p.data_ptr() for p in model.parameters()] == places
+
+
+def test_what_does_not_take_it_is_attacked_as_it_lies() -> None:
+    model = net(lambda y: y.view(len(y), -1))
+    fmodel = FoolboxModel(model)
+    found = PGD("ce", 3).run(fmodel, X, fb.criteria.Misclassification(LABELS), epsilon=0.1)
+    assert fmodel.module.last is False and found.shape == X.shape
