@@ -99,7 +99,7 @@ def clean_model(net: str, seed: int) -> nn.Module:
 
 
 def trained(cell: str, seed: int, settings: dict[str, str], device: str | None, name: str,
-            epochs: int | None = None) -> tuple[nn.Module, dict[str, Any]]:
+            epochs: int | None = None, eps: float = EPS) -> tuple[nn.Module, dict[str, Any]]:
     net, bits, *kind = cell.split("-")
     own = EPOCHS
     if "ramp" in kind:
@@ -109,12 +109,12 @@ def trained(cell: str, seed: int, settings: dict[str, str], device: str | None, 
     else:
         recipe = recipe_of("pgd", settings)
     epochs = epochs or own
-    made = hardened(clean_model(net, seed), data()[0], qg.Threat(eps=EPS), bits=int(bits),
+    made = hardened(clean_model(net, seed), data()[0], qg.Threat(eps=eps), bits=int(bits),
                     dynamic=None if bits == "32" else "dynamic" in kind, recipe=recipe,
                     epochs=epochs, train="all", val=None, run_dir=HERE / "work" / name, seed=seed,
                     device=device, progress=True)
     return made.model, {"cell": cell, "seed": seed, "epochs": epochs, "eps": EPS,
-                        "recipe": recipe.to_dict(), **made.to_dict()}
+                        "trained eps": eps, "recipe": recipe.to_dict(), **made.to_dict()}
 
 
 def machine() -> dict[str, Any]:
@@ -136,14 +136,14 @@ def measure(cell: str, seed: int, device: str | None) -> None:
 
 
 def attempt(cell: str, seed: int, settings: dict[str, str], device: str | None,
-            epochs: int | None) -> None:
-    told = ",".join(f"{k}={v}" for k, v in sorted(settings.items()))
-    if epochs:
-        told = ",".join(filter(None, [f"epochs={epochs}", told]))
+            epochs: int | None, eps: float | None) -> None:
+    told = ",".join(f"{k}={v}" for k, v in [
+        *([("epochs", epochs)] if epochs else []), *([("eps", eps)] if eps else []),
+        *sorted(settings.items())])
     name = f"{cell}-seed{seed}-{told.replace(',', '_').replace('=', '') or 'default'}"
     target = HERE / "tries" / f"{name}.json"
     if not target.exists():
-        model, record = trained(cell, seed, settings, device, f"try-{name}", epochs)
+        model, record = trained(cell, seed, settings, device, f"try-{name}", epochs, eps or EPS)
         result = qg.evaluate(model, data()[1], qg.Threat(eps=EPS), suite="quick", images=500,
                              seed=seed, device=device)
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -181,6 +181,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
     parser.add_argument("--try", dest="settings", nargs="*", metavar="KEY=VALUE")
     parser.add_argument("--epochs", type=int, help="with --try; default: as the cells")
+    parser.add_argument("--train-eps", type=float, help="with --try; default: as attacked")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--device")
     parser.add_argument("--table-only", action="store_true")
@@ -191,7 +192,7 @@ def main() -> None:
         for cell in args.cells:
             if args.settings is not None:
                 attempt(cell, seed, dict(s.split("=", 1) for s in args.settings), args.device,
-                        args.epochs)
+                        args.epochs, args.train_eps)
             elif cell.startswith("lenet") or seed == 0:
                 measure(cell, seed, args.device)
     table()

@@ -147,18 +147,16 @@ def harden(model: str, arch: str | None, trust: bool, data: str, output: str | N
 @options.EVALUATION
 @click.option("--adversarials", type=click.Path(dir_okay=False),
               help="Save what broke each image as FILE.npz (x, y, broken).")
-@click.option("--budget", help="Time that the attacks may take, as 90s, 5m or 2h; what does not "
-                               "fit is listed.")
 @click.option("--replay", type=click.Path(exists=True, dir_okay=False),
               help="Run what this JSON of an evaluation ran; its threat, suite, seed and number of "
                    "images count.")
 @options.LOADING
 @options.RUNNING
 def evaluate(model: str, arch: str | None, trust: bool, data: str, eps: float, norm: str,
-             suite: str, split: str, images: int | None, certify: bool, report: str | None,
-             json_file: str | None, strict: bool, adversarials: str | None,
-             budget: str | None, replay: str | None, batch_size: int, size: int | None, mean: Any,
-             std: Any, seed: int, run_dir: str | None, device: str | None, quiet: bool) -> None:
+             suite: str, split: str, images: int | None, certify: bool, budget: str | None,
+             report: str | None, json_file: str | None, strict: bool, adversarials: str | None,
+             replay: str | None, batch_size: int, size: int | None, mean: Any, std: Any, seed: int,
+             run_dir: str | None, device: str | None, quiet: bool) -> None:
     """Measure how many images of DATA survive every attack on MODEL."""
     from .evaluation import evaluate as run
     from .pipeline import Comparison
@@ -229,9 +227,9 @@ def certify(model: str, arch: str | None, trust: bool, data: str, eps: float, no
 @options.RUNNING
 def compare(models: tuple[str, ...], arch: str | None, trust: bool, data: str, eps: float,
             norm: str, suite: str, split: str, images: int | None, certify: bool,
-            report: str | None, json_file: str | None, strict: bool, batch_size: int,
-            size: int | None, mean: Any, std: Any, seed: int, run_dir: str | None,
-            device: str | None, quiet: bool) -> None:
+            budget: str | None, report: str | None, json_file: str | None, strict: bool,
+            batch_size: int, size: int | None, mean: Any, std: Any, seed: int,
+            run_dir: str | None, device: str | None, quiet: bool) -> None:
     """Evaluate several models on the same images by the same attacks."""
     from .pipeline import compare as run
     given.writable(report)
@@ -242,7 +240,7 @@ def compare(models: tuple[str, ...], arch: str | None, trust: bool, data: str, e
     loader = given.loader_of(data, split, batch_size, size, mean, std)
     result = run({name: given.opened(name, arch, trust) for name in models}, loader, threat,
                  suite=suite, images=images, run_dir=run_dir, seed=seed, device=device,
-                 progress=not quiet, certify=certify)
+                 progress=not quiet, certify=certify, budget=budget)
     _show(result, report, json_file, strict)
 
 
@@ -264,9 +262,10 @@ def compare(models: tuple[str, ...], arch: str | None, trust: bool, data: str, e
 def ablate(model: str, arch: str | None, trust: bool, data: str, output: str | None, force: bool,
            bits: int, dynamic: bool | None, eps: float, norm: str, recipe: str,
            settings: tuple[str, ...], epochs: int, train: str, augment: bool, suite: str,
-           split: str, images: int | None, certify: bool, report: str | None,
-           json_file: str | None, strict: bool, batch_size: int, size: int | None, mean: Any,
-           std: Any, seed: int, run_dir: str | None, device: str | None, quiet: bool) -> None:
+           split: str, images: int | None, certify: bool, budget: str | None,
+           report: str | None, json_file: str | None, strict: bool, batch_size: int,
+           size: int | None, mean: Any, std: Any, seed: int, run_dir: str | None,
+           device: str | None, quiet: bool) -> None:
     """Compare float, float + fine-tune, converted, and converted + the same fine-tune."""
     from .checkpoint import save
     from .pipeline import ablate as run
@@ -280,7 +279,7 @@ def ablate(model: str, arch: str | None, trust: bool, data: str, output: str | N
     result = run(given.opened(model, arch, trust), *loaders, threat, bits=bits, dynamic=dynamic,
                  recipe=chosen, epochs=epochs, train=train, suite=suite, images=images,
                  run_dir=run_dir, seed=seed, device=device, progress=not quiet,
-                 certify=certify)
+                 certify=certify, budget=budget)
     if target is not None and given.is_first():
         save(list(result.models.values())[-1], target, arch=given.arch_of(model, arch))
     _show(result, report, json_file, strict)

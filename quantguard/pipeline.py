@@ -25,6 +25,7 @@ from .masking import mcnemar
 from .preparing import prepare
 from .recipes import Recipe, recipe_of
 from .results import Evaluation
+from .running import seconds_of
 from .spec import FLOAT_BITS, Threat
 
 
@@ -100,7 +101,7 @@ def compare(models: Mapping[str, nn.Module], loader: Iterable[Any], threat: Thre
             suite: str | Sequence[Any] = "standard", images: int | None = None,
             run_dir: str | os.PathLike[str] | None = None, seed: int = 0,
             device: str | torch.device | None = None, progress: bool = True,
-            certify: bool = False) -> Comparison:
+            certify: bool = False, budget: float | str | None = None) -> Comparison:
     """Evaluate several models on the same images by the same attacks.
 
     Afterwards each model meets the images that broke the others.
@@ -109,12 +110,15 @@ def compare(models: Mapping[str, nn.Module], loader: Iterable[Any], threat: Thre
         models: by name, in the order of the table.
         loader, threat, suite, images, run_dir, seed, device, progress, certify: as
             :func:`quantguard.evaluate`.
+        budget: the same, for each model; what one's time did not suffice for its row lists.
 
     Raises:
         SpecError, DataError, ConversionError: as :func:`quantguard.evaluate`.
     """
     if not models:
         raise SpecError("no models to compare")
+    if budget is not None:
+        seconds_of(budget)  # before any work
     rows = {}
     for number, (name, model) in enumerate(models.items()):
         if progress:
@@ -123,7 +127,7 @@ def compare(models: Mapping[str, nn.Module], loader: Iterable[Any], threat: Thre
         try:
             rows[name] = evaluate(model, loader, threat, suite=suite, images=images, seed=seed,
                                   run_dir=directory, device=device, progress=progress,
-                                  certify=certify)
+                                  certify=certify, budget=budget)
         except ConversionError as error:
             raise ConversionError(f"{name}: {error.what}", error.why, error.fix) from error
     if len({e.image_hash for e in rows.values()}) > 1:
@@ -150,7 +154,8 @@ def ablate(model: nn.Module, train_loader: Iterable[Any], test_loader: Iterable[
            val: Iterable[Any] | None = None, suite: str | Sequence[Any] = "standard",
            images: int | None = None, run_dir: str | os.PathLike[str] | None = None,
            seed: int = 0, device: str | torch.device | None = None,
-           progress: bool = True, certify: bool = False) -> Comparison:
+           progress: bool = True, certify: bool = False,
+           budget: float | str | None = None) -> Comparison:
     """Return the four-way table: float; float + the fine-tune; converted; converted + the same.
 
     What quantization gives is the last row against the second, never against the first.
@@ -160,7 +165,7 @@ def ablate(model: nn.Module, train_loader: Iterable[Any], test_loader: Iterable[
         train_loader, test_loader: for the fine-tunes, and for the figures.
         threat: of both.
         bits, dynamic, recipe, epochs, train, val: as :func:`harden`.
-        suite, images, certify: as :func:`quantguard.evaluate`.
+        suite, images, certify, budget: as :func:`compare`.
         run_dir: keeps the state of every part; the same call again goes on from there.
         seed, device, progress: as elsewhere.
 
@@ -176,6 +181,8 @@ def ablate(model: nn.Module, train_loader: Iterable[Any], test_loader: Iterable[
         raise SpecError("ablate compares float with quantized, and bits=32 is float",
                         fix="Use bits=1 to 8.")
     chosen = recipe_of(recipe)
+    if budget is not None:
+        seconds_of(budget)  # before any work
     if dynamic is None and chosen.certifies:
         dynamic = False
     where = None if run_dir is None else Path(run_dir)
@@ -199,7 +206,7 @@ def ablate(model: nn.Module, train_loader: Iterable[Any], test_loader: Iterable[
                name: converted, f"{name} + fine-tune": rows[f"{name} + fine-tune"]}
     table = compare(ordered, test_loader, threat, suite=suite, images=images,
                     run_dir=None if where is None else where / "evaluation", seed=seed,
-                    device=device, progress=progress, certify=certify)
+                    device=device, progress=progress, certify=certify, budget=budget)
     settings = {"recipe": chosen.to_dict(), "epochs": epochs, "train": train, "seed": seed,
                 "training": training}
     return Comparison(table.rows, table.notes, settings, ordered)

@@ -253,6 +253,8 @@ def test_compare_says_when_there_is_no_float_control(quantized: nn.Module, cnn: 
     assert compared({"a": cnn}, test_loader, images=5).notes == ()
     with pytest.raises(SpecError, match="no models"):
         compared({}, test_loader)
+    with pytest.raises(SpecError, match="no time"):
+        compared({"a": cnn}, test_loader, budget="soon")
 
 
 def test_comparison_json_round_trip_and_save(comparison: Comparison, tmp_path: Path) -> None:

@@ -1,0 +1,101 @@
+"""Does learning thresholds during adversarial training help, or hurt?
+
+    python benchmarks/learned.py [--seeds 0 1 2 3 4] [--bits 2] [--table-only]
+
+Fashion-MNIST, Linf eps 0.1, the LeNet of `fashion_lenet.py`, 11,500 training images, other ones for
+each seed. Trained clean for an epoch, then by `recipe="pgd"` in float for another; from there, and
+from the same calibration, order and random starts, two epochs with fixed thresholds and two with
+learned ones. The first 2,000 test images: clean, and what survives 20 steps of PGD through the
+softened twin on the margin and 20 on cross-entropy; upper bounds. Differences are paired; +- is
+half the 95 % t interval. Each seed writes its own JSON; missing ones are made.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import scipy.stats
+import torch
+from fashion_lenet import lenet
+from torch.utils.data import DataLoader, Subset
+
+import quantguard as qg
+from quantguard.activation import staircases
+from quantguard.attacks import PGD
+from quantguard.data import load_data
+from quantguard.demo import train_clean
+from quantguard.files import write_text
+from quantguard.optimizing import merging
+
+HERE = Path(__file__).parent / "results" / "learned"
+EPS, IMAGES, HELD, TEST = 0.1, 11_500, 500, 2000
+THREAT = qg.Threat(eps=EPS)
+
+
+def run(bits: int, seed: int) -> dict[str, Any]:
+    whole: Any = load_data("fashion-mnist", "train", batch_size=128).dataset
+    start = seed * (IMAGES + HELD)
+    train, held = (DataLoader(Subset(whole, range(a, b)), batch_size=128, shuffle=a == start)
+                   for a, b in ((start, start + IMAGES), (start + IMAGES, start + IMAGES + HELD)))
+    torch.manual_seed(seed)
+    model = lenet()
+    train_clean(model, train, 1)
+    common: dict[str, Any] = {"val": held, "seed": seed, "progress": False}
+    first = qg.harden(model, train, THREAT, bits=32, epochs=1, **common)
+    test, rows = load_data("fashion-mnist", "test", batch_size=250), {}
+    for kind in ("fixed", "learned"):
+        recipe = qg.Recipe("pgd", walk=())
+        hard = qg.harden(first, train, THREAT, bits=bits, dynamic=kind == "learned", recipe=recipe,
+                         epochs=2, **common)
+        found = qg.evaluate(hard, test, THREAT, images=TEST, seed=seed, progress=False, suite=[
+            PGD(loss, 20, twin=(2, 16), seed=seed) for loss in ("margin", "ce")])
+        rows[kind] = {"clean": found.clean_accuracy, "robust": found.robust_accuracy,
+                      "recipe": recipe.to_dict(), "merged": merging(hard), "thresholds": {
+                          name: m.thresholds.tolist() for name, m in staircases(hard).items()}}
+        print(f"{bits} bits, seed {seed}, {kind}: clean {found.clean_accuracy:.1%}, attacked "
+              f"{found.robust_accuracy:.1%}", flush=True)
+    return {"bits": bits, "seed": seed, "rows": rows, "eps": EPS, "images": IMAGES,
+            "held_out": HELD, "test": TEST, "threads": torch.get_num_threads(),
+            "cores": os.cpu_count(), "machine": platform.machine(),
+            "python": platform.python_version(), "torch": version("torch")}
+
+
+def table(bits: int) -> None:
+    rows = [json.loads(f.read_text())["rows"] for f in sorted(HERE.glob(f"{bits}-bits-*.json"))]
+    if len(rows) < 2:
+        print("missing")
+        return
+    for kind in ("clean", "robust"):
+        a, b = ([100 * row[p][kind] for row in rows] for p in ("fixed", "learned"))
+        gain = [y - x for x, y in zip(a, b, strict=True)]
+        half = float(scipy.stats.t.ppf(0.975, len(gain) - 1)) \
+            * statistics.stdev(gain) / len(gain) ** 0.5
+        print(f"{bits} bits, {kind:7} fixed {statistics.mean(a):5.1f}, learned "
+              f"{statistics.mean(b):5.1f}: {statistics.mean(gain):+.2f} +- {half:.2f} "
+              f"({len(rows)} seeds)")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--bits", type=int, default=2)
+    parser.add_argument("--table-only", action="store_true")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    HERE.mkdir(parents=True, exist_ok=True)
+    for seed in args.seeds if not args.table_only else ():
+        target = HERE / f"{args.bits}-bits-{seed}.json"
+        if not target.exists():
+            write_text(target, json.dumps(run(args.bits, seed)))
+    table(args.bits)
+
+
+if __name__ == "__main__":
+    main()
