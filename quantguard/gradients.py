@@ -11,10 +11,17 @@ from torch import Tensor, nn
 from .attacks import PixelModel
 from .certifying import CertifiedObjective
 from .contexts import bypass
-from .crafting import Objective, craft, perturbed, random_start, trains_in_bfloat16
-from .errors import DataError
+from .crafting import (
+    Objective,
+    answers_of,
+    craft,
+    perturbed,
+    random_start,
+    trains_in_bfloat16,
+)
+from .errors import DataError, SpecError
 from .recipes import Recipe
-from .running import duplicate
+from .running import duplicate, evaluating, seeded
 from .spec import Threat
 from .world import World
 
@@ -46,6 +53,27 @@ class Gradients:
         if isinstance(self.objective, Objective) and recipe.distill:
             self.objective.teacher = self._teacher(threat)
         self.parts = 1
+
+    def look(self, pixels: Tensor) -> None:
+        """Stay with float32 where the model does not run on pixels in bfloat16.
+
+        Raises:
+            SpecError: the recipe insists on bfloat16.
+        """
+        if not self.low:
+            return
+        try:
+            with torch.no_grad(), evaluating(self.model), seeded(0):
+                answers_of(self.model, pixels, True)
+        except Exception as error:  # whatever a forward raises on a type it was not made for
+            said = (str(error).strip() or type(error).__name__).splitlines()[0]
+            if self.objective.recipe.precision == "bfloat16":
+                raise SpecError("the model does not run in bfloat16", why=f"It says: {said}",
+                                fix="Use precision=auto or float32.") from error
+            self.low = False
+            if isinstance(self.objective, Objective):
+                self.objective.low = False
+            self.say(f"the model does not run in bfloat16 ({said}): float32 it is, and slower")
 
     def _teacher(self, threat: Threat) -> Callable[[Tensor], Tensor]:
         """Return the float parent's logits as a function of pixels."""

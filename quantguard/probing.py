@@ -79,7 +79,7 @@ class PixelBatches:
 
 def lay_out(model: PixelModel, batches: PixelBatches, pixels: Tensor) -> None:
     """Put convolutions' weights and images in channels-last order, where the model takes that."""
-    if takes_channels_last(model, pixels[:2]):
+    if takes_channels_last(model, pixels):
         order_weights(model, torch.channels_last)
         batches.layout = torch.channels_last
 

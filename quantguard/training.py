@@ -127,7 +127,9 @@ class Trainer:
     def _begin(self, told: dict[str, Any] | None) -> None:
         """Take up what a run directory told, or look at the model as it comes."""
         for batch in self.source.epoch(0, 0):
-            lay_out(self.pixel_model, self.batches, self.batches(batch, 0)[0])
+            pixels = self.batches(batch, 0)[0][:2]
+            lay_out(self.pixel_model, self.batches, pixels)
+            self.gradients.look(pixels)
             break
         if told:
             self._resume(told)

@@ -477,6 +477,32 @@ def test_images_are_laid_out_as_the_model_takes_them_and_weights_come_back(
     assert seen[-1] is not view and model.conv.weight.is_contiguous()
 
 
+class Writes(nn.Module):
+    """Writes a float32 tensor into its features, which bfloat16 ones do not take."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.relu, self.last = nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 10)
+        self.register_buffer("value", torch.ones(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x.flatten(1))
+        y[:, [0]] = self.value
+        return self.last(self.relu(y))  # type: ignore[no-any-return]
+
+
+def test_what_does_not_run_in_bfloat16_trains_in_float32_and_says_so(
+        small: TensorDataset, monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    _, history = trained(Writes().eval(), loader_of(small), epochs=1,
+                         recipe=Recipe("pgd", steps=1))
+    assert any("does not run in bfloat16" in event for event in history.events)
+    with pytest.raises(SpecError, match="does not run in bfloat16"):
+        trained(Writes().eval(), loader_of(small), epochs=1,
+                recipe=Recipe("pgd", steps=1, precision="bfloat16"))
+
+
 # --- what thresholds do ---
 
 
