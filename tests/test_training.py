@@ -492,8 +492,7 @@ class Writes(nn.Module):
 
 
 def test_what_does_not_run_in_bfloat16_trains_in_float32_and_says_so(
-        small: TensorDataset, monkeypatch: pytest.MonkeyPatch,
-        capsys: pytest.CaptureFixture[str]) -> None:
+        small: TensorDataset, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
     _, history = trained(Writes().eval(), loader_of(small), epochs=1,
                          recipe=Recipe("pgd", steps=1))
