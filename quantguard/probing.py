@@ -17,7 +17,6 @@ from .contexts import bypass, listening
 from .errors import DataError
 from .evidence import predict
 from .images import image_tensor
-from .layout import order_weights, takes_channels_last
 from .running import device_of, evaluating, frozen
 from .spec import Threat
 from .world import World
@@ -47,7 +46,6 @@ class PixelBatches:
         self.model, self.threat, self.unlabelled = model, threat, unlabelled
         self.device = device_of(model)
         self.classes: int | None = None
-        self.layout = torch.contiguous_format  # memory order of images, see lay_out
         self.shapes: set[torch.Size] = set()  # of images that the model is known to accept
 
     def __call__(self, batch: Any, number: int,
@@ -65,7 +63,7 @@ class PixelBatches:
         pixels = to_pixels(x.to(self.device, self.model.dtype), self.threat)
         check_images(pixels, self.threat.bounds, where)
         # undoing a normalisation rounds
-        pixels = pixels.clamp(*self.threat.bounds).contiguous(memory_format=self.layout)
+        pixels = pixels.clamp(*self.threat.bounds)
         if pixels.shape[1:] not in self.shapes:
             with evaluating(self.model):
                 self.classes = predict(self.model, pixels[:2], 2, where).shape[1]
@@ -75,13 +73,6 @@ class PixelBatches:
 
     def _check(self, labels: Tensor, where: str) -> None:
         check_labels(labels[labels != -1] if self.unlabelled else labels, self.classes, where)
-
-
-def lay_out(model: PixelModel, batches: PixelBatches, pixels: Tensor) -> None:
-    """Put convolutions' weights and images in channels-last order, where the model takes that."""
-    if takes_channels_last(model, pixels):
-        order_weights(model, torch.channels_last)
-        batches.layout = torch.channels_last
 
 
 class Probed(NamedTuple):

@@ -24,7 +24,7 @@ from .gradients import Gradients
 from .guards import RETRIES, Remedy, collapsed, one_step, remedy
 from .history import Epoch, History
 from .keeping import RunDir
-from .layout import order_weights
+from .layout import order_weights, takes_channels_last
 from .optimizing import Average, merging, parameter_groups
 from .probing import (
     LR_RANGE,
@@ -32,7 +32,6 @@ from .probing import (
     accuracy_under,
     auto_lr,
     copied,
-    lay_out,
     levels_used,
     parent_accuracy,
     probe,
@@ -128,7 +127,8 @@ class Trainer:
         """Take up what a run directory told, or look at the model as it comes."""
         for batch in self.source.epoch(0, 0):
             pixels = self.batches(batch, 0)[0][:2]
-            lay_out(self.pixel_model, self.batches, pixels)
+            if takes_channels_last(self.pixel_model, pixels):
+                order_weights(self.pixel_model, torch.channels_last)
             self.gradients.look(pixels)
             break
         if told:

@@ -95,6 +95,16 @@ def test_weights_lie_where_they_lay_afterwards() -> None:
     assert model.second.weight.is_contiguous(memory_format=torch.channels_last)
 
 
+def test_one_channel_and_single_pixels_follow_too_and_strides_come_back() -> None:
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Conv2d(4, 4, 1))
+    strides, x = [p.stride() for p in model.parameters()], X[:, :1]
+    order_weights(model, torch.channels_last)
+    for y in (model[0](x), model(x)):
+        assert y.is_contiguous(memory_format=torch.channels_last) and not y.is_contiguous()
+    order_weights(model, torch.contiguous_format)
+    assert [p.stride() for p in model.parameters()] == strides
+
+
 def test_an_attack_runs_so_and_counts_no_image_of_the_look() -> None:
     model = net()
     fmodel = FoolboxModel(PixelModel(model, Threat(eps=0.1)))
