@@ -39,8 +39,11 @@ def takes_channels_last(model: nn.Module, images: Tensor) -> bool:
 
     A forward that asks for a view across channels does not run; one that reads memory as it lies
     computes something else. Staircases are bypassed: next to a threshold rounding is a whole level.
+    What torch.compile made would be compiled again for other strides: it stays as it lies.
     """
-    if images.dim() != 4 or not _weights(model):
+    compiled = any(hasattr(m, "_orig_mod") or getattr(m, "_compiled_call_impl", None) is not None
+                   for m in model.modules())
+    if images.dim() != 4 or compiled or not _weights(model):
         return False
     images = images.detach()
     with torch.no_grad(), evaluating(model), bypass(model):

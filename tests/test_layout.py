@@ -84,6 +84,13 @@ def stopped(model: nn.Module, orders: list[bool]) -> None:
         raise RuntimeError("stop")
 
 
+def test_a_compiled_model_is_not_compiled_again() -> None:
+    inside = net()
+    inside.compile(backend="eager")
+    for model in (torch.compile(net(), backend="eager"), nn.Sequential(inside)):
+        assert not takes_channels_last(model, X)
+
+
 def test_weights_lie_where_they_lay_afterwards() -> None:
     model = net()
     orders: list[bool] = []
