@@ -216,8 +216,7 @@ def _attack(fmodel: FoolboxModel, entry: Entry, data: Images, threat: Threat, ba
         criterion = fb.criteria.Misclassification(y)
         counted = _counts(model)
         if minimum:
-            with model.laid_out(x):
-                raw = entry.attack.run(fmodel, x, criterion)
+            raw = entry.attack.run(fmodel, x, criterion)
             # Foolbox answers "none found" with zeros, ours with the image.
             found = (model(raw).argmax(1) != y) & (raw != 0).flatten(1).any(1)
             own += int(found[:size].sum())

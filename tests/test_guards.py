@@ -133,7 +133,7 @@ def test_without_memory_a_batch_goes_through_in_parts_with_the_same_gradient(
         monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     plain = nn.Sequential(nn.Flatten(), nn.Linear(64, 10)).eval()
-    recipe = Recipe("clean", lr=1e-2)
+    recipe = Recipe("clean", lr=1e-2, precision="float32")
     whole, parts = copy.deepcopy(plain), copy.deepcopy(plain)
     fit(whole, loader, Threat(), recipe, epochs=1, progress=False)
     memory_for(20, monkeypatch, error)

@@ -151,7 +151,7 @@ class _Bridged(fb.attacks.base.MinimizationAttack):
         wrapped, restore = ep.astensor_(inputs)
         x, labels, module = wrapped.raw, labels_of(criterion), module_of(model)
         check_images(x, model.bounds, f"inputs of {type(self).__name__}")
-        with frozen(module), module.laid_out(x):
+        with frozen(module):
             found = self._search(module, x, labels, model.bounds)
         return restore(ep.astensor(found))
 
