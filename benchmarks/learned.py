@@ -16,15 +16,13 @@ import argparse
 import json
 import os
 import platform
-import statistics
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import scipy.stats
 import torch
 from fashion_lenet import lenet
-from torch.utils.data import DataLoader, Subset
+from precision import gained, split
 
 import quantguard as qg
 from quantguard.activation import staircases
@@ -40,10 +38,7 @@ THREAT = qg.Threat(eps=EPS)
 
 
 def run(bits: int, seed: int) -> dict[str, Any]:
-    whole: Any = load_data("fashion-mnist", "train", batch_size=128).dataset
-    start = seed * (IMAGES + HELD)
-    train, held = (DataLoader(Subset(whole, range(a, b)), batch_size=128, shuffle=a == start)
-                   for a, b in ((start, start + IMAGES), (start + IMAGES, start + IMAGES + HELD)))
+    train, held = split(seed, IMAGES, HELD)
     torch.manual_seed(seed)
     model = lenet()
     train_clean(model, train, 1)
@@ -74,12 +69,7 @@ def table(bits: int) -> None:
         return
     for kind in ("clean", "robust"):
         a, b = ([100 * row[p][kind] for row in rows] for p in ("fixed", "learned"))
-        gain = [y - x for x, y in zip(a, b, strict=True)]
-        half = float(scipy.stats.t.ppf(0.975, len(gain) - 1)) \
-            * statistics.stdev(gain) / len(gain) ** 0.5
-        print(f"{bits} bits, {kind:7} fixed {statistics.mean(a):5.1f}, learned "
-              f"{statistics.mean(b):5.1f}: {statistics.mean(gain):+.2f} +- {half:.2f} "
-              f"({len(rows)} seeds)")
+        print(f"{bits} bits, {kind:7} fixed and learned: {gained(a, b)}")
 
 
 def main() -> None:

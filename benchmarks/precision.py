@@ -40,12 +40,27 @@ EPS, EPOCHS, HELD, TEST = 0.1, 2, 250, 2000
 NETS = {"LeNet": (lenet, 6_000), "ResNet": (resnet, 3_000)}
 
 
+def split(seed: int, count: int, held: int) -> tuple[DataLoader[Any], DataLoader[Any]]:
+    """Return training and held-out images, other ones for each seed."""
+    whole: Any = load_data("fashion-mnist", "train", batch_size=128).dataset
+    start = seed * (count + held)
+    middle, end = start + count, start + count + held
+    return (DataLoader(Subset(whole, range(start, middle)), batch_size=128, shuffle=True),
+            DataLoader(Subset(whole, range(middle, end)), batch_size=128))
+
+
+def gained(first: list[float], second: list[float]) -> str:
+    """Say both means, and the mean of paired differences with half of its 95 % t interval."""
+    gain = [b - a for a, b in zip(first, second, strict=True)]
+    half = float(scipy.stats.t.ppf(0.975, len(gain) - 1)) \
+        * statistics.stdev(gain) / len(gain) ** 0.5
+    return f"{statistics.mean(first):5.1f} and {statistics.mean(second):5.1f}: " \
+        f"{statistics.mean(gain):+.2f} +- {half:.2f} ({len(gain)} seeds)"
+
+
 def run(net: str, seed: int) -> dict[str, Any]:
     make, count = NETS[net]
-    whole: Any = load_data("fashion-mnist", "train", batch_size=128).dataset
-    start = seed * (count + HELD)
-    train, held = (DataLoader(Subset(whole, range(a, b)), batch_size=128, shuffle=a == start)
-                   for a, b in ((start, start + count), (start + count, start + count + HELD)))
+    train, held = split(seed, count, HELD)
     torch.manual_seed(seed)
     model = make()
     train_clean(model, train, 1)
@@ -77,14 +92,10 @@ def table() -> None:
             continue
         for kind in ("clean", "robust"):
             a, b = ([100 * row[p][kind] for row in rows] for p in ("float32", "bfloat16"))
-            gain = [y - x for x, y in zip(a, b, strict=True)]
-            half = float(scipy.stats.t.ppf(0.975, len(gain) - 1)) \
-                * statistics.stdev(gain) / len(gain) ** 0.5
-            print(f"{net:7} {kind:7} float32 {statistics.mean(a):5.1f}, bfloat16 "
-                  f"{statistics.mean(b):5.1f}: {statistics.mean(gain):+.2f} +- {half:.2f}")
+            print(f"{net:7} {kind:7} float32 and bfloat16: {gained(a, b)}")
         ratio = statistics.median(r["float32"]["cpu_seconds"] / r["bfloat16"]["cpu_seconds"]
                                   for r in rows)
-        print(f"{net:7} {ratio:.2f} times as fast in bfloat16, {len(rows)} seeds")
+        print(f"{net:7} {ratio:.2f} times as fast in bfloat16")
 
 
 def main() -> None:

@@ -45,8 +45,9 @@ class Gradients:
     def __init__(self, model: PixelModel, threat: Threat, recipe: Recipe, whole: bool,
                  device: torch.device, world: World, say: Callable[[str], None]) -> None:
         self.model, self.whole, self.device, self.world, self.say = model, whole, device, world, say
-        self.low = trains_in_bfloat16(recipe, device) and \
-            model.dtype != torch.float64  # who asks for digits gets them
+        # who asks for digits gets them; intervals alone are float32
+        self.low = trains_in_bfloat16(recipe, device) and model.dtype != torch.float64 and \
+            (recipe.attacks or not recipe.certifies)
         self.objective: Objective | CertifiedObjective = \
             CertifiedObjective(model, threat, recipe) if recipe.certifies else \
             Objective(model, threat, recipe, self.low)

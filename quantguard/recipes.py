@@ -77,8 +77,8 @@ class Recipe:
         walk: bits that harden trains at first, each from what the one before has learned; 32 is
             float. They share half of the epochs.
         precision: in which the network runs in training: ``float32``, ``bfloat16``, or ``auto``:
-            bfloat16 where the machine multiplies it faster. Weights, losses and what is probed are
-            float32, and so is all of ``ibp``: its intervals must not round.
+            bfloat16 where the machine multiplies it faster. Weights, losses, what is probed and
+            the intervals of ``ibp`` are float32.
         init: ``interval``: harden draws weights anew, as suits intervals, and places thresholds
             for them: what the model has learned before is lost. The default of ``ibp``: trained
             weights make intervals that are so wide that it learns more from nothing. ``keep``:

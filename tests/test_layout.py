@@ -77,18 +77,18 @@ def test_vectors_do_not_take_it() -> None:
     assert not takes_channels_last(nn.Sequential(nn.Linear(3, 2)), torch.rand(2, 3))
 
 
-def stopped(model: nn.Module, orders: list[bool]) -> None:
-    with channels_last(model):
-        orders += [p.is_contiguous(memory_format=torch.channels_last)
-                   for p in model.parameters() if p.dim() == 4]
-        raise RuntimeError("stop")
-
-
 def test_a_compiled_model_is_not_compiled_again() -> None:
     inside = net()
     inside.compile(backend="eager")
     for model in (torch.compile(net(), backend="eager"), nn.Sequential(inside)):
         assert not takes_channels_last(model, X)
+
+
+def stopped(model: nn.Module, orders: list[bool]) -> None:
+    with channels_last(model):
+        orders += [p.is_contiguous(memory_format=torch.channels_last)
+                   for p in model.parameters() if p.dim() == 4]
+        raise RuntimeError("stop")
 
 
 def test_weights_lie_where_they_lay_afterwards() -> None:
