@@ -247,7 +247,8 @@ def _bound(flat: Flat, model: PixelModel, data: Images, threat: Threat, batch: i
                 return
             rows = chosen[first : first + batch]
             taped = kind == "crown"
-            box = propagate(flat, around(data.pixels[rows], threat, data.snapped), taped,
+            ball = around(data.pixels[rows], threat, data.snapped, brief=not taped)
+            box = propagate(flat, ball, taped,
                             None if taped else functools.partial(state.count, flat))
             gaps = margins(box, data.labels[rows], taped)
             if not taped:

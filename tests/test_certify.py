@@ -116,6 +116,12 @@ def inside(value: Tensor, box: Box, where: str) -> None:
     assert not (v > box.upper).any(), f"{where}: above by {(v - box.upper).max():.3g}"
 
 
+def around_all(wide: Box, narrow: Box, where: str) -> None:
+    """Fail unless bounds enclose others, which may themselves be unknown (NaN)."""
+    for off in (wide.lower.double() - narrow.lower, narrow.upper - wide.upper.double()):
+        assert not (off > 0).any(), f"{where}: narrower, above or below by {off.max():.3g}"
+
+
 def sound(model: nn.Module, pixels: Tensor, threat: qg.Threat, many: int = 64,
           seed: int = 0) -> int:
     """Fail where any node, logit or margin leaves its bounds; return how many points were tried."""
@@ -125,8 +131,12 @@ def sound(model: nn.Module, pixels: Tensor, threat: qg.Threat, many: int = 64,
         labels = run(model, _eaten(pixels, threat)).argmax(1)
         logits = propagate(flat, around(pixels, threat), True, found.__setitem__)
         gaps = [margins(logits, labels, through) for through in (False, True)]
-        plain = propagate(flat, around(pixels, threat))
+        brief: dict[fx.Node, Any] = {}
+        plain = propagate(flat, around(pixels, threat, brief=True), seen=brief.__setitem__)
         gaps.append(margins(plain, labels, False))
+        for node, box in brief.items():
+            if isinstance(box, Box):
+                around_all(box, found[node], f"{node} in {box.lower.dtype}")
         x = points(pixels, threat, many, seed)
         x = torch.cat([x, attacked(model, pixels, labels, threat)])
         many = len(x)
@@ -436,17 +446,37 @@ def test_without_slack_rounding_is_not_within_the_bounds(monkeypatch: pytest.Mon
         sound(model, x, qg.Threat(eps=0.0), 2)
 
 
+def test_bounds_in_float32_are_charged_for_their_own_rounding(
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = _cancelling()
+    sound(model, x, qg.Threat(eps=1e-4), 2)
+    monkeypatch.setattr(steps, "roundings", lambda *_: 0)
+    with pytest.raises(AssertionError, match="float32: narrower"):
+        sound(model, x, qg.Threat(eps=1e-4), 2)
+
+
 def test_overflow_is_never_certified() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
     with torch.no_grad():
         model[0].weight.fill_(1e30)
         model[2].weight.copy_(torch.tensor([[1e30] * 4, [-1e30] * 4]))
     x = torch.full((2, 4), 0.5)
-    flat = flattened(model.eval(), qg.Threat(eps=0.1), None, x)
+    for layers in (model, _normed_overflow()):
+        flat = flattened(layers.eval(), qg.Threat(eps=0.1), None, x)
+        for brief in (False, True):
+            with torch.no_grad():
+                logits = propagate(flat, around(x, qg.Threat(eps=0.1), brief=brief))
+                lower = margins(logits, torch.zeros(2).long(), False)
+            assert lower[:, 1].isnan().all()
+
+
+def _normed_overflow() -> nn.Module:
+    """A sum that overflows, and a BatchNorm that would make it small again."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
     with torch.no_grad():
-        lower = margins(propagate(flat, around(x, qg.Threat(eps=0.1))), torch.zeros(2).long(),
-                        False)
-    assert lower[:, 1].isnan().all()
+        model[0].weight.fill_(3e38)
+        model[1].weight.fill_(1e-38)
+    return model
 
 
 def test_narrowing_goes_inwards_and_not_too_far() -> None:

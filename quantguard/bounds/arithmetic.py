@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from .boxes import Box
-from .steps import Affine
+from .steps import Affine, Normed
 
 # An operation on two numbers rounds once; scalars are rounded to float32 first, and some kernels
 # multiply by a rounded reciprocal.
@@ -63,8 +63,8 @@ def _broadcast(x: Box, constant: Tensor) -> torch.Size:
 
 def scaled(x: Box, factor: Tensor) -> Box:
     same = _broadcast(x, factor) == x.shape[1:]
-    size = factor.abs()
-    return Affine((x,), lambda v: v * factor, lambda v: v * size, terms=FEW, diagonal=same).box()
+    return Affine((x,), lambda v: v * factor.to(v.dtype), lambda v: v * factor.abs().to(v.dtype),
+                  terms=FEW, diagonal=same).box()
 
 
 def _shifted(x: Box, shift: Tensor) -> Box:
@@ -131,66 +131,93 @@ def div(x: Any, y: Any, rounding_mode: Any = None) -> Any:
 
 
 def linear(x: Box, weight: Any, bias: Any = None) -> Box:
+    return _linear(x, weight, bias).box()
+
+
+def _linear(x: Box, weight: Any, bias: Any) -> Affine:
     w = weights(weight)
-    size, square = w.abs(), w.square()
-    return Affine((x,), lambda v: F.linear(v, w), lambda v: F.linear(v, size),
+    return Affine((x,), lambda v: F.linear(v, w.to(v.dtype)),
+                  lambda v: F.linear(v, w.abs().to(v.dtype)),
                   None if bias is None else weights(bias), w.shape[1] + FEW,
-                  squares=lambda v: F.linear(v, square)).box()
+                  squares=lambda v: F.linear(v, w.to(v.dtype).square()))
 
 
 def weights(value: Any) -> Tensor:
     if not isinstance(value, Tensor):
         raise NoRule("weights that depend on the image")
-    return value.detach().double()
+    return value.detach()
 
 
 def convolution(d: int) -> Callable[..., Box]:
+    def conv(x: Box, weight: Any, *args: Any, **settings: Any) -> Box:
+        return _convolution(d, x, weight, *args, **settings).box()
+    return conv
+
+
+def _convolution(d: int, x: Box, weight: Any, bias: Any = None, stride: Any = 1, padding: Any = 0,
+                 dilation: Any = 1, groups: int = 1) -> Affine:
     convolve: Any = getattr(F, f"conv{d}d")
+    if len(x.shape) != d + 2:
+        raise NoRule("an image without a batch dimension")
+    w = weights(weight)
 
-    def conv(x: Box, weight: Any, bias: Any = None, stride: Any = 1, padding: Any = 0,
-             dilation: Any = 1, groups: int = 1) -> Box:
-        if len(x.shape) != d + 2:
-            raise NoRule("an image without a batch dimension")
-        w = weights(weight)
-
-        def by(kernel: Tensor) -> Callable[[Tensor], Tensor]:
-            def apply(v: Tensor) -> Tensor:
-                result: Tensor = convolve(v, kernel, None, stride, padding, dilation, groups)
-                return result
-            return apply
-        return Affine((x,), by(w), by(w.abs()),
-                      None if bias is None else weights(bias).reshape(-1, *[1] * d),
-                      w[0].numel() + FEW, squares=by(w.square())).box()
-    return conv
+    def by(change: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        def apply(v: Tensor) -> Tensor:
+            result: Tensor = convolve(v, change(w.to(v.dtype)), None, stride, padding, dilation,
+                                      groups)
+            return result
+        return apply
+    return Affine((x,), by(lambda kernel: kernel), by(torch.abs),
+                  None if bias is None else weights(bias).reshape(-1, *[1] * d),
+                  w[0].numel() + FEW, squares=by(torch.square))
 
 
-def conv_module(d: int) -> Callable[..., Box]:
-    rule = convolution(d)
+def layer(m: Any, x: Box) -> Box:
+    """Return the box of a linear or convolutional layer."""
+    return _layer(m, x).box()
 
-    def conv(m: Any, x: Box) -> Box:
-        padding = m.padding
-        if m.padding_mode != "zeros":
-            # Repeats pixels: a move, but no injective one.
-            x = moved(x, lambda v: F.pad(v, m._reversed_padding_repeated_twice, m.padding_mode),
-                       injective=False)
-            padding = 0
-        return rule(x, m.weight, m.bias, m.stride, padding, m.dilation, m.groups)
-    return conv
+
+def _layer(m: Any, x: Box) -> Affine:
+    if isinstance(m, nn.Linear):
+        return _linear(x, m.weight, m.bias)
+    padding = m.padding
+    if m.padding_mode != "zeros":
+        # Repeats pixels: a move, but no injective one.
+        x = moved(x, lambda v: F.pad(v, m._reversed_padding_repeated_twice, m.padding_mode),
+                  injective=False)
+        padding = 0
+    return _convolution(m.weight.dim() - 2, x, m.weight, m.bias, m.stride, padding, m.dilation,
+                        m.groups)
 
 
 def batch_norm(x: Box, running_mean: Any, running_var: Any, weight: Any = None, bias: Any = None,
                 training: bool = False, momentum: float = 0.1, eps: float = 1e-5) -> Box:
-    if training or running_mean is None or running_var is None:
+    if training:
         raise NoRule("a BatchNorm that looks at its batch")
-    mean, scale = weights(running_mean), (weights(running_var) + eps).rsqrt()
+    scale, shift, size = _norm(len(x.shape), running_mean, running_var, weight, bias, eps)
+    return Affine((x,), lambda v: v * scale.to(v.dtype), lambda v: v * scale.abs().to(v.dtype),
+                  shift, _NORM, weight_of_bias=size, diagonal=True).box()
+
+
+def normed(m: Any, norm: Any, x: Box) -> Box:
+    """Return the box of a BatchNorm of a layer, in one: nothing else reads the layer's output."""
+    told = _norm(len(x.shape), norm.running_mean, norm.running_var, norm.weight, norm.bias,
+                 norm.eps)
+    return Normed(_layer(m, x), *told, _NORM).box()
+
+
+def _norm(dims: int, running_mean: Any, running_var: Any, weight: Any, bias: Any,
+          eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Return a BatchNorm's factor, its shift, and what the shift's rounding is relative to."""
+    if running_mean is None or running_var is None:
+        raise NoRule("a BatchNorm that looks at its batch")
+    mean, scale = weights(running_mean).double(), (weights(running_var).double() + eps).rsqrt()
     if weight is not None:
         scale = scale * weights(weight)
-    shift = mean.new_zeros(mean.shape) if bias is None else weights(bias)
-    shape = (-1, *[1] * (len(x.shape) - 2))
+    shift = torch.zeros_like(mean) if bias is None else weights(bias).double()
+    shape = (-1, *[1] * (dims - 2))
     scale, mean, shift = (v.reshape(shape) for v in (scale, mean, shift))
-    size = scale.abs()
-    return Affine((x,), lambda v: v * scale, lambda v: v * size, shift - mean * scale, _NORM,
-                  weight_of_bias=shift.abs() + (mean * scale).abs(), diagonal=True).box()
+    return scale, shift - mean * scale, shift.abs() + (mean * scale).abs()
 
 
 def averaged(x: Box, pool: Callable[[Tensor], Tensor], terms: int) -> Box:

@@ -126,6 +126,8 @@ def curved(f: Callable[[Tensor], Tensor], curve: Curve, x: Box) -> Box:
     if not curve.exact:
         size = torch.maximum(lower.abs(), upper.abs()) + curve.floor
         error = _ROUNDINGS * (size if curve.bounded else size + x.size)
+        if error.dtype == torch.float32:  # the bound's own kernel, and the sums below
+            error = error * 2.5
     step = Bent(x, (x.lower, x.upper), (at_left, at_right), curve.turns, error) \
         if curve.straight else None
     return Box(lower - error, upper + error, step)
@@ -133,7 +135,7 @@ def curved(f: Callable[[Tensor], Tensor], curve: Curve, x: Box) -> Box:
 
 def prelu(x: Box, weight: Tensor) -> Box:
     """Return the bounds of a PReLU: straight on both sides of 0, whatever its slopes."""
-    slope = weight.double()
+    slope = weight.to(x.lower.dtype)
     size = 1 + float(slope.abs().max())
     curve = dataclasses.replace(_straight((0.0, 0.0)), floor=size)
     return curved(lambda z: F.prelu(z, slope), curve, x)
@@ -159,11 +161,13 @@ def quantized(module: QuantActivation, x: Box, value: Box | None = None) -> Box:
     if state.action != "quantize":
         raise ConversionError("a softened staircase has no certificate",
                               fix="Leave the context quantguard.soften.")
-    left, right = narrowed(z.lower, up=True), narrowed(z.upper, up=False)
-    crossed = left > right  # rounding noise: no float32 number is between them
-    left, right = (torch.where(crossed, z.lower.float(), left),
-                   torch.where(crossed, z.upper.float(), right))
-    at_left, at_right = module.quantized(left).double(), module.quantized(right).double()
+    left, right = z.lower, z.upper
+    if left.dtype != torch.float32:
+        left, right = narrowed(left, up=True), narrowed(right, up=False)
+        crossed = left > right  # rounding noise: no float32 number is between them
+        left, right = (torch.where(crossed, z.lower.float(), left),
+                       torch.where(crossed, z.upper.float(), right))
+    at_left, at_right = (module.quantized(v).to(z.lower.dtype) for v in (left, right))
     lower, upper = torch.minimum(at_left, at_right), torch.maximum(at_left, at_right)
     step = None
     if state.bits is None:

@@ -6,6 +6,7 @@ traced by torch.fx through everything but torch's own layers and staircases.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import operator
 import random
@@ -25,7 +26,8 @@ from ..kinds import overwrites
 from ..running import duplicate
 from ..spec import Threat
 from ..tracing import place_of
-from .rules import FUNCTIONS, METHODS, MODULES, WRAPPED
+from .arithmetic import normed
+from .rules import FUNCTIONS, LAYERS, METHODS, MODULES, NORMS, WRAPPED
 
 # What asks for shapes is carried out as it is: only where all it is given is known.
 _ASKS = {"size", "dim", "ndimension", "numel"}
@@ -116,6 +118,7 @@ class Flat:
         root: the copy; names in the graph are its.
         nodes: those that the output depends on, in the order in which they run.
         last_use: for each node, the nodes whose values nobody reads after it.
+        normed: the nodes of linear and convolutional layers that a BatchNorm alone reads.
     """
 
     def __init__(self, root: nn.Module, graph: fx.Graph) -> None:
@@ -130,6 +133,13 @@ class Flat:
         for node in reversed(self.nodes):
             self.last_use[node] = [x for x in node.all_input_nodes if x not in seen]
             seen |= set(node.all_input_nodes)
+        self.normed: set[Any] = {
+            node.args[0] for node in self.nodes if self._calls(node, NORMS)
+            and self._calls(node.args[0], LAYERS) and len(node.args[0].users) == 1}
+
+    def _calls(self, node: Any, kinds: tuple[type[nn.Module], ...]) -> bool:
+        return isinstance(node, fx.Node) and node.op == "call_module" \
+            and len(node.args) == 1 and not node.kwargs and type(self.module(node)) in kinds
 
     def digest(self) -> str:
         """Return a hash of all operations and of all numbers that they may use."""
@@ -291,6 +301,9 @@ def _is_view(root: nn.Module, node: fx.Node) -> bool:
 
 def rule_of(flat: Flat, node: fx.Node) -> Callable[..., Any] | None:
     """Return the rule of a node; None where there is none."""
+    layer = node.args[0] if node.args else None
+    if isinstance(layer, fx.Node) and layer in flat.normed:
+        return functools.partial(normed, flat.module(layer), flat.module(node))
     return _rule(flat.root, node)
 
 

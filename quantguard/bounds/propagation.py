@@ -11,7 +11,7 @@ from torch import Tensor, fx
 
 from ..errors import ConversionError
 from ..spec import Threat
-from .boxes import Ball, Box, U
+from .boxes import Ball, Box, U, narrowed
 from .flat import Flat, asked, attribute, node_name, rule_of
 from .rules import apply
 from .steps import dot
@@ -25,17 +25,21 @@ _DOUBLE = 2.0**-52
 _LARGEST_BATCH = 1 << 24
 
 
-def around(pixels: Tensor, threat: Threat, snapped: float = 0.0) -> Box:
+def around(pixels: Tensor, threat: Threat, snapped: float = 0.0, brief: bool = False) -> Box:
     """Return the box of all images that the threat allows.
 
     Args:
         pixels: (N, ...) within the threat's bounds.
         snapped: how far they may be, each pixel, from the images that are meant.
+        brief: work in float32 from here on, where that is sound: Linf, on a CPU. (Convolutions on
+            GPUs may be algorithms that nobody bounds.)
     """
     x, (low, high) = pixels.double(), threat.bounds
     slack = _WIDER * max(abs(low), abs(high), threat.eps) + snapped
     reach = threat.eps + slack
     lower, upper = (x - reach).clamp(min=low - slack), (x + reach).clamp(max=high + slack)
+    if threat.norm == "linf" and brief and pixels.device.type == "cpu":
+        return Box(narrowed(lower, up=False), narrowed(upper, up=True))
     if threat.norm == "linf":
         return Box(lower, upper)
     # An attacker's own sum of squares in float32 may be off, and so may each clipped pixel.
@@ -74,7 +78,8 @@ def propagate(flat: Flat, x: Box, taped: bool = False,
     Args:
         x: bounds of pixels.
         taped: keep what :func:`margins` needs to go back through the whole graph.
-        seen: is told every node and its value, a box or what does not depend on the image.
+        seen: is told every node and its value, a box or what does not depend on the image; but
+            for layers that a BatchNorm alone reads: they are bounded together with it.
         inside: may narrow what a staircase is given: gets its node and arguments.
 
     Raises:
@@ -88,7 +93,7 @@ def propagate(flat: Flat, x: Box, taped: bool = False,
         for box in (value,) if isinstance(value, Box) else ():
             if not taped and box.step is not None and not box.step.affine:
                 box.step = None
-        if seen is not None:
+        if seen is not None and node not in flat.normed:
             seen(node, value)
         values[node] = value
         for unread in flat.last_use[node]:
@@ -113,6 +118,8 @@ def _value(flat: Flat, node: fx.Node, values: dict[fx.Node, Any], x: Box,
         return attribute(flat.root, str(node.target))
     boxes = _boxes(args) or _boxes(settings)
     if boxes and not asked(node):
+        if node in flat.normed:  # comes with its BatchNorm
+            return args[0]
         rule, name = rule_of(flat, node), node_name(flat.root, node)
         if rule is None:
             raise ConversionError(f"{name} cannot be bounded", why="It has no rule.")
@@ -150,7 +157,7 @@ def margins(logits: Box, labels: Tensor, through: bool,
     """
     n, classes = logits.shape
     rows = torch.eye(classes, dtype=torch.float64, device=labels.device)
-    result = logits.lower.new_full((n, classes), torch.inf)
+    result = logits.lower.new_full((n, classes), torch.inf, dtype=torch.float64)
     widest = max((box.lower[0].numel() for box in _history(logits, through)), default=classes)
     per_call = max(1, _LARGEST_BATCH // (n * widest))
     for first in range(0, classes, per_call):

@@ -58,14 +58,14 @@ _average_pools = {d: form.average_pool(d) for d in (1, 2)}
 _adaptive_average_pools = {d: form.adaptive_average(d) for d in (1, 2)}
 _convolutions = {d: num.convolution(d) for d in (1, 2, 3)}
 
+LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+
 # type of a leaf module -> rule(module, inputs...). Exact types: a subclass may compute otherwise.
 MODULES: dict[type[nn.Module], Callable[..., Any]] = {
     QuantActivation: quantized,
-    nn.Linear: lambda m, x: num.linear(x, m.weight, m.bias),
-    nn.Conv1d: num.conv_module(1), nn.Conv2d: num.conv_module(2), nn.Conv3d: num.conv_module(3),
-    nn.BatchNorm1d: lambda m, x: num.batch_norm(x, **_settings(m, _NORM)),
-    nn.BatchNorm2d: lambda m, x: num.batch_norm(x, **_settings(m, _NORM)),
-    nn.BatchNorm3d: lambda m, x: num.batch_norm(x, **_settings(m, _NORM)),
+    **dict.fromkeys(LAYERS, num.layer),
+    **dict.fromkeys(NORMS, lambda m, x: num.batch_norm(x, **_settings(m, _NORM))),
     nn.MaxPool1d: lambda m, x: _max_pools[1](x, **_settings(m, _MAX)),
     nn.MaxPool2d: lambda m, x: _max_pools[2](x, **_settings(m, _MAX)),
     nn.AdaptiveMaxPool1d: lambda m, x: _adaptive_max_pools[1](

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .boxes import FLUSHED, LARGEST, Ball, Box, gamma
+from .boxes import FLUSHED, LARGEST, Ball, Box, gamma, roundings
 
 Map = Callable[..., Tensor]
 
@@ -57,15 +57,18 @@ class Affine:
             lower, upper = (self.linear(*side) for side in ([b.lower for b in inputs],
                                                             [b.upper for b in inputs]))
         else:
-            g = gamma(self.terms)
             centers = [(b.lower + b.upper).mul_(0.5) for b in inputs]
             radii = [(b.upper - b.lower).mul_(0.5) for b in inputs]
             middle = self._shifted(self.linear(*centers))
+            # In float32 the middle rounds as the model does, and so do the ends of the interval;
+            # the radius is a sum of as many terms, none negative.
+            own = roundings(middle.dtype, self.terms)
+            g, flushed = gamma(self.terms + own), FLUSHED * (4 if own else 1)
             # r + g (|c| + r), with nothing in between kept
-            radius = self._off([c.abs().mul_(g).add_(r, alpha=1 + g).add_(FLUSHED)
-                                for c, r in zip(centers, radii, strict=True)])
-            if not bool(radius.amax() < g * LARGEST):
-                radius = torch.where(radius < g * LARGEST, radius, torch.nan)
+            radius = self._off([c.abs().mul_(g).add_(r, alpha=1 + g).add_(flushed)
+                                for c, r in zip(centers, radii, strict=True)], g)
+            if own:
+                radius = radius.mul_(1 + 4 * gamma(own))
             lower, upper = middle - radius, middle + radius
         ball = inputs[0].ball if len(inputs) == 1 else None
         if ball is not None:
@@ -73,14 +76,17 @@ class Affine:
         return Box(lower, upper, self, ball)
 
     def _shifted(self, y: Tensor) -> Tensor:
-        return y if self.bias is None else y + self.bias
+        return y if self.bias is None else y + self.bias.to(y.dtype)
 
-    def _off(self, parts: Sequence[Tensor]) -> Tensor:
-        """Return how far y may be off where its inputs are off by parts and the bias is rounded."""
-        off = self.absolute(*parts) + 2 * self.terms * FLUSHED  # a new tensor, whatever the map
+    def _off(self, parts: Sequence[Tensor], g: float) -> Tensor:
+        """Return how far y may be off where its inputs are off by parts, and its sums by g.
+
+        NaN where a sum may have overflowed; parts are at least g times the inputs.
+        """
+        off = self.absolute(*parts) + 4 * self.terms * FLUSHED  # a new tensor, whatever the map
         if self.weight_of_bias is not None:
-            off = off + gamma(self.terms) * self.weight_of_bias
-        return off
+            off = off.add_((g * self.weight_of_bias).to(off.dtype))
+        return limited(off, g)
 
     def _through(self, ball: Ball, lower: Tensor,
                  upper: Tensor) -> tuple[Tensor, Tensor, Ball | None]:
@@ -91,7 +97,7 @@ class Affine:
         if self.terms:
             g = gamma(self.terms)
             size = ball.center.abs() + ball.radius * ball.scale + ball.error
-            error = self._off([ball.error + g * (size + FLUSHED / g)])
+            error = self._off([ball.error + g * (size + FLUSHED / g)], g)
         else:
             error = self.absolute(ball.error)
         if self.squares is None:
@@ -113,14 +119,54 @@ class Affine:
         if self.terms:
             g = gamma(self.terms)
             # 1 % covers double's rounding of the transposed map, 2^-29 of this a term.
-            error = 1.01 * self._off([g * (b.size + FLUSHED / g) for b in self.inputs])
+            error = 1.01 * self._off([g * (b.size.double() + FLUSHED / g) for b in self.inputs], g)
             constant = constant - dot(a.abs(), error)
         return [p.reshape(n, k, *p.shape[1:]) for p in parts], constant
 
 
+class Normed(Affine):
+    """An affine map, and then a factor and a shift for each channel, in one.
+
+    Args:
+        first: the map; nothing else reads what it gives.
+        scale, shift: broadcast against y.
+        size: what the shift's rounding is relative to.
+        terms: roundings of the second part.
+    """
+
+    def __init__(self, first: Affine, scale: Tensor, shift: Tensor, size: Tensor,
+                 terms: int) -> None:
+        def linear(*parts: Tensor) -> Tensor:
+            y = first.linear(*parts)
+            return y * scale.to(y.dtype)
+
+        def squares(v: Tensor) -> Tensor:
+            assert first.squares is not None
+            return first.squares(v) * scale.square().to(v.dtype)
+        self.first, self.factor = first, scale.abs()
+        if first.bias is not None and first.weight_of_bias is not None:
+            shift = shift + first.bias * scale
+            size = size + first.weight_of_bias * self.factor
+        super().__init__(first.inputs, linear, first.absolute, shift, first.terms + terms,
+                         weight_of_bias=size, squares=first.squares and squares)
+
+    def _off(self, parts: Sequence[Tensor], g: float) -> Tensor:
+        off = self.first._off(parts, g)
+        off = off.mul_(self.factor.to(off.dtype)).add_(4 * self.terms * FLUSHED)
+        assert self.weight_of_bias is not None
+        return limited(off.add_((g * self.weight_of_bias).to(off.dtype)), g)
+
+
+def limited(off: Tensor, g: float) -> Tensor:
+    """Return what rounding may do, NaN where it is so much that a sum may have overflowed."""
+    if bool(off.amax() < g * LARGEST):
+        return off
+    return torch.where(off < g * LARGEST, off, torch.nan)
+
+
 def dot(a: Tensor, x: Tensor) -> Tensor:
     """Return the sums over elements: a (N, K, ...), x (N or 1, ...) -> (N, K)."""
-    rows = x.reshape(x.shape[0], -1, 1).expand(a.shape[0], -1, 1)
+    rows = x.to(a.dtype).reshape(x.shape[0], -1, 1).expand(a.shape[0], -1, 1)
     result: Tensor = torch.bmm(a.flatten(2) if a.dim() > 2 else a.unsqueeze(2), rows).squeeze(2)
     return result
 
