@@ -19,6 +19,9 @@ from .recipes import Recipe
 from .running import evaluating, frozen
 from .spec import Threat
 
+# Layers whose weights autocast casts.
+_CAST = (nn.Linear, nn.modules.conv._ConvNd)
+
 
 def craft(model: nn.Module, pixels: Tensor, labels: Tensor, threat: Threat, recipe: Recipe,
           noise: Tensor | None = None, low: bool = False) -> Tensor:
@@ -36,11 +39,14 @@ def craft(model: nn.Module, pixels: Tensor, labels: Tensor, threat: Threat, reci
     rel_step, steps = recipe.rel_step or 0.0, recipe.steps or 0
     start = random_start(pixels, threat.norm) if noise is None else noise
     x = (pixels + (recipe.noise or 0.0) * threat.eps * start).clamp(*threat.bounds)
-    with evaluating(model), frozen(model), pools_first(model):
+    # autocast casts a weight once, for all steps, if it may get a gradient; none is asked for
+    cast = [p for m in model.modules() if isinstance(m, _CAST) for p in m.parameters(recurse=False)]
+    with evaluating(model), frozen(model, but=cast if low else ()), pools_first(model), \
+            torch.autocast(pixels.device.type, torch.bfloat16, enabled=low):
         answers = None
         if recipe.beta:
             with torch.no_grad():
-                answers = model(pixels).softmax(1)
+                answers = answers_of(model, pixels, False).softmax(1)
         for step in range(steps):
             twin: Any = nullcontext()
             if recipe.sharpness:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .activation import GAP_FLOOR, staircases
 from .errors import SpecError
@@ -47,6 +47,40 @@ def merging(model: nn.Module) -> list[str]:
         if not bool(t.isfinite().all()) or bool((gaps < _MERGED * before).any()):
             found.append(name)
     return found
+
+
+class AdamW(torch.optim.AdamW):
+    """AdamW; on a CPU in one pass over memory, which takes a fifth of the time.
+
+    That pass reads memory as it lies, so gradients and moments are made to lie as weights do.
+    """
+
+    def __init__(self, groups: list[dict[str, Any]], betas: tuple[float, float]) -> None:
+        on_cpu = all(p.device.type == "cpu" and p.is_floating_point()
+                     for group in groups for p in group["params"])
+        super().__init__(groups, betas=betas, fused=on_cpu or None)
+
+    def step(self, closure: Any = None) -> Any:
+        """Take a step."""
+        for parameter in (p for group in self.param_groups for p in group["params"]):
+            if parameter.grad is not None:
+                parameter.grad = _lying_as(parameter, parameter.grad)
+        return super().step(closure)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up the moments of an earlier run, whose weights may have lain otherwise."""
+        super().load_state_dict(state_dict)
+        for parameter, state in self.state.items():
+            for name, value in state.items():
+                if value.shape == parameter.shape:
+                    state[name] = _lying_as(parameter, value)
+
+
+def _lying_as(like: Tensor, value: Tensor) -> Tensor:
+    """Return value in the memory order of another tensor of its shape."""
+    alike = all(a == b for a, b, size in zip(like.stride(), value.stride(), like.shape, strict=True)
+                if size > 1)
+    return value if alike else torch.empty_like(like).copy_(value)
 
 
 class Average:

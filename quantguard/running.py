@@ -9,7 +9,7 @@ import random
 import re
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
@@ -113,9 +113,11 @@ def evaluating(model: nn.Module) -> Iterator[nn.Module]:
 
 
 @contextmanager
-def frozen(model: nn.Module) -> Iterator[nn.Module]:
-    """Hold parameters free of gradients: they cost time, and ``.grad`` must not change."""
-    trained = [p for p in model.parameters() if p.requires_grad]
+def frozen(model: nn.Module, but: Iterable[nn.Parameter] = ()) -> Iterator[nn.Module]:
+    """Hold parameters, but for some, free of gradients: these cost time, ``.grad`` must not change.
+    """
+    left = {id(p) for p in but}
+    trained = [p for p in model.parameters() if p.requires_grad and id(p) not in left]
     try:
         for parameter in trained:
             parameter.requires_grad_(False)

@@ -25,7 +25,7 @@ from .guards import RETRIES, Remedy, collapsed, one_step, remedy
 from .history import Epoch, History
 from .keeping import RunDir
 from .layout import order_weights, takes_channels_last
-from .optimizing import Average, merging, parameter_groups
+from .optimizing import AdamW, Average, merging, parameter_groups
 from .probing import (
     LR_RANGE,
     PixelBatches,
@@ -154,7 +154,7 @@ class Trainer:
         self.lr = lr
         self.parameters = [p for group in groups for p in group["params"]]
         certifies = self.recipe.certifies
-        self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999 if certifies else 0.99))
+        self.optimizer = AdamW(groups, betas=(0.9, 0.999 if certifies else 0.99))
         # the last one is never taken
         steps = max((self.epochs - self.cycle) * self.per_epoch, 2) + 1
         self.schedule: torch.optim.lr_scheduler.LRScheduler

@@ -9,7 +9,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from quantguard import crafting
 from quantguard.attacks import PixelModel
 from quantguard.contexts import soften
 from quantguard.crafting import Objective, craft, perturbed, trains_in_bfloat16
@@ -122,6 +124,34 @@ def test_an_attack_in_bfloat16_is_nearly_as_strong(quantized: nn.Module,
         with torch.no_grad(), soften(quantized, 16):
             losses[low] = float(F.cross_entropy(quantized(found), y))
     assert losses[True] > 0.9 * losses[False]
+
+
+class Casts(TorchDispatchMode):
+    """Count the tensors of a shape that are cast to another type."""
+
+    def __init__(self, shape: torch.Size) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.shape, self.count = shape, 0
+
+    def __torch_dispatch__(self, func: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += "_to_copy" in str(func) and args[0].shape == self.shape
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", ["pgd", "trades"])
+def test_weights_are_cast_once_for_all_steps(monkeypatch: pytest.MonkeyPatch, quantized: nn.Module,
+                                             batch: Digits, name: str) -> None:
+    weight = next(p for p in quantized.parameters() if p.dim() == 4)
+    found, counts = [], []
+    for cast in (crafting._CAST, ()):
+        monkeypatch.setattr(crafting, "_CAST", cast)
+        torch.manual_seed(0)
+        with Casts(weight.shape) as casts:
+            found.append(craft(quantized, *batch, THREAT, Recipe(name, steps=4), low=True))
+        counts.append(casts.count)
+    assert counts == [1, 4]
+    assert torch.equal(*found) and all(p.grad is None for p in quantized.parameters())
+    assert all(p.requires_grad for p in quantized.parameters())
 
 
 @pytest.mark.parametrize("recipe", [Recipe("pgd"), Recipe("trades"), Recipe("pgd", mix=0.5)])
