@@ -179,12 +179,12 @@ def _normalised_or_last(model: nn.Module, inputs: Any) -> set[nn.Module]:
 
 
 def input_of(threat: Threat, bits: int | None) -> InputSpec | None:
-    """Return the staircase on the input: from eps to 1 - eps of the pixel range.
+    """Return the staircase on the input: from eps to 1 - eps of the pixel range; none in L2.
 
     What an attacker moves beyond it, at the edges of the range, changes nothing.
     """
     low, high = threat.bounds[0] + threat.eps, threat.bounds[1] - threat.eps
-    if not bits or not low < high:
+    if not bits or not low < high or threat.norm != "linf":
         return None
     mean, std = tuple(threat.mean or (0.0,)), tuple(threat.std or (1.0,))
     channels = max(len(mean), len(std))

@@ -11,6 +11,8 @@ from torch import Tensor, fx, nn
 from .activation import QuantActivation
 from .spec import InputSpec, QuantSpec
 
+# Up to so many bits its twin is softened; above it is within half a small step of the staircase.
+_FEW_BITS = 4
 # The child of the user's model that holds it.
 NAME = "input_staircase"
 
@@ -45,12 +47,19 @@ class InputStaircase(nn.Module):
         """Return x quantized, in x's shape; itself under ``bypass``, and while calibrating.
 
         Softened, it hands every gradient on as it is: beyond either end it has none of its own, and
-        who climbs would leave a pixel there that could come back into the range.
+        who climbs would leave a pixel there that could come back into the range. Its value then is
+        the twin's; of many levels its own, which is next to it, and known without a sum of as many
+        sigmoids.
         """
-        if self.staircase.in_float:
+        inner = self.staircase
+        if inner.in_float:
             return x
-        y: Tensor = self.staircase(x) + self.low
-        return y.detach() + (x - x.detach()) if self.staircase.softened else y
+        if not inner.softened:
+            return inner(x) + self.low  # type: ignore[no-any-return]
+        with torch.no_grad():
+            y = inner(x) if inner.spec.bits <= _FEW_BITS else \
+                inner.levels(x) * inner.step.reshape(self.low.shape)
+        return y + self.low + (x - x.detach())
 
 
 def is_input(name: str) -> bool:

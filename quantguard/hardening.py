@@ -84,9 +84,9 @@ def harden(model: nn.Module, loader: Iterable[Any], threat: Threat = Threat(), *
         dynamic: learned thresholds; None: as converted already, else True, and False where the
             recipe is ``ibp``, where learning them has not been shown to help.
         recipe: ``pgd``, ``trades``, ``nfgsm``, ``clean``, ``ibp``, or a
-            :class:`quantguard.Recipe`. ``ibp`` trains for a certificate: it starts afresh, puts an
-            8-bit staircase on the input (unless ``Recipe("ibp", init="keep", input_bits=0)``), and
-            keeps the epoch that certifies most held-out images.
+            :class:`quantguard.Recipe`. In Linf the first two and the last put an 8-bit staircase
+            on the input, unless ``input_bits=0``. ``ibp`` trains for a certificate: it starts
+            afresh, unless ``init="keep"``, and keeps the epoch that certifies most held-out images.
         epochs: passes over the loader, in all stages together.
         train: ``all``, or ``thresholds`` for thresholds and steps only.
         val: batches for the probe instead of a held-out slice; never the test set.

@@ -144,11 +144,15 @@ def test_harden_converts_trains_and_writes(model: str, data: str) -> None:
     text = succeeds("harden", model, "--data", data, *HARDEN, "--run-dir", "run")
     assert "wrote model.hardened.qg" in text
     loaded = qg.load("model.hardened.qg")
-    assert {(m.spec.bits, m.spec.dynamic) for m in staircases(loaded).values()} == {(2, True)}
+    assert {(name == "input_staircase.staircase", m.spec.bits, m.spec.dynamic)
+            for name, m in staircases(loaded).items()} == {(True, 8, False), (False, 2, True)}
     assert sorted(os.listdir("run")) == ["metrics.jsonl", "training.pt"]
     succeeds("harden", "model.hardened.qg", "--data", data, *HARDEN, "--train", "thresholds",
              "-o", "again.qg", "--recipe", "nfgsm", "--augment")
-    succeeds("harden", model, "--data", data, *HARDEN, "--bits", "32", "-o", "control.qg")
+    control = "harden", model, "--data", data, *HARDEN, "--bits", "32", "-o", "control.qg"
+    assert "a staircase of 8 bits stands on the input" in succeeds(*control)
+    assert list(staircases(qg.load("control.qg"))) == ["input_staircase.staircase"]
+    succeeds(*control, "--set", "input_bits=0", "--force")
     assert not staircases(qg.load("control.qg"))
 
 

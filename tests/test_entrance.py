@@ -114,6 +114,24 @@ def test_gradients_pass_it_inside_the_range_alone() -> None:
     assert outside.any() and not x.grad[outside].any() and x.grad[~outside].any()
 
 
+@pytest.mark.parametrize("per_channel", [False, True])
+@pytest.mark.parametrize("bits", [1, 4, 5, 8])
+def test_its_twin_is_smooth_up_to_4_bits_and_hands_gradients_on(bits: int,
+                                                                per_channel: bool) -> None:
+    rows = 3 if per_channel else 1
+    spec = InputSpec(bits, (0.1, 0.2, 0.3)[:rows], (0.9, 0.8, 0.7)[:rows])
+    entrance = InputStaircase(spec).eval()
+    x = torch.rand(4, 3, 5, 5).requires_grad_()
+    hard, step = entrance(x), entrance.staircase.step.reshape(-1, 1, 1)
+    for k in (2.0, 64.0):
+        with qg.soften(entrance, k):
+            y = entrance(x)
+        assert ((y - hard).abs() <= (0.501 if k > 2 else 1) * step + 1e-6).all()
+        assert torch.allclose(y, hard, atol=1e-6) is (bits > 4)
+        (gradient,) = torch.autograd.grad((3 * y).sum(), x)
+        assert (gradient == 3).all()
+
+
 @torch.no_grad()
 def test_who_climbs_the_twin_comes_out_of_the_ends() -> None:
     """A pixel near 0 may reach 0.15, and only that breaks it: from 0.05 no gradient leads there."""

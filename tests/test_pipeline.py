@@ -20,6 +20,7 @@ from quantguard import schedule
 from quantguard.activation import staircases
 from quantguard.attacks import PGD
 from quantguard.data import load_data
+from quantguard.entrance import is_input
 from quantguard.errors import ConversionError, DataError, QuantguardError, SpecError
 from quantguard.pipeline import Comparison
 from quantguard.progress import Progress
@@ -49,6 +50,11 @@ def hardened(model: nn.Module, loader: Any, **options: Any) -> nn.Module:
     return qg.harden(model, loader, options.pop("threat", THREAT), **options)
 
 
+def inner(model: nn.Module) -> dict[str, qg.QuantActivation]:
+    """Return the staircases of a model but for the one on its input."""
+    return {name: m for name, m in staircases(model).items() if not is_input(name)}
+
+
 def same_state(one: nn.Module, two: nn.Module) -> bool:
     a, b = one.state_dict(), two.state_dict()
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
@@ -76,8 +82,9 @@ def test_harden_returns_a_copy_of_the_same_class_and_leaves_the_original(
     assert torch.equal(result[0].weight, model[0].weight)
     assert not torch.equal(result[3].weight, model[3].weight)
     assert all(p.grad is None for p in result.parameters())
-    specs = {(m.spec.bits, m.spec.dynamic) for m in staircases(result).values()}
-    assert specs == {(2, True)} and len(staircases(result)) == 4
+    specs = {(m.spec.bits, m.spec.dynamic) for m in inner(result).values()}
+    assert specs == {(2, True)} and len(inner(result)) == 4
+    assert staircases(result)["input_staircase.staircase"].spec.bits == 8
     batch = torch.rand(2, 1, 8, 8)
     assert (result.eval()(batch) - model.eval()(batch)).abs().max() > 0
 
@@ -87,7 +94,7 @@ def test_every_learned_number_moves_and_thresholds_stay_ordered(
     with pytest.warns(UserWarning, match="no probe"):  # without one the last epoch is kept
         result = hardened(cnn, list(loader), recipe=Recipe("pgd", lr=1e-3, threshold_lr=0.05),
                           epochs=2)
-    for module in staircases(result).values():
+    for module in inner(result).values():
         for parameter in (module.shift, module.log_gaps, module.log_step):
             assert (parameter != 0).all()
         t = module.thresholds
@@ -113,11 +120,11 @@ def test_harden_leaves_the_callers_random_numbers(cnn: nn.Module, loader: DataLo
 def test_a_converted_model_is_trained_as_it_is(cnn: nn.Module, loader: DataLoader[Any]) -> None:
     fixed = qg.convert(cnn, 3)
     result = hardened(fixed, loader)
-    assert {(m.spec.bits, m.spec.dynamic) for m in staircases(result).values()} == {(3, False)}
+    assert {(m.spec.bits, m.spec.dynamic) for m in inner(result).values()} == {(3, False)}
     for name, module in staircases(fixed).items():
         assert torch.equal(module.thresholds, staircases(result)[name].thresholds)
-    assert {m.spec.bits for m in staircases(hardened(fixed, loader, bits=3, dynamic=False)).values()
-            } == {3}
+    again = inner(hardened(fixed, loader, bits=3, dynamic=False))
+    assert {m.spec.bits for m in again.values()} == {3}
 
 
 @pytest.mark.parametrize(("bits", "dynamic", "message"), [
@@ -144,8 +151,9 @@ def test_impossible_bits(bits: Any, cnn: nn.Module, loader: DataLoader[Any]) -> 
 
 
 def test_32_bits_are_the_float_control(cnn: nn.Module, loader: DataLoader[Any]) -> None:
-    result = hardened(cnn, loader, bits=32, epochs=2)
+    result = hardened(cnn, loader, bits=32, epochs=2, recipe=Recipe("pgd", lr=1e-3, input_bits=0))
     assert not staircases(result) and [type(m) for m in result] == [type(m) for m in cnn]
+    assert list(staircases(hardened(cnn, loader, bits=32))) == ["input_staircase.staircase"]
     assert not same_state(result, cnn)
     with pytest.raises(SpecError, match="no learnable thresholds"):
         hardened(cnn, loader, bits=32, train="thresholds")
@@ -305,7 +313,7 @@ def test_ablate_has_four_rows_and_pairs_the_last_with_the_second(ablation: Compa
                                                                  cnn: nn.Module) -> None:
     assert list(ablation.rows) == list(ablation.models) == [
         "float", "float + fine-tune", "2-bit dynamic", "2-bit dynamic + fine-tune"]
-    assert [len(staircases(m)) for m in ablation.models.values()] == [0, 0, 4, 4]
+    assert [len(staircases(m)) for m in ablation.models.values()] == [0, 1, 4, 5]
     assert ablation.models["float"] is cnn and ablation.notes == ()
     assert "2-bit dynamic + fine-tune against float + fine-tune:" in str(ablation)
     settings = json.loads(json.dumps(ablation.settings))
