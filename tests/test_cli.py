@@ -194,7 +194,7 @@ def test_ablate_shows_four_rows_and_writes_the_hardened_model(model: str, data: 
     assert list(told["rows"]) == ["float", "float + fine-tune", "2-bit dynamic",
                                   "2-bit dynamic + fine-tune"]
     assert "2-bit dynamic + fine-tune" in text
-    assert len(staircases(qg.load("out.qg"))) == 4
+    assert len(staircases(qg.load("out.qg"))) == 5
 
 
 @pytest.mark.slow
@@ -210,7 +210,7 @@ def test_demo_trains_compares_and_leaves_model_and_reports(here: Path,
     assert "Certified" in text or "certified" in text
     assert sorted(os.listdir("out/demo")) == ["model.certified.qg", "model.hardened.qg",
                                               "report.html", "report.json"]
-    assert len(staircases(qg.load("out/demo/model.hardened.qg"))) == 4
+    assert len(staircases(qg.load("out/demo/model.hardened.qg"))) == 5
 
 
 @pytest.mark.parametrize("name", [pytest.param("report", marks=pytest.mark.slow), "report.htm"])
