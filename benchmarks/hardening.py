@@ -8,12 +8,12 @@
 Fashion-MNIST, Linf eps 0.1. A LeNet (5x5 convolutions 32-64, linear 256; or `resnet`: ResNet-18's
 blocks at quarter width, no pre-activation) is trained clean, then hardened by `recipe="pgd"` with
 EPOCHS epochs in all: a quantized row spends the first half of them in float. `ramp` is the naive
-way at equal cost: the same epochs, the inner attack through the ramp, no stability term, no float
-stage. `ibp` is certified training, from fresh weights, with as many epochs as cost the same; its
-figure is a bracket, proven from below. The standard suite, twin included, attacks the first test
-images, 500 of them (`resnet`: 1,000), once per cell. --try trains a cell with other settings and
-judges it by the quick suite on images that are held out of training: all that was tried is listed,
-and no test image is seen.
+way at equal cost: the same epochs and staircase on the input, the inner attack through the ramp, no
+stability term, no float stage. `ibp` is certified training, from fresh weights, with as many epochs
+as cost the same; its figure is a bracket, proven from below. The standard suite, twin included,
+attacks the first test images, 500 of them (`resnet`: 1,000), once per cell. --try trains a cell
+with other settings and judges it by the quick suite on images that are held out of training: all
+that was tried is listed, and no test image is seen.
 
 Each cell writes its own JSON when it is done, and is resumed where it was interrupted; on a GPU
 give --device cuda.
