@@ -154,6 +154,7 @@ def test_32_bits_are_the_float_control(cnn: nn.Module, loader: DataLoader[Any]) 
     result = hardened(cnn, loader, bits=32, epochs=2, recipe=Recipe("pgd", lr=1e-3, input_bits=0))
     assert not staircases(result) and [type(m) for m in result] == [type(m) for m in cnn]
     assert list(staircases(hardened(cnn, loader, bits=32))) == ["input_staircase.staircase"]
+    assert not staircases(hardened(cnn, loader, bits=32, threat=Threat("l2", 0.5)))  # Linf's alone
     assert not same_state(result, cnn)
     with pytest.raises(SpecError, match="no learnable thresholds"):
         hardened(cnn, loader, bits=32, train="thresholds")
