@@ -17,7 +17,7 @@ from .activation import staircases
 from .attacks import PixelModel
 from .batching import hold_out
 from .certifying import check
-from .conversion import restore, unwrap
+from .conversion import unwrap
 from .entrance import is_input
 from .errors import SpecError
 from .files import write_text
@@ -238,8 +238,6 @@ class Walk:
     def _stage(self, model: nn.Module, bits: int | dict[str, int] | None, epochs: int,
                name: str | None) -> tuple[nn.Module, History]:
         """Convert a model to bits, unless it came converted, and fine-tune it."""
-        if staircases(model) and model is not self.model:
-            model = restore(model)
         before = device_of(model)
         dynamic = None if bits == FLOAT_BITS else self.dynamic
         if self.recipe.certifies:
@@ -247,7 +245,8 @@ class Walk:
         afresh = self.recipe.init == "interval"
         if afresh:
             self._say("weights are drawn anew, as suits intervals; init=keep keeps them")
-        result = prepare(model, self.loader, bits, dynamic, self.recipe, self.threat, self.seed)
+        result = prepare(model, self.loader, bits, dynamic, self.recipe, self.threat, self.seed,
+                         anew=model is not self.model)
         if not self.stages and any(map(is_input, staircases(result))) \
                 and not any(map(is_input, staircases(model))):
             self._say(f"a staircase of {self.recipe.input_bits} bits stands on the input, which "

@@ -17,7 +17,7 @@ from .attacks import logits_of
 from .batches import unpack
 from .certifying import begin_afresh, input_of
 from .contexts import bypass
-from .conversion import convert, with_entrance
+from .conversion import convert, restore, with_entrance
 from .entrance import is_input
 from .errors import DataError, SpecError
 from .recipes import Recipe
@@ -29,10 +29,15 @@ _STATISTICS = 32
 
 
 def prepare(model: nn.Module, loader: Iterable[Any], bits: int | dict[str, int] | None,
-            dynamic: bool | None, recipe: Recipe, threat: Threat, seed: int) -> nn.Module:
+            dynamic: bool | None, recipe: Recipe, threat: Threat, seed: int,
+            anew: bool = False) -> nn.Module:
     """Return the copy that is trained: converted as asked, or as it is converted already.
 
-    Weights that are drawn anew, and a staircase on the input, come before and after that.
+    Weights that are drawn anew, and a staircase on the input, come before and after that. One that
+    is there stays: a float model behind it is converted as any other.
+
+    Args:
+        anew: whether to convert again what is converted already.
 
     Raises:
         SpecError: bits or dynamic contradict the model's conversion.
@@ -40,8 +45,11 @@ def prepare(model: nn.Module, loader: Iterable[Any], bits: int | dict[str, int] 
     if recipe.init == "interval":
         model = copy.deepcopy(model)
         begin_afresh(model, _first(loader, model), seed)
-    entry = None
-    if recipe.input_bits and not any(map(is_input, staircases(model))):
+    found, entry = staircases(model), None
+    if found and (anew or (bits != FLOAT_BITS and all(map(is_input, found)))):
+        converted: Any = model
+        entry, model = converted.quantguard.plan.input, restore(model)
+    if recipe.input_bits and not any(map(is_input, found)):
         entry = input_of(threat, recipe.input_bits)
     result = _prepared(model, loader, bits, dynamic, recipe)
     return result if entry is None else with_entrance(result, entry)

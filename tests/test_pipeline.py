@@ -127,6 +127,17 @@ def test_a_converted_model_is_trained_as_it_is(cnn: nn.Module, loader: DataLoade
     assert {m.spec.bits for m in again.values()} == {3}
 
 
+def test_a_float_control_is_converted_behind_the_staircase_on_its_input(
+        cnn: nn.Module, loader: DataLoader[Any]) -> None:
+    control = hardened(cnn, loader, bits=32)
+    own = control.quantguard.plan.input  # type: ignore[union-attr]
+    for walk in ((), (32,), (32, 8)):
+        recipe = Recipe("pgd", steps=1, lr=1e-3, walk=walk)
+        result = hardened(control, loader, recipe=recipe, epochs=3, threat=Threat(eps=0.2))
+        assert {m.spec.bits for m in inner(result).values()} == {2} and len(inner(result)) == 4
+        assert result.quantguard.plan.input == own  # type: ignore[union-attr]
+
+
 @pytest.mark.parametrize(("bits", "dynamic", "message"), [
     (3, None, "bits=3 contradicts.*bits=2"), (None, False, "dynamic=False contradicts"),
     (32, None, "bits=32 contradicts"), (2, False, "dynamic=False contradicts")])
