@@ -7,13 +7,12 @@
 
 Fashion-MNIST, Linf eps 0.1. A LeNet (5x5 convolutions 32-64, linear 256; or `resnet`: ResNet-18's
 blocks at quarter width, no pre-activation) is trained clean, then hardened by `recipe="pgd"` with
-EPOCHS epochs in all: a quantized row spends the first half of them in float. `ramp` is the naive
-way at equal cost: the same epochs and staircase on the input, the inner attack through the ramp, no
-stability term, no float stage. `ibp` is certified training, from fresh weights, with as many epochs
+EPOCHS epochs. `ramp` is the naive way at equal cost: the same epochs and staircase on the input, the
+inner attack through the ramp, no stability term, the range that calibration finds. `ibp` is certified training, from fresh weights, with as many epochs
 as cost the same; its figure is a bracket, proven from below. The standard suite, twin included,
 attacks the first test images, 500 of them (`resnet`: 1,000), once per cell. --try trains a cell
-with other settings and judges it by the quick suite on images that are held out of training: all
-that was tried is listed, and no test image is seen.
+with other settings and judges it by the quick suite on the 1,000 images that are held out of
+training (the first tries: on 500 of them): all that was tried is listed, and no test image is seen.
 
 Each cell writes its own JSON when it is done, and is resumed where it was interrupted; on a GPU
 give --device cuda.
@@ -45,7 +44,7 @@ from quantguard.recipes import recipe_of
 HERE = Path(__file__).parent / "results" / "hardening"
 EPS, EPOCHS, CLEAN_EPOCHS, HELD = 0.1, 4, 2, 1000
 CERTIFIED_EPOCHS = 8  # a pass through intervals costs two of the network, an attacked one five
-NAIVE: dict[str, Any] = {"sharpness": (), "stability": 0.0, "range_factor": 1.0, "walk": ()}
+NAIVE: dict[str, Any] = {"sharpness": (), "stability": 0.0, "range_factor": 1.0}
 CELLS = ["lenet-32", *(f"lenet-{b}-{kind}" for b in (4, 3, 2, 1) for kind in ("fixed", "dynamic")),
          "lenet-2-fixed-ramp", "lenet-32-ibp", "lenet-4-fixed-ibp", "lenet-2-fixed-ibp",
          "lenet-1-fixed-ibp", "resnet-32", "resnet-2-fixed", "resnet-2-dynamic"]
@@ -144,8 +143,8 @@ def attempt(cell: str, seed: int, settings: dict[str, str], device: str | None,
     target = HERE / "tries" / f"{name}.json"
     if not target.exists():
         model, record = trained(cell, seed, settings, device, f"try-{name}", epochs, eps or EPS)
-        result = qg.evaluate(model, data()[1], qg.Threat(eps=EPS), suite="quick", images=500,
-                             seed=seed, device=device)
+        result = qg.evaluate(model, data()[1], qg.Threat(eps=EPS), suite="quick", seed=seed,
+                             device=device)
         target.parent.mkdir(parents=True, exist_ok=True)
         write_text(target, json.dumps({**record, "settings": told, **machine(),
                                        "evaluation": result.to_dict()}))
@@ -171,8 +170,8 @@ def table() -> None:
     for file in sorted((HERE / "tries").glob("*.json")):
         row = json.loads(file.read_text())
         e = qg.Evaluation.from_dict(row["evaluation"])
-        print(f"tried {row['cell']}, seed {row['seed']}: {row['settings'] or 'defaults'}: held-out "
-              f"clean {e.clean_accuracy:.1%}, quick suite {e.robust_accuracy:.1%}")
+        print(f"tried {row['cell']}, seed {row['seed']}: {row['settings'] or 'defaults'}: {e.images} "
+              f"held-out, clean {e.clean_accuracy:.1%}, quick suite {e.robust_accuracy:.1%}")
 
 
 def main() -> None:

@@ -74,7 +74,8 @@ def decode(grad: Tensor, code: Tensor, table: Tensor, zero: Tensor, axis: int | 
     if not _usable(grad) or (m > _MOST and not simple):
         return False
     views = _flattened(grad, axis, grad, code, *([] if out is None else [out]))
-    targets = (None if out is None else views[2], by_window, by_level)
+    targets = (None if out is None else views[2], by_window,
+               None if by_level is None else _row(by_level))
     sums = (0,) if views[0].dim() < 3 else (0, 2)
     variant = (grad.dtype, code.dtype, 0 if simple else m, views[0].dim(), flat,
                *(v is None for v in targets))
@@ -114,7 +115,7 @@ def bell_gradients(grad: Tensor, x: Tensor, t: Tensor, sharpness: Tensor, step: 
         How many elements were done, as :func:`bell` does.
     """
     return _by_vectors(_bell_gradients, x, (grad, x, out), (t, sharpness, step, zero), hard,
-                       shares, by_level)
+                       shares, _row(by_level))
 
 
 def _by_vectors(function: Callable[..., Any], x: Tensor, tensors: tuple[Tensor | None, ...],
@@ -171,6 +172,11 @@ def _alias(x: Tensor, shape: list[int]) -> Tensor:
 def _aligned(values: Tensor, x: Tensor) -> Tensor:
     """Return a copy of (C, m) values: (C, 1, m) where a dimension follows that of the channels."""
     return (values.unsqueeze(1) if x.dim() == 3 else values).detach().clone()
+
+
+def _row(total: Tensor) -> Tensor:
+    """Return a view of a sum that is no scalar: torch 2.11 computes with scalars and drops them."""
+    return total.reshape(-1)
 
 
 def _run(function: Callable[..., Any], variant: tuple[Any, ...], *args: Any) -> bool:

@@ -25,7 +25,7 @@ from .history import History
 from .preparing import prepare, reestimate
 from .probing import PixelBatches, parent_accuracy
 from .recipes import Recipe, recipe_of, stages
-from .running import device_of, usable_device
+from .running import device_of, duplicate, usable_device
 from .sensitive import costs
 from .spec import FLOAT_BITS, Threat, check_threat
 from .training import fit
@@ -245,15 +245,16 @@ class Walk:
         afresh = self.recipe.init == "interval"
         if afresh:
             self._say("weights are drawn anew, as suits intervals; init=keep keeps them")
-        result = prepare(model, self.loader, bits, dynamic, self.recipe, self.threat, self.seed,
+        where = self.device or world().device
+        there = model
+        if where is not None and before != usable_device(where):  # calibration is faster there, too
+            there = duplicate(model).to(where)
+        result = prepare(there, self.loader, bits, dynamic, self.recipe, self.threat, self.seed,
                          anew=model is not self.model)
         if not self.stages and any(map(is_input, staircases(result))) \
                 and not any(map(is_input, staircases(model))):
             self._say(f"a staircase of {self.recipe.input_bits} bits stands on the input, which "
                       "swallows what eps moves at either end of the range; input_bits=0: none")
-        where = self.device or world().device
-        if where is not None:
-            result.to(usable_device(where))
         if name is not None and model is not self.model:
             reestimate(result, self.loader)
         directory = self.run_dir if self.run_dir is None or name is None else self.run_dir / name

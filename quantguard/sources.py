@@ -25,6 +25,8 @@ Split = Literal["train", "test"]
 DATA_HELP = ("digits | fashion-mnist[:ROOT] | mnist[:ROOT] | cifar10[:ROOT] | imagefolder:DIR "
              "(DIR/train, DIR/val) | npz:FILE (x_train, y_train, x_test, y_test)")
 
+# An image folder is kept in memory, once read, where all its pixels are no more bytes than this.
+_KEPT = 1 << 30
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 
 
@@ -228,8 +230,32 @@ def _imagefolder(root: str | None, split: Split, size: int | None, augment: bool
     except OSError as error:  # torchvision: no class, or a class without images
         raise DataError(f"{folder} does not hold images in class folders",
                         why=str(error)) from error
-    mode = _check_folder([path for path, _ in items.samples], folder, size)
-    return Source(items, 1 if mode == "L" else 3, crop=size is None or size <= 64, flip=True)
+    mode, pixels = _check_folder([path for path, _ in items.samples], folder, size)
+    channels = 1 if mode == "L" else 3
+    small = len(items) * channels * pixels <= _KEPT
+    varied = len(steps) > 1 and isinstance(steps[0], transforms.RandomResizedCrop)
+    return Source(_Kept(items) if small and not varied else items, channels,
+                  crop=size is None or size <= 64, flip=True)
+
+
+class _Kept(Dataset[Any]):
+    """Keep each item of a dataset once it was read: decoding a small image takes as long as a step.
+
+    Args:
+        items: (image, label) by index, always the same ones.
+    """
+
+    def __init__(self, items: Any) -> None:
+        self.items = items
+        self.read: dict[int, tuple[Tensor, int]] = {}
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        if index not in self.read:
+            self.read[index] = self.items[index]
+        return self.read[index]
 
 
 def _check_classes(train: Path, val: Path) -> None:
@@ -245,8 +271,11 @@ def _check_classes(train: Path, val: Path) -> None:
                         fix="A class's number is its place in the sorted names, so both need all.")
 
 
-def _check_folder(paths: list[str], folder: Path, size: int | None) -> str:
-    """Read every image's header; return the one mode, L or RGB, that all of them have."""
+def _check_folder(paths: list[str], folder: Path, size: int | None) -> tuple[str, int]:
+    """Read every image's header; return the one mode, L or RGB, that all have, and their pixels.
+
+    The latter is the number of pixels of one image as it will be given.
+    """
     from PIL import Image
 
     modes: dict[str, list[str]] = {}
@@ -269,7 +298,7 @@ def _check_folder(paths: list[str], folder: Path, size: int | None) -> str:
         raise DataError(f"{folder}: images of {len(sizes)} sizes: {shown}"
                         + (", ..." if len(sizes) > 3 else ""),
                         fix="Give them one: --size 224 (size=224).")
-    return rare[0]
+    return rare[0], math.prod(next(iter(sizes))) if size is None else size * size
 
 
 def _open_image(path: str) -> Any:

@@ -153,13 +153,14 @@ class _Bell(torch.autograd.Function):
                 k: float, hard: bool, axis: int | None) -> Tensor:
         x = _dense(x)
         out = torch.empty_like(x)
-        widths = windows(t, width).widths
+        around = placed(t, step, width, zero, "ramp")
+        widths = around.widths
         needs_x, needs_t, needs_step, *_ = ctx.needs_input_grad
         learned = needs_t or needs_step
         slope = torch.empty_like(x) if needs_x and not learned else None
         sharpness = k / widths
         reach = None
-        if not learned and axis is None and placed(t, step, width, zero, "ramp").computed:
+        if not learned and axis is None and around.computed:
             reach = next((r for r in _REACHES if r >= _SATURATED / k + 2), None)
         done = 0 if axis is not None else fused.bell(x, t, sharpness, step, zero, hard, reach, out,
                                                      slope)

@@ -50,12 +50,14 @@ class Placed(NamedTuple):
 
     Attributes:
         edges: (..., m + 1), between them the windows.
+        widths: (..., m), of the windows.
         slopes: (..., m), dq/dx in each window.
         table: (..., m + 2), the slopes between that below all windows and that above.
         computed: whether t_i is ``step * (i - 1/2 - zero)`` to the bit, i = 1..m, m > 7.
     """
 
     edges: Tensor
+    widths: Tensor
     slopes: Tensor
     table: Tensor
     computed: bool
@@ -63,16 +65,21 @@ class Placed(NamedTuple):
 
 def placed(t: Tensor, step: Tensor, width: Tensor, zero: Tensor, mode: str) -> Placed:
     """Work out the windows and slopes of a staircase; the last ones are kept, by their values."""
-    if t.device.type == "cpu" and t.dim() == 1 and t.dtype == torch.float32:
-        return _kept(tuple(t.tolist()), step.item(), width.item(), zero.item(), mode)
+    if t.device.type != "meta" and t.dim() == 1 and t.dtype == torch.float32:
+        # to wait for a GPU once takes less time than the many small steps of working it out
+        *places, size, window, level = torch.cat(
+            [t, *(v.reshape(1) for v in (step, width, zero))]).tolist()
+        return _kept(tuple(places), size, window, level, mode, t.device)
     return _worked_out(t, step, width, zero, mode)
 
 
 @functools.lru_cache(256)
-def _kept(t: tuple[float, ...], step: float, width: float, zero: float, mode: str) -> Placed:
+def _kept(t: tuple[float, ...], step: float, width: float, zero: float, mode: str,
+          device: torch.device) -> Placed:
     with torch.inference_mode(False), torch.no_grad():
         size, window, level = map(torch.tensor, (step, width, zero))
-        return _worked_out(torch.tensor(t), size, window, level, mode)
+        found = _worked_out(torch.tensor(t), size, window, level, mode)
+        return Placed(*(v.to(device) for v in found[:-1]), found.computed)
 
 
 def _worked_out(t: Tensor, step: Tensor, width: Tensor, zero: Tensor, mode: str) -> Placed:
@@ -87,7 +94,7 @@ def _worked_out(t: Tensor, step: Tensor, width: Tensor, zero: Tensor, mode: str)
     if m > _COMPARE_UP_TO and t.device.type == "cpu":
         regular = size * (torch.arange(1, m + 1) - 0.5 - zero)
         computed = torch.equal(t, regular) and bool(step.min() > _TINY)
-    return Placed(edges, slopes, table, computed)
+    return Placed(edges, widths, slopes, table, computed)
 
 
 def resampled(t: Tensor, step: Tensor, zero: Tensor, width: Tensor,

@@ -58,7 +58,8 @@ def walked(model: nn.Module, loader: Any, **options: Any) -> hardening.Hardened:
 def test_a_quantized_row_starts_from_the_float_stage(cnn: nn.Module, loader: DataLoader[Any],
                                                      tmp_path: Path) -> None:
     before = copy.deepcopy(cnn.state_dict())
-    made = walked(cnn, loader, run_dir=tmp_path)
+    recipe = Recipe("pgd", steps=2, lr=1e-3, walk=(32,))
+    made = walked(cnn, loader, run_dir=tmp_path, recipe=recipe)
     assert [(s.name, s.epochs) for s in made.stages] == [("float", 1), ("2 bits", 1)]
     assert {m.spec.bits for m in inner(made.model).values()} == {2}
     assert all(torch.equal(v, before[k]) for k, v in cnn.state_dict().items())
@@ -69,7 +70,7 @@ def test_a_quantized_row_starts_from_the_float_stage(cnn: nn.Module, loader: Dat
     alone = walked(cnn, loader, recipe=Recipe("pgd", steps=2, lr=1e-3, walk=()), epochs=1)
     assert alone.stages[0].history.epochs[0] != made.stages[1].history.epochs[0]
     # and the same call again reads what is there
-    again = walked(cnn, loader, run_dir=tmp_path)
+    again = walked(cnn, loader, run_dir=tmp_path, recipe=recipe)
     assert all(torch.equal(v, again.model.state_dict()[k])
                for k, v in made.model.state_dict().items())
 
