@@ -1,8 +1,8 @@
 """Does every model convert, and what is left in float?
 
-    python benchmarks/conversion_coverage.py torchvision   # every model, with weights: conversion timed
-    python benchmarks/conversion_coverage.py timm          # every architecture, without weights where it can
-    python benchmarks/conversion_coverage.py families      # one timm model a family, after `timm`: it is run
+    python benchmarks/conversion_coverage.py torchvision  # every model, with weights: timed
+    python benchmarks/conversion_coverage.py timm  # every architecture, without weights if it can
+    python benchmarks/conversion_coverage.py families  # one of a family, after `timm`: it is run
 
 Each prints a row a model and a closing line, and writes benchmarks/results/coverage_<what>.json.
 Rows that are there already are not measured again: an interrupted run goes on where it was.

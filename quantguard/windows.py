@@ -79,7 +79,8 @@ def _kept(t: tuple[float, ...], step: float, width: float, zero: float, mode: st
     with torch.inference_mode(False), torch.no_grad():
         size, window, level = map(torch.tensor, (step, width, zero))
         found = _worked_out(torch.tensor(t), size, window, level, mode)
-        return Placed(*(v.to(device) for v in found[:-1]), found.computed)
+        return Placed(found.edges.to(device), found.widths.to(device), found.slopes.to(device),
+                      found.table.to(device), found.computed)
 
 
 def _worked_out(t: Tensor, step: Tensor, width: Tensor, zero: Tensor, mode: str) -> Placed:
