@@ -49,7 +49,8 @@ RAMP: dict[str, Any] = {"sharpness": (), "stability": 0.0, "range_factor": 1.0}
 CELLS = ["lenet-32",
          *(f"lenet-{b}-{kind}" for b in (4, 3, 2, 1) for kind in ("fixed", "dynamic")),
          "lenet-2-fixed-ramp", "lenet-2-fixed-naive", "lenet-32-ibp", "lenet-4-fixed-ibp",
-         "lenet-2-fixed-ibp", "lenet-1-fixed-ibp", "resnet-32", "resnet-2-fixed", "resnet-2-dynamic"]
+         "lenet-2-fixed-ibp", "lenet-1-fixed-ibp", "resnet-32", "resnet-2-fixed",
+         "resnet-2-dynamic"]
 
 
 class Block(nn.Module):

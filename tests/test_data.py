@@ -388,6 +388,26 @@ def test_imagefolder_augments_train_reproducibly(tmp_path: Path, size: int | Non
     assert torch.equal(test[0][0], test[0][0])
 
 
+@pytest.mark.parametrize(("kept", "times"), [(1 << 30, 1), (0, 2)], ids=["small", "large"])
+def test_imagefolder_reads_a_small_image_once(tmp_path: Path, kept: int, times: int,
+                                              monkeypatch: pytest.MonkeyPatch) -> None:
+    write_folder(tmp_path)
+    read: list[str] = []
+    inner = sources._open_image
+
+    def counted(path: str) -> Any:
+        read.append(path)
+        return inner(path)
+
+    monkeypatch.setattr(sources, "_open_image", counted)
+    monkeypatch.setattr(sources, "_KEPT", kept)
+    loader = load_data(f"imagefolder:{tmp_path}", "test")
+    images, _ = everything(loader)
+    loader.dataset[0][0].zero_()  # who writes to an image has his own
+    assert torch.equal(everything(loader)[0], images)
+    assert len(read) == times * len(images) + (times - 1)
+
+
 def test_imagefolder_structure(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="val does not exist"):
         load_data(f"imagefolder:{tmp_path}", "test")

@@ -323,6 +323,21 @@ def test_smaller_boxes_lie_around_attacked_images_within_the_ball(
     assert qg.certify(made, test, THREAT, method="ibp", progress=False).certified_accuracy > 0.3
 
 
+def test_intervals_are_trained_without_tf32(loader: DataLoader[Any],
+                                            monkeypatch: pytest.MonkeyPatch) -> None:
+    cudnn, seen = torch.backends.cudnn, set()
+    monkeypatch.setattr(cudnn, "allow_tf32", True)
+    inner = CertifiedObjective.intervals
+
+    def intervals(self: CertifiedObjective, *args: Any) -> Any:
+        seen.add(cudnn.allow_tf32)
+        return inner(self, *args)
+
+    monkeypatch.setattr(CertifiedObjective, "intervals", intervals)
+    certified(net(), loader, epochs=1)
+    assert seen == {False} and cudnn.allow_tf32
+
+
 def test_float_has_the_same_recipe(loader: DataLoader[Any]) -> None:
     made = certified(net(), loader, bits=32, epochs=1).model
     assert list(staircases(made)) == ["input_staircase.staircase"]
