@@ -54,7 +54,8 @@ class Recipe:
         name: ``clean``, ``pgd``, ``trades``, ``nfgsm``, or ``ibp``: certified training.
         lr: peak learning rate of AdamW under a one-cycle schedule; None: from the scale of the
             model's own gradients, so that a large pretrained net is not wrecked (``ibp``: 2e-2,
-            falling linearly from 40 % of the steps on).
+            or less where a wide layer has no BatchNorm behind it, falling linearly from 40 %
+            of the steps on).
         threshold_lr: the same for thresholds and steps, relative to the gaps.
         weight_decay: of weights; none on thresholds, biases and norms.
         batch_size: None: the loader's own.

@@ -17,8 +17,7 @@ from torch import Tensor, nn
 from .activation import QuantActivation, staircases
 from .attacks import PixelModel
 from .batching import Source, hold_out
-from .certifying import LR as CERTIFIED_LR
-from .certifying import CertifiedObjective, certified_probe, check, schedule
+from .certifying import CertifiedObjective, certified_probe, check, own_lr, schedule
 from .entrance import is_input
 from .errors import DataError, Interrupted, SpecError
 from .gradients import Gradients
@@ -139,16 +138,16 @@ class Trainer:
         if told:
             self._resume(told)
             return
-        self._prepare(self.recipe.lr or self._own_lr())
+        self._prepare(self.recipe.lr or self._own_lr(pixels))
         self.parent_clean = parent_accuracy(self.pixel_model, self.source.val, self.batches)
         self._note(0, None, 0.0)
         self._keep()
         self.rng = torch.get_rng_state()
         self.started = True
 
-    def _own_lr(self) -> float:
+    def _own_lr(self, pixels: Tensor) -> float:
         if self.recipe.certifies:
-            return CERTIFIED_LR
+            return own_lr(self.pixel_model, pixels)
         if self.train != "all":
             return LR_RANGE[1]
         return auto_lr(self.model, self.source, self.batches, self.gradients.loss, self.world)

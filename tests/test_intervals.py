@@ -17,7 +17,7 @@ import quantguard as qg
 from quantguard import bounds, intervals, training
 from quantguard.activation import QuantActivation, staircases
 from quantguard.attacks import PixelModel
-from quantguard.certifying import CertifiedObjective, begin_afresh, input_of, schedule
+from quantguard.certifying import CertifiedObjective, begin_afresh, input_of, own_lr, schedule
 from quantguard.crafting import craft
 from quantguard.errors import ConversionError, Interrupted, SpecError
 from quantguard.hardening import Hardened, hardened
@@ -209,6 +209,16 @@ def test_weights_are_drawn_anew_by_their_fan_in() -> None:
     other = copy.deepcopy(model)
     begin_afresh(other, inputs, 1)
     assert not torch.equal(other[0].weight, model[0].weight)
+
+
+def test_wide_layers_without_batchnorm_take_smaller_steps() -> None:
+    def rate(*layers: nn.Module) -> float:
+        return own_lr(nn.Sequential(nn.Flatten(), *layers), torch.rand(2, 1, 8, 8))
+
+    last = nn.Linear(64, 10)
+    assert rate(nn.Linear(64, 64), nn.BatchNorm1d(64), nn.ReLU(), last) == rate(last) == 2e-2
+    wide = rate(nn.Linear(64, 6400), nn.ReLU(), nn.Linear(6400, 64), nn.ReLU(), last)
+    assert wide == pytest.approx(0.3 / 80) and wide < rate(nn.Linear(64, 64), nn.ReLU(), last)
 
 
 def test_the_input_keeps_what_eps_leaves_of_the_range() -> None:
