@@ -54,7 +54,8 @@ def load_data(spec: str, split: Split, *, batch_size: int = 128, size: int | Non
     Args:
         spec: one of ``DATA_HELP``. Without ROOT, Fashion-MNIST comes from the Debian package
             ``dataset-fashion-mnist``; otherwise it, MNIST and CIFAR-10 are downloaded to and read
-            from ``~/.cache/quantguard``.
+            from ``~/.cache/quantguard``. An image folder whose pixels are 1 GiB at most stays in
+            memory once it was read.
         split: ``train`` (shuffled) or ``test`` (in order).
         batch_size: images per batch; the last batch may be smaller.
         size: the shorter side is resized to it, then its middle is cropped.

@@ -220,8 +220,8 @@ def _imagefolder(root: str | None, split: Split, size: int | None, augment: bool
         raise DataError(f"{folder} does not exist",
                         fix="An image folder is DIR/train/CLASS/IMAGE and DIR/val/CLASS/IMAGE.")
     _check_classes(Path(root, "train"), Path(root, "val"))
-    steps = [transforms.PILToTensor()]
-    if augment and size is not None and size > 64:
+    steps, varied = [transforms.PILToTensor()], augment and size is not None and size > 64
+    if varied:
         steps = [transforms.RandomResizedCrop(size, scale=(0.35, 1.0)), *steps]
     elif size is not None:
         steps = [transforms.Resize(size), transforms.CenterCrop(size), *steps]
@@ -233,9 +233,8 @@ def _imagefolder(root: str | None, split: Split, size: int | None, augment: bool
     mode, pixels = _check_folder([path for path, _ in items.samples], folder, size)
     channels = 1 if mode == "L" else 3
     small = len(items) * channels * pixels <= _KEPT
-    varied = len(steps) > 1 and isinstance(steps[0], transforms.RandomResizedCrop)
-    return Source(_Kept(items) if small and not varied else items, channels,
-                  crop=size is None or size <= 64, flip=True)
+    return Source(_Kept(items) if small and not varied else items, channels, crop=not varied,
+                  flip=True)
 
 
 class _Kept(Dataset[Any]):
