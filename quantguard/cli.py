@@ -112,7 +112,7 @@ def convert(model: str, arch: str | None, trust: bool, output: str | None, force
 @click.option("--force", is_flag=True, help="Overwrite the output.")
 @click.option("--bits", type=int, help="2 by default, or as converted; 32: a float control.")
 @click.option("--dynamic/--fixed", default=None,
-              help="Learned (default, but for ibp) or constant thresholds.")
+              help="Learned or constant thresholds; constant by default, or as converted.")
 @click.option("--max-clean-drop", type=click.FloatRange(0, 1), metavar="SHARE",
               help="Walk down in bits while clean accuracy falls by no more (0.02: 2 points).")
 @options.THREAT
@@ -253,7 +253,7 @@ def compare(models: tuple[str, ...], arch: str | None, trust: bool, data: str, e
 @click.option("--force", is_flag=True, help="Overwrite the output.")
 @click.option("--bits", type=int, default=2, show_default=True)
 @click.option("--dynamic/--fixed", default=None,
-              help="Learned (default, but for ibp) or constant thresholds.")
+              help="Learned or constant thresholds; constant by default, or as converted.")
 @options.THREAT
 @options.TRAINING
 @options.EVALUATION

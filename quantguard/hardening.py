@@ -81,8 +81,8 @@ def harden(model: nn.Module, loader: Iterable[Any], threat: Threat = Threat(), *
         threat: the attacker to train against, in pixel units; mean and std where the loader
             normalises.
         bits: 1 to 8, or 32 for a float control; None: as converted already, else 2.
-        dynamic: learned thresholds; None: as converted already, else True, and False where the
-            recipe is ``ibp``, where learning them has not been shown to help.
+        dynamic: learned thresholds; None: as converted already, else False: that learning them
+            helps has not been shown (benchmarks/learned.py).
         recipe: ``pgd``, ``trades``, ``nfgsm``, ``clean``, ``ibp``, or a
             :class:`quantguard.Recipe`. In Linf the first two and the last put an 8-bit staircase
             on the input, unless ``input_bits=0``. ``ibp`` trains for a certificate: it starts

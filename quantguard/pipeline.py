@@ -183,8 +183,6 @@ def ablate(model: nn.Module, train_loader: Iterable[Any], test_loader: Iterable[
     chosen = recipe_of(recipe)
     if budget is not None:
         seconds_of(budget)  # before any work
-    if dynamic is None and chosen.certifies:
-        dynamic = False
     where = None if run_dir is None else Path(run_dir)
     rows: dict[str, nn.Module] = {"float": model}
     training: dict[str, Any] = {}

@@ -82,8 +82,7 @@ def _prepared(model: nn.Module, loader: Iterable[Any], bits: int | dict[str, int
     if bits == FLOAT_BITS:
         return copy.deepcopy(model)
     table = bits if isinstance(bits, dict) else {"*": 2 if bits is None else bits}
-    learned = not recipe.certifies if dynamic is None else dynamic
-    specs = {site: QuantSpec(b, learned) for site, b in table.items()}
+    specs = {site: QuantSpec(b, bool(dynamic)) for site, b in table.items()}
     wanted = recipe.range_factor or 1.0
     afresh = recipe.init == "interval"
     if afresh:

@@ -141,7 +141,8 @@ def test_convert_of_a_resnet18_file_converts_17_of_17(here: Path) -> None:
 
 
 def test_harden_converts_trains_and_writes(model: str, data: str) -> None:
-    text = succeeds("harden", model, "--data", data, *HARDEN, "--run-dir", "run")
+    text = succeeds("harden", model, "--data", data, *HARDEN, "--dynamic", "--run-dir",
+                    "run")
     assert "wrote model.hardened.qg" in text
     loaded = qg.load("model.hardened.qg")
     assert {(name == "input_staircase.staircase", m.spec.bits, m.spec.dynamic)
@@ -188,8 +189,8 @@ def test_compare_shows_a_row_a_model(model: str, converted: str) -> None:
 
 @pytest.mark.slow
 def test_ablate_shows_four_rows_and_writes_the_hardened_model(model: str, data: str) -> None:
-    text = succeeds("ablate", model, "--data", data, *HARDEN, "--suite", "quick", "--images", "8",
-                    "-o", "out.qg", "--json", "a.json", "--run-dir", "run")
+    text = succeeds("ablate", model, "--data", data, *HARDEN, "--dynamic", "--suite", "quick",
+                    "--images", "8", "-o", "out.qg", "--json", "a.json", "--run-dir", "run")
     told = json.loads(Path("a.json").read_text())
     assert list(told["rows"]) == ["float", "float + fine-tune", "2-bit dynamic",
                                   "2-bit dynamic + fine-tune"]

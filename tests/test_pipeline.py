@@ -83,7 +83,7 @@ def test_harden_returns_a_copy_of_the_same_class_and_leaves_the_original(
     assert not torch.equal(result[3].weight, model[3].weight)
     assert all(p.grad is None for p in result.parameters())
     specs = {(m.spec.bits, m.spec.dynamic) for m in inner(result).values()}
-    assert specs == {(2, True)} and len(inner(result)) == 4
+    assert specs == {(2, False)} and len(inner(result)) == 4
     assert staircases(result)["input_staircase.staircase"].spec.bits == 8
     batch = torch.rand(2, 1, 8, 8)
     assert (result.eval()(batch) - model.eval()(batch)).abs().max() > 0
@@ -93,7 +93,7 @@ def test_every_learned_number_moves_and_thresholds_stay_ordered(
         cnn: nn.Module, loader: DataLoader[Any]) -> None:
     with pytest.warns(UserWarning, match="no probe"):  # without one the last epoch is kept
         result = hardened(cnn, list(loader), recipe=Recipe("pgd", lr=1e-3, threshold_lr=0.05),
-                          epochs=2)
+                          epochs=2, dynamic=True)
     for module in inner(result).values():
         for parameter in (module.shift, module.log_gaps, module.log_step):
             assert (parameter != 0).all()
@@ -317,8 +317,8 @@ def test_compare_resumes_each_row_in_a_place_of_its_own(
 
 @pytest.fixture(scope="module")
 def ablation(cnn: nn.Module, loader: DataLoader[Any], test_loader: DataLoader[Any]) -> Comparison:
-    return qg.ablate(cnn, loader, test_loader, THREAT, recipe=FAST, epochs=1, suite=SUITE,
-                     progress=False)
+    return qg.ablate(cnn, loader, test_loader, THREAT, dynamic=True, recipe=FAST, epochs=1,
+                     suite=SUITE, progress=False)
 
 
 def test_ablate_has_four_rows_and_pairs_the_last_with_the_second(ablation: Comparison,
