@@ -41,7 +41,8 @@ model = small_cnn().eval()
 loader = load_data("digits", "train", batch_size=64)
 where, epochs, out = sys.argv[1:]
 hardened = qg.harden(model, loader, qg.Threat(eps=0.1), dynamic=True,
-                     recipe=qg.Recipe("pgd", lr=2e-3), epochs=int(epochs), run_dir=where, seed=0, progress=False)
+                     recipe=qg.Recipe("pgd", lr=2e-3), epochs=int(epochs),
+                     run_dir=where, seed=0, progress=False)
 torch.save(hardened.state_dict(), out)
 """
 
