@@ -253,7 +253,7 @@ def compare(models: tuple[str, ...], arch: str | None, trust: bool, data: str, e
 @click.option("--force", is_flag=True, help="Overwrite the output.")
 @click.option("--bits", type=int, default=2, show_default=True)
 @click.option("--dynamic/--fixed", default=None,
-              help="Learned or constant thresholds; constant by default, or as converted.")
+              help="Learned or constant thresholds (constant by default).")
 @options.THREAT
 @options.TRAINING
 @options.EVALUATION

@@ -22,7 +22,7 @@ def parameter_groups(model: nn.Module, recipe: Recipe, lr: float,
     if train == "thresholds" and not thresholds:
         raise SpecError("train='thresholds', but the model has no learnable thresholds",
                         why="Its staircases are fixed, or it has none.",
-                        fix="Convert with dynamic=True, or use train='all'.")
+                        fix="Use dynamic=True (--dynamic), or train='all' (--train all).")
     weights = [p for p in model.parameters()
                if p.requires_grad and id(p) not in thresholds and train == "all"]
     groups = [group for group in (

@@ -224,9 +224,12 @@ def copied(inputs: Any) -> Any:
 def environment(device: torch.device) -> dict[str, str]:
     """Return the versions and the machine that a result depends on."""
     import importlib.metadata as metadata
+    place = str(device)
+    if device.type == "cuda":
+        place += f", {torch.cuda.get_device_name(device)}"
     versions = {name: metadata.version(name) for name in ("torch", "foolbox", "numpy")}
     return {"python": platform.python_version(), **versions, "quantguard": version(),
-            "machine": f"{platform.machine()}, {os.cpu_count()} cores", "device": str(device),
+            "machine": f"{platform.machine()}, {os.cpu_count()} cores", "device": place,
             "threads": str(torch.get_num_threads())}
 
 
