@@ -4,17 +4,21 @@
     python benchmarks/certify.py --net wide --epochs 28 --bits 2
     python benchmarks/certify.py --epochs 6 --seeds 0 --set lr=1e-2 --name slower
     python benchmarks/certify.py --data mnist:FOLDER --eps 0.3 --epochs 8 --bits 2
+    python benchmarks/certify.py --data mnist:FOLDER --eps 0.1 --train-eps 0.2 --net wide --bits 2
+    python benchmarks/certify.py --net wide --epochs 28 --bits 2 --committee 3
     python benchmarks/certify.py --epochs 6 --bits 2 --dynamic      # thresholds are learned
     python benchmarks/certify.py --data imagefolder:FOLDER --eps 8/255 --net deep --augment --bits 2
     python benchmarks/certify.py --table-only
 
 Nets: `small`: 4x4 convolutions of stride 2 with 16 and 32 channels, linear 128; `wide`: 32 and 64,
-linear 256; `deep`: a 3x3 convolution before each of those; layers without bias, then BatchNorm and
-ReLU, which `recipe="ibp"` converts. Every setting is the recipe's own, the same for all bits; the
-epoch is chosen by what intervals certify of a held-out twentieth of the training set. Certified:
-`qg.certify`, method "ibp", on all 10,000 test images. Attacked: `qg.evaluate`'s standard suite on
-the first 500: an upper bound. Each cell writes its own JSON when it is done, and is resumed where
-it was interrupted. Minutes are of this machine, whatever else runs on it.
+linear 256; `deep`: a 3x3 convolution before each of those; `cnn7`: 3x3 with 64, 64, 128, 128 and
+128 channels, linear 512; layers without bias, then BatchNorm and ReLU, which `recipe="ibp"`
+converts. Every setting is the recipe's own, the same for all bits; the epoch is chosen by what
+intervals certify of a held-out twentieth of the training set. Certified: `qg.certify`, method
+"ibp", on all 10,000 test images. Attacked: `qg.evaluate`'s standard suite on the first 500: an
+upper bound. --committee N: seed s is one net that averages the logits of the cells of seeds N s to
+N s + N - 1, whose minutes it adds up. Each cell writes its own JSON when it is done, and is resumed
+where it was interrupted. Minutes are of this machine, whatever else runs on it.
 """
 
 from __future__ import annotations
@@ -25,6 +29,7 @@ import os
 import platform
 import statistics
 import time
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from importlib.metadata import version
 from pathlib import Path
@@ -32,7 +37,7 @@ from typing import Any
 
 import torch
 from scipy import stats
-from torch import nn
+from torch import Tensor, nn
 
 import quantguard as qg
 from quantguard.data import load_data
@@ -45,7 +50,8 @@ BATCH = 256
 # (channels, kernel, stride) of convolutions, and the width of the linear layer
 NETS: dict[str, tuple[list[tuple[int, int, int]], int]] = {
     "small": ([(16, 4, 2), (32, 4, 2)], 128), "wide": ([(32, 4, 2), (64, 4, 2)], 256),
-    "deep": ([(32, 3, 1), (32, 4, 2), (64, 3, 1), (64, 4, 2)], 256)}
+    "deep": ([(32, 3, 1), (32, 4, 2), (64, 3, 1), (64, 4, 2)], 256),
+    "cnn7": ([(64, 3, 1), (64, 3, 1), (128, 3, 2), (128, 3, 1), (128, 3, 1)], 512)}
 
 
 def network(net: str, channels: int = 1, side: int = 28) -> nn.Module:
@@ -61,49 +67,117 @@ def network(net: str, channels: int = 1, side: int = 28) -> nn.Module:
         nn.BatchNorm1d(hidden), nn.ReLU(), nn.Linear(hidden, 10))
 
 
+class Committee(nn.Module):
+    """Average the logits of nets that end in a linear layer.
+
+    Their last layers are one over all features, so that bounds see the differences of its rows.
+    """
+
+    def __init__(self, members: list[nn.Module]) -> None:
+        super().__init__()
+        names = [[n for n, m in member.named_children() if isinstance(m, nn.Linear)][-1]
+                 for member in members]
+        lasts: list[Any] = [m.get_submodule(n) for m, n in zip(members, names, strict=True)]
+        self.last = nn.Linear(sum(last.in_features for last in lasts), lasts[0].out_features)
+        with torch.no_grad():
+            self.last.weight.copy_(torch.cat([last.weight for last in lasts], 1) / len(lasts))
+            self.last.bias.copy_(torch.stack([last.bias for last in lasts]).mean(0))
+        for member, name in zip(members, names, strict=True):
+            setattr(member, name, nn.Identity())
+        self.members = nn.ModuleList(members)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(torch.cat([member(x) for member in self.members], 1))  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """Say what is trained; its files are called by it."""
+
+    data: str
+    eps: float
+    train_eps: float | None
+    net: str
+    bits: int
+    epochs: int
+    dynamic: bool
+    augment: bool
+    committee: int
+    settings: dict[str, str]
+    said: str  # what the settings are called
+
+    def name(self, seed: int) -> str:
+        kind = called(self.data)
+        return "-".join(filter(None, (
+            "" if (kind, self.eps) == ("fashion-mnist", 0.1) else f"{kind}-{self.eps:g}",
+            f"from{self.train_eps:g}" if self.train_eps else "", self.net, str(self.bits),
+            "dynamic" * self.dynamic, f"{self.epochs}epochs", self.said,
+            f"committee{self.committee}" if self.committee else "", f"seed{seed}")))
+
+
 def called(data: str) -> str:
     """Return what a DATA spec is called in files and tables."""
     kind, _, where = data.partition(":")
     return Path(where).stem if kind in ("imagefolder", "npz") else kind
 
 
-def measure(name: str, data: str, eps: float, net: str, bits: int, seed: int, epochs: int,
-            dynamic: bool, augment: bool, settings: dict[str, str], attack: bool,
-            device: str | None) -> None:
+def measure(cell: Cell, seed: int, attack: bool, device: str | None) -> None:
+    name = cell.name(seed)
     target = HERE / f"{name}.json"
     if target.exists():
         return
-    threat, recipe = qg.Threat(eps=eps), recipe_of("ibp", settings)
-    train = load_data(data, "train", batch_size=BATCH, augment=augment)
-    channels, _, side = train.dataset[0][0].shape
-    begin = time.monotonic()
-    torch.manual_seed(seed)
-    made = hardened(network(net, channels, side), train, threat, bits=bits,
-                    dynamic=dynamic or None, recipe=recipe, epochs=epochs, train="all", val=None,
-                    run_dir=HERE / "work" / name, seed=seed, device=device, progress=True)
-    seconds = time.monotonic() - begin
-    test = load_data(data, "test", batch_size=500)
-    certificate = qg.certify(made.model, test, threat, method="ibp", device=device)
+    threat = qg.Threat(eps=cell.eps)
+    if cell.committee:
+        model, record = together(cell, seed, device)
+    else:
+        model, record = trained(cell, seed, device)
+    test = load_data(cell.data, "test", batch_size=500)
+    certificate = qg.certify(model, test, threat, method="ibp", device=device)
     told = certificate.to_dict()
     for each in ("lower", "correct_images"):  # 10,000 numbers each; who is certified stays
         del told[each]
-    record: dict[str, Any] = {
-        "data": called(data), "augment": augment, "eps": eps, "net": net, "bits": bits,
-        "dynamic": dynamic, "seed": seed, "epochs": epochs,
-        "recipe": recipe.to_dict(), "train_seconds": seconds, **made.to_dict(),
-        "certificate": told, "python": platform.python_version(),
-        "torch": version("torch"), "machine": platform.machine(), "cores": os.cpu_count(),
-        "threads": torch.get_num_threads()}
+    record |= {"data": called(cell.data), "augment": cell.augment, "eps": cell.eps,
+               "net": cell.net, "bits": cell.bits, "dynamic": cell.dynamic, "seed": seed,
+               "epochs": cell.epochs, "certificate": told, "python": platform.python_version(),
+               "torch": version("torch"), "machine": platform.machine(), "cores": os.cpu_count(),
+               "threads": torch.get_num_threads()}
     if attack:
-        result = qg.evaluate(made.model, test, threat, images=500, seed=seed, device=device,
+        result = qg.evaluate(model, test, threat, images=500, seed=seed, device=device,
                              run_dir=HERE / "work" / name / "evaluation")
         broken = certificate.certified[:500] & ~result.survived
         assert not broken.any(), f"{int(broken.sum())} certified images were broken"
         record["certified_of_first"] = int(certificate.certified[:500].sum())
         record["evaluation"] = result.to_dict()
     target.parent.mkdir(parents=True, exist_ok=True)
-    qg.save(made.model, HERE / "work" / f"{name}.qg")
+    if not cell.committee:
+        qg.save(model, HERE / "work" / f"{name}.qg")
     write_text(target, json.dumps(record))
+
+
+def trained(cell: Cell, seed: int, device: str | None) -> tuple[nn.Module, dict[str, Any]]:
+    recipe, eps = recipe_of("ibp", cell.settings), cell.train_eps or cell.eps
+    train = load_data(cell.data, "train", batch_size=BATCH, augment=cell.augment)
+    channels, _, side = train.dataset[0][0].shape
+    begin = time.monotonic()
+    torch.manual_seed(seed)
+    made = hardened(network(cell.net, channels, side), train, qg.Threat(eps=eps), bits=cell.bits,
+                    dynamic=cell.dynamic or None, recipe=recipe, epochs=cell.epochs, train="all",
+                    val=None, run_dir=HERE / "work" / cell.name(seed), seed=seed, device=device,
+                    progress=True)
+    return made.model, {"recipe": recipe.to_dict(), "trained_eps": eps,
+                        "train_seconds": time.monotonic() - begin, **made.to_dict()}
+
+
+def together(cell: Cell, seed: int, device: str | None) -> tuple[nn.Module, dict[str, Any]]:
+    alone = replace(cell, committee=0)
+    seeds = [seed * cell.committee + i for i in range(cell.committee)]
+    for each in seeds:
+        measure(alone, each, False, device)
+    rows = [json.loads((HERE / f"{alone.name(each)}.json").read_text()) for each in seeds]
+    members = [qg.load(HERE / "work" / f"{alone.name(each)}.qg") for each in seeds]
+    return Committee(members).eval(), {
+        "members": seeds, "recipe": rows[0]["recipe"], "trained_eps": rows[0]["trained_eps"],
+        "train_seconds": sum(row["train_seconds"] for row in rows)}
 
 
 def table() -> None:
@@ -129,7 +203,8 @@ def paired(rows: list[dict[str, Any]]) -> None:
     def key(row: dict[str, Any]) -> tuple[Any, ...]:
         return row.get("data", "fashion-mnist"), row["eps"], row["net"], row["epochs"], row["seed"]
     usual = recipe_of("ibp").to_dict()
-    plain = [row for row in rows if not row.get("dynamic")
+    plain = [row for row in rows if not row.get("dynamic") and not row.get("members")
+             and row.get("trained_eps", row["eps"]) == row["eps"]
              and all(usual[k] == v for k, v in row["recipe"].items())]
     by_float = {key(row): row["certificate"]["certified"] for row in plain if row["bits"] == 32}
     for bits in sorted({row["bits"] for row in plain} - {32}):
@@ -149,7 +224,10 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--data", default="fashion-mnist")
     parser.add_argument("--eps", type=lambda text: float(Fraction(text)), default=0.1)
+    parser.add_argument("--train-eps", type=lambda text: float(Fraction(text)),
+                        help="default: as certified")
     parser.add_argument("--net", default="small", choices=NETS)
+    parser.add_argument("--committee", type=int, default=0, metavar="N")
     parser.add_argument("--augment", action="store_true")
     parser.add_argument("--bits", type=int, nargs="*", default=[2, 32])
     parser.add_argument("--dynamic", action="store_true")
@@ -168,14 +246,10 @@ def main() -> None:
         torch.set_num_threads(args.threads)
     for seed in args.seeds if not args.table_only else ():
         for bits in args.bits:
-            kind = called(args.data)
-            what = "" if (kind, args.eps) == ("fashion-mnist", 0.1) else f"{kind}-{args.eps:g}"
-            kind = "dynamic" * args.dynamic
-            name = "-".join(filter(None, (what, args.net, str(bits), kind,
-                                          f"{args.epochs}epochs", args.name, f"seed{seed}")))
-            measure(name, args.data, args.eps, args.net, bits, seed, args.epochs, args.dynamic,
-                    args.augment, dict(s.split("=", 1) for s in args.settings),
-                    not args.no_attack, args.device)
+            measure(Cell(args.data, args.eps, args.train_eps, args.net, bits, args.epochs,
+                         args.dynamic, args.augment, args.committee,
+                         dict(s.split("=", 1) for s in args.settings), args.name),
+                    seed, not args.no_attack, args.device)
     table()
 
 

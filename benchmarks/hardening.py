@@ -5,15 +5,17 @@
     python benchmarks/hardening.py --try lr=1e-3 stability=3 --cells lenet-2-fixed
     python benchmarks/hardening.py --table-only
 
-Fashion-MNIST, Linf eps 0.1. A LeNet (5x5 convolutions 32-64, linear 256; or `resnet`: ResNet-18's
-blocks at quarter width, no pre-activation) is trained clean, then hardened by `recipe="pgd"` with
-EPOCHS epochs. `ramp` is the same net at equal cost with the staircase on the input, but the inner
-attack through the ramp, no stability term, and the range that calibration finds; `naive` has no
-staircase on the input either. `ibp` is certified training, from fresh weights, with as many epochs
-as cost the same; its figure is a bracket, proven from below. The standard suite, twin included,
-attacks the first test images, 500 of them (`resnet`: 1,000), once per cell. --try trains a cell
-with other settings and judges it by the quick suite on the 1,000 images that are held out of
-training (the first tries: on 500 of them): all that was tried is listed, and no test image is seen.
+Fashion-MNIST, Linf eps 0.1. A LeNet (5x5 convolutions 32-64, linear 256; `wide`: twice as many of
+each; `resnet`: ResNet-18's blocks at quarter width, no pre-activation) is trained clean, then
+hardened by `recipe="pgd"` with EPOCHS epochs. `ramp` is the same net at equal cost with the
+staircase on the input, but the inner attack through the ramp, no stability term, and the range that
+calibration finds; `naive` has no staircase on the input either; `walk` spends half of the epochs on
+the float net first, which is what the held-out slice prefers for `resnet`. `ibp` is certified
+training, from fresh weights, with as many epochs as cost the same; its figure is a bracket, proven
+from below. The standard suite, twin included, attacks the first test images, 500 of them (`resnet`:
+1,000), once per cell. --try trains a cell with other settings and judges it by the quick suite on
+the 1,000 images that are held out of training (the first tries: on 500 of them): all that was tried
+is listed, and no test image is seen.
 
 Each cell writes its own JSON when it is done, and is resumed where it was interrupted; on a GPU
 give --device cuda.
@@ -49,8 +51,8 @@ RAMP: dict[str, Any] = {"sharpness": (), "stability": 0.0, "range_factor": 1.0}
 CELLS = ["lenet-32",
          *(f"lenet-{b}-{kind}" for b in (4, 3, 2, 1) for kind in ("fixed", "dynamic")),
          "lenet-2-fixed-ramp", "lenet-2-fixed-naive", "lenet-32-ibp", "lenet-4-fixed-ibp",
-         "lenet-2-fixed-ibp", "lenet-1-fixed-ibp", "resnet-32", "resnet-2-fixed",
-         "resnet-2-dynamic"]
+         "lenet-2-fixed-ibp", "lenet-1-fixed-ibp", "wide-32", "wide-2-fixed",
+         "resnet-32", "resnet-2-fixed", "resnet-2-dynamic", "resnet-2-fixed-walk"]
 
 
 class Block(nn.Module):
@@ -78,6 +80,13 @@ def resnet() -> nn.Module:
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(before, 10))
 
 
+def wide() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(1, 64, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Conv2d(64, 128, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Flatten(), nn.Linear(6272, 512), nn.ReLU(), nn.Linear(512, 10))
+
+
 def data(batch: int = 128) -> tuple[DataLoader[Any], DataLoader[Any]]:
     """Return what is trained on, and what tries are judged by: the last training images."""
     whole: Any = load_data("fashion-mnist", "train", batch_size=batch).dataset
@@ -89,7 +98,7 @@ def data(batch: int = 128) -> tuple[DataLoader[Any], DataLoader[Any]]:
 def clean_model(net: str, seed: int) -> nn.Module:
     """Train a float network as a user would have; kept, so that all rows start from the same."""
     torch.manual_seed(seed)
-    model = {"lenet": lenet, "resnet": resnet}[net]()
+    model = {"lenet": lenet, "wide": wide, "resnet": resnet}[net]()
     path = HERE / "work" / f"{net}-{seed}.pt"
     if path.exists():
         model.load_state_dict(torch.load(path, weights_only=True))
@@ -100,23 +109,26 @@ def clean_model(net: str, seed: int) -> nn.Module:
     return model
 
 
-def trained(cell: str, seed: int, settings: dict[str, str], device: str | None, name: str,
-            epochs: int | None = None, eps: float = EPS) -> tuple[nn.Module, dict[str, Any]]:
+def trained(cell: str, seed: int, recipe: qg.Recipe, epochs: int, device: str | None, name: str,
+            eps: float = EPS, first: int | None = None) -> tuple[nn.Module, dict[str, Any]]:
     net, bits, *kind = cell.split("-")
-    own = EPOCHS
-    if "ramp" in kind or "naive" in kind:
-        recipe = qg.Recipe("pgd", **RAMP, input_bits=0 if "naive" in kind else None)
-    elif "ibp" in kind:
-        recipe, own = recipe_of("ibp", {"batch_size": "256", **settings}), CERTIFIED_EPOCHS
-    else:
-        recipe = recipe_of("pgd", settings)
-    epochs = epochs or own
-    made = hardened(clean_model(net, seed), data()[0], qg.Threat(eps=eps), bits=int(bits),
+    made = hardened(clean_model(net, seed), data()[0], qg.Threat(eps=eps),
+                    bits=int(bits) if first is None else {"*": int(bits), "first": first},
                     dynamic=None if bits == "32" else "dynamic" in kind, recipe=recipe,
                     epochs=epochs, train="all", val=None, run_dir=HERE / "work" / name, seed=seed,
                     device=device, progress=True)
     return made.model, {"cell": cell, "seed": seed, "epochs": epochs, "eps": EPS,
                         "trained eps": eps, "recipe": recipe.to_dict(), **made.to_dict()}
+
+
+def own(cell: str, settings: dict[str, str], using: str = "pgd") -> tuple[qg.Recipe, int]:
+    """Return a cell's recipe, with these settings where it is tried, and its epochs."""
+    kind = cell.split("-")[2:]
+    if "ramp" in kind or "naive" in kind:
+        return qg.Recipe("pgd", **RAMP, input_bits=0 if "naive" in kind else None), EPOCHS
+    if "ibp" in kind:
+        return recipe_of("ibp", {"batch_size": "256", **settings}), CERTIFIED_EPOCHS
+    return recipe_of(using, {"walk": "32", **settings} if "walk" in kind else settings), EPOCHS
 
 
 def machine() -> dict[str, Any]:
@@ -129,7 +141,8 @@ def measure(cell: str, seed: int, device: str | None) -> None:
     target = HERE / f"{cell}-seed{seed}.json"
     if target.exists():
         return
-    model, record = trained(cell, seed, {}, device, f"{cell}-{seed}")
+    recipe, epochs = own(cell, {})
+    model, record = trained(cell, seed, recipe, epochs, device, f"{cell}-{seed}")
     images = 1000 if cell.startswith("resnet") else 500
     result = qg.evaluate(model, load_data("fashion-mnist", "test"), qg.Threat(eps=EPS),
                          images=images, seed=seed, device=device, certify="ibp" in cell,
@@ -138,14 +151,18 @@ def measure(cell: str, seed: int, device: str | None) -> None:
 
 
 def attempt(cell: str, seed: int, settings: dict[str, str], device: str | None,
-            epochs: int | None, eps: float | None) -> None:
+            epochs: int | None, eps: float | None, using: str, first: int | None) -> None:
     told = ",".join(f"{k}={v}" for k, v in [
+        *([("recipe", using)] if using != "pgd" else []),
+        *([("first", first)] if first else []),
         *([("epochs", epochs)] if epochs else []), *([("eps", eps)] if eps else []),
         *sorted(settings.items())])
     name = f"{cell}-seed{seed}-{told.replace(',', '_').replace('=', '') or 'default'}"
     target = HERE / "tries" / f"{name}.json"
     if not target.exists():
-        model, record = trained(cell, seed, settings, device, f"try-{name}", epochs, eps or EPS)
+        recipe, usual = own(cell, settings, using)
+        model, record = trained(cell, seed, recipe, epochs or usual, device, f"try-{name}",
+                                eps or EPS, first)
         result = qg.evaluate(model, data()[1], qg.Threat(eps=EPS), suite="quick", seed=seed,
                              device=device)
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -183,6 +200,8 @@ def main() -> None:
     parser.add_argument("--cells", nargs="*", default=CELLS, choices=CELLS)
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
     parser.add_argument("--try", dest="settings", nargs="*", metavar="KEY=VALUE")
+    parser.add_argument("--recipe", default="pgd", help="with --try")
+    parser.add_argument("--first-bits", type=int, help="with --try: of the first activation")
     parser.add_argument("--epochs", type=int, help="with --try; default: as the cells")
     parser.add_argument("--train-eps", type=float, help="with --try; default: as attacked")
     parser.add_argument("--threads", type=int)
@@ -195,7 +214,7 @@ def main() -> None:
         for cell in args.cells:
             if args.settings is not None:
                 attempt(cell, seed, dict(s.split("=", 1) for s in args.settings), args.device,
-                        args.epochs, args.train_eps)
+                        args.epochs, args.train_eps, args.recipe, args.first_bits)
             elif cell.startswith("lenet") or seed == 0:
                 measure(cell, seed, args.device)
     table()

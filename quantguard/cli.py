@@ -110,7 +110,7 @@ def convert(model: str, arch: str | None, trust: bool, output: str | None, force
 @click.option("-o", "--output", type=click.Path(dir_okay=False),
               help="MODEL.hardened.qg by default.")
 @click.option("--force", is_flag=True, help="Overwrite the output.")
-@click.option("--bits", type=int, help="2 by default, or as converted; 32: a float control.")
+@options.BITS
 @click.option("--dynamic/--fixed", default=None,
               help="Learned or constant thresholds; constant by default, or as converted.")
 @click.option("--max-clean-drop", type=click.FloatRange(0, 1), metavar="SHARE",
@@ -120,10 +120,11 @@ def convert(model: str, arch: str | None, trust: bool, output: str | None, force
 @options.LOADING
 @options.RUNNING
 def harden(model: str, arch: str | None, trust: bool, data: str, output: str | None, force: bool,
-           bits: int | None, dynamic: bool | None, max_clean_drop: float | None, eps: float,
-           norm: str, recipe: str, settings: tuple[str, ...], epochs: int, train: str,
-           augment: bool, batch_size: int, size: int | None, mean: Any, std: Any, seed: int,
-           run_dir: str | None, device: str | None, quiet: bool) -> None:
+           bits: tuple[tuple[str, int], ...], dynamic: bool | None,
+           max_clean_drop: float | None, eps: float, norm: str, recipe: str,
+           settings: tuple[str, ...], epochs: int, train: str, augment: bool, batch_size: int,
+           size: int | None, mean: Any, std: Any, seed: int, run_dir: str | None,
+           device: str | None, quiet: bool) -> None:
     """Quantize MODEL where it is not yet, and fine-tune it adversarially."""
     from .checkpoint import save
     from .hardening import harden as run
@@ -131,9 +132,10 @@ def harden(model: str, arch: str | None, trust: bool, data: str, output: str | N
     target = given.output_of(model, output, ".hardened.qg", force)
     threat = given.threat_of(eps, norm, mean, std)
     loader = given.loader_of(data, "train", batch_size, size, mean, std, augment)
-    hardened = run(given.opened(model, arch, trust), loader, threat, bits=bits, dynamic=dynamic,
-                   recipe=chosen, epochs=epochs, train=train, max_clean_drop=max_clean_drop,
-                   run_dir=run_dir, seed=seed, device=device, progress=not quiet)
+    hardened = run(given.opened(model, arch, trust), loader, threat,
+                   bits=given.same_or_table(bits), dynamic=dynamic, recipe=chosen, epochs=epochs,
+                   train=train, max_clean_drop=max_clean_drop, run_dir=run_dir, seed=seed,
+                   device=device, progress=not quiet)
     if given.is_first():
         save(hardened, target, arch=given.arch_of(model, arch))
         click.echo(f"wrote {target}")

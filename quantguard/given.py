@@ -99,6 +99,13 @@ def bits_of(given: tuple[tuple[str, int], ...]) -> dict[str, int]:
     return {"*": 2} | dict(given)
 
 
+def same_or_table(given: tuple[tuple[str, int], ...]) -> int | dict[str, int] | None:
+    """Return the bits of all sites; where some are named, those by pattern; None without any."""
+    if not given:
+        return None
+    return given[-1][1] if {pattern for pattern, _ in given} == {"*"} else bits_of(given)
+
+
 def pairs(numbers: Any) -> list[tuple[float, ...]] | None:
     """Return LOW,HIGH,LOW,HIGH,... as pairs."""
     if numbers is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -67,9 +67,9 @@ class Hardened:
 
 
 def harden(model: nn.Module, loader: Iterable[Any], threat: Threat = Threat(), *,
-           bits: int | None = None, dynamic: bool | None = None, recipe: str | Recipe = "pgd",
-           epochs: int = 3, train: str = "all", val: Iterable[Any] | None = None,
-           max_clean_drop: float | None = None,
+           bits: int | Mapping[str, int] | None = None, dynamic: bool | None = None,
+           recipe: str | Recipe = "pgd", epochs: int = 3, train: str = "all",
+           val: Iterable[Any] | None = None, max_clean_drop: float | None = None,
            run_dir: str | os.PathLike[str] | None = None, seed: int = 0,
            device: str | torch.device | None = None, progress: bool = True) -> nn.Module:
     """Return a copy of model, quantized where it is not yet, and adversarially fine-tuned.
@@ -80,7 +80,8 @@ def harden(model: nn.Module, loader: Iterable[Any], threat: Threat = Threat(), *
             out, on which a probe picks the best epoch.
         threat: the attacker to train against, in pixel units; mean and std where the loader
             normalises.
-        bits: 1 to 8, or 32 for a float control; None: as converted already, else 2.
+        bits: 1 to 8, or 32 for a float control, or {pattern: bits} as :func:`convert` takes it;
+            None: as converted already, else 2.
         dynamic: learned thresholds; None: as converted already, else False: that learning them
             helps has not been shown (benchmarks/learned.py).
         recipe: ``pgd``, ``trades``, ``nfgsm``, ``clean``, ``ibp``, or a
@@ -114,9 +115,10 @@ def harden(model: nn.Module, loader: Iterable[Any], threat: Threat = Threat(), *
                     run_dir=run_dir, seed=seed, device=device, progress=progress).model
 
 
-def hardened(model: nn.Module, loader: Iterable[Any], threat: Threat, *, bits: int | None,
-             dynamic: bool | None, recipe: str | Recipe, epochs: int, train: str,
-             val: Iterable[Any] | None, run_dir: str | os.PathLike[str] | None, seed: int,
+def hardened(model: nn.Module, loader: Iterable[Any], threat: Threat, *,
+             bits: int | Mapping[str, int] | None, dynamic: bool | None, recipe: str | Recipe,
+             epochs: int, train: str, val: Iterable[Any] | None,
+             run_dir: str | os.PathLike[str] | None, seed: int,
              device: str | torch.device | None, progress: bool,
              max_clean_drop: float | None = None) -> Hardened:
     """Do what :func:`harden` does, and return how it went, too."""
@@ -132,6 +134,9 @@ def hardened(model: nn.Module, loader: Iterable[Any], threat: Threat, *, bits: i
     walk = Walk(model, loader, threat, dynamic, chosen, train, val,
                 None if run_dir is None else Path(run_dir), seed, device, progress)
     if max_clean_drop is not None:
+        if isinstance(bits, Mapping):
+            raise SpecError("max_clean_drop walks down in bits, the same at every site",
+                            fix="Use bits=1 to 8.")
         return walk.to_goal(2 if bits is None else bits, epochs, max_clean_drop)
     return walk.to_bits(bits, epochs)
 
@@ -148,9 +153,10 @@ class Walk:
         self.seed, self.device, self.progress = seed, device, progress
         self.stages: list[Stage] = []
 
-    def to_bits(self, bits: int | None, epochs: int) -> Hardened:
+    def to_bits(self, bits: int | Mapping[str, int] | None, epochs: int) -> Hardened:
         """Go through the recipe's own walk."""
-        wanted = 2 if bits is None else bits
+        wanted = min(bits.values(), default=2) if isinstance(bits, Mapping) else \
+            2 if bits is None else bits
         plan = [(wanted, epochs)]
         if not staircases(self.model) and self.train == "all":
             plan = stages(self.recipe, wanted, epochs)
@@ -235,7 +241,7 @@ class Walk:
                   f"{'holds' if now >= least else 'too low'}")
         return model if now >= least else kept
 
-    def _stage(self, model: nn.Module, bits: int | dict[str, int] | None, epochs: int,
+    def _stage(self, model: nn.Module, bits: int | Mapping[str, int] | None, epochs: int,
                name: str | None) -> tuple[nn.Module, History]:
         """Convert a model to bits, unless it came converted, and fine-tune it."""
         before = device_of(model)

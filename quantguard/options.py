@@ -91,6 +91,9 @@ CONVERSION = _options(
     click.option("--input-range", type=_Numbers(), metavar="LOW,HIGH",
                  help="Its ends, in what MODEL eats: two numbers, or two for each channel."),
     click.option("--input-shape", type=_Shape(), help="Of one image, for the audit: 3,224,224."))
+BITS = click.option("--bits", type=_Bits(), multiple=True, metavar="BITS",
+                    help="2 by default, or as converted; 32: a float control; PATTERN=BITS for "
+                         "some sites, as in convert.")
 LOADING = _options(
     click.option("--batch-size", type=click.IntRange(1), default=128, show_default=True),
     click.option("--size", type=click.IntRange(1), help="Resize images to this side."),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -28,7 +28,7 @@ from .spec import FLOAT_BITS, QuantSpec, Threat
 _STATISTICS = 32
 
 
-def prepare(model: nn.Module, loader: Iterable[Any], bits: int | dict[str, int] | None,
+def prepare(model: nn.Module, loader: Iterable[Any], bits: int | Mapping[str, int] | None,
             dynamic: bool | None, recipe: Recipe, threat: Threat, seed: int,
             anew: bool = False) -> nn.Module:
     """Return the copy that is trained: converted as asked, or as it is converted already.
@@ -66,14 +66,14 @@ def _first(loader: Iterable[Any], model: nn.Module) -> Any:
     raise DataError("the loader is empty", fix="Give at least one batch.")
 
 
-def _prepared(model: nn.Module, loader: Iterable[Any], bits: int | dict[str, int] | None,
+def _prepared(model: nn.Module, loader: Iterable[Any], bits: int | Mapping[str, int] | None,
               dynamic: bool | None, recipe: Recipe) -> nn.Module:
     done = {(m.spec.bits, m.spec.dynamic) for name, m in staircases(model).items()
             if not is_input(name)}
     if done:
         for name, asked, have in (("bits", bits, {b for b, _ in done}),
                                   ("dynamic", dynamic, {d for _, d in done})):
-            if asked is not None and have != {asked}:
+            if asked is not None and (isinstance(asked, Mapping) or have != {asked}):
                 raise SpecError(
                     f"{name}={asked} contradicts the model, which is converted with {name}="
                     f"{', '.join(map(str, sorted(have)))}",
@@ -81,7 +81,7 @@ def _prepared(model: nn.Module, loader: Iterable[Any], bits: int | dict[str, int
         return copy.deepcopy(model)
     if bits == FLOAT_BITS:
         return copy.deepcopy(model)
-    table = bits if isinstance(bits, dict) else {"*": 2 if bits is None else bits}
+    table = bits if isinstance(bits, Mapping) else {"*": 2 if bits is None else bits}
     specs = {site: QuantSpec(b, bool(dynamic)) for site, b in table.items()}
     wanted = recipe.range_factor or 1.0
     afresh = recipe.init == "interval"

@@ -155,6 +155,9 @@ def test_harden_converts_trains_and_writes(model: str, data: str) -> None:
     assert list(staircases(qg.load("control.qg"))) == ["input_staircase.staircase"]
     succeeds(*control, "--set", "input_bits=0", "--force")
     assert not staircases(qg.load("control.qg"))
+    succeeds("harden", model, "--data", data, *HARDEN, "--bits", "first=4", "-o", "mixed.qg",
+             "--set", "input_bits=0")
+    assert [m.spec.bits for m in staircases(qg.load("mixed.qg")).values()] == [4, 2, 2, 2]
 
 
 def test_evaluate_writes_report_json_and_adversarials(converted: str, digits: Digits) -> None:

@@ -133,8 +133,22 @@ def test_a_goal_walks_on_real_digits(cnn: nn.Module, loader: DataLoader[Any]) ->
     assert {m.spec.bits for m in staircases(model).values()} == {4}
 
 
+def test_bits_by_site(cnn: nn.Module, loader: DataLoader[Any]) -> None:
+    table = {"*": 2, "first": 4}
+    made = walked(cnn, loader, bits=table, epochs=1)
+    assert [m.spec.bits for m in inner(made.model).values()] == [4, 2, 2, 2]
+    # the walk before them is that of the lowest
+    made = walked(cnn, loader, bits=table, recipe=Recipe("clean", lr=1e-3, walk=(4, 3)), epochs=4)
+    assert [s.bits for s in made.stages] == [4, 3, 2]
+    assert [m.spec.bits for m in inner(made.model).values()] == [4, 2, 2, 2]
+    with pytest.raises(SpecError, match="contradicts the model, which is converted with bits=2, 4"):
+        walked(made.model, loader, bits=table, dynamic=None)
+
+
 @pytest.mark.parametrize(("options", "message"), [
-    ({"max_clean_drop": 2.0}, "from 0 to 1"), ({"max_clean_drop": 0.1, "bits": 32}, "is float")])
+    ({"max_clean_drop": 2.0}, "from 0 to 1"), ({"max_clean_drop": 0.1, "bits": 32}, "is float"),
+    ({"max_clean_drop": 0.1, "bits": {"*": 2}}, "the same at every site"),
+    ({"bits": {"no such site": 2}}, "no such site")])
 def test_impossible_goals(options: dict[str, Any], message: str, cnn: nn.Module,
                           loader: DataLoader[Any]) -> None:
     with pytest.raises(SpecError, match=message):
