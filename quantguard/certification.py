@@ -122,6 +122,9 @@ def certify(model: nn.Module, loader: Iterable[Any], threat: Threat = Threat(), 
 
 # Images at which the model is compared with its graph at first, and how often.
 _LOOKED_AT, _REPEATS = 16, 4
+# Intervals of small images take so many batches at a time, of so many pixels in all: what they make
+# of the weights is then made less often.
+_BATCHES, _PIXELS = 4, 1 << 20
 
 
 class _State:
@@ -241,12 +244,13 @@ def _bound(flat: Flat, model: PixelModel, data: Images, threat: Threat, batch: i
         if kind == "crown":
             wanted &= correct if method == "crown" else correct & ~(state.lower > 0)
             bar.extend(int(wanted.sum()))
-        chosen = np.flatnonzero(wanted)
-        for first in range(0, len(chosen), batch):
+        chosen, taped = np.flatnonzero(wanted), kind == "crown"
+        together = batch if taped else \
+            max(batch, min(_BATCHES * batch, _PIXELS // data.pixels[0].numel()))
+        for first in range(0, len(chosen), together):
             if limit is not None and state.spent > limit:
                 return
-            rows = chosen[first : first + batch]
-            taped = kind == "crown"
+            rows = chosen[first : first + together]
             ball = around(data.pixels[rows], threat, data.snapped, brief=not taped)
             box = propagate(flat, ball, taped,
                             None if taped else functools.partial(state.count, flat))
@@ -301,9 +305,10 @@ def _branch(flat: Flat, model: PixelModel, data: Images, threat: Threat, batch: 
 
 def _check(flat: Flat, model: PixelModel, box: Box, gaps: Tensor, data: Images, logits: Tensor,
            threat: Threat, batch: int, rows: np.ndarray) -> None:
-    """See that what the model itself answers lies within the bounds, at the images and beside.
+    """See that what the model itself answers lies within the bounds.
 
-    It does by proof, unless the model is not what its graph says it is.
+    At the images, and beside the first of them, a batch. It does by proof, unless the model is not
+    what its graph says it is.
 
     Args:
         box, gaps: bounds of the logits and of the margins (N, C) of these rows.
@@ -311,7 +316,7 @@ def _check(flat: Flat, model: PixelModel, box: Box, gaps: Tensor, data: Images, 
     Raises:
         ConversionError: it does not.
     """
-    pixels, labels = data.pixels[rows], data.labels[rows].unsqueeze(1)
+    pixels, labels = data.pixels[rows[:batch]], data.labels[rows].unsqueeze(1)
     signs = torch.randint(0, 2, pixels.shape, device=pixels.device) * 2.0 - 1
     length = 1.0 if threat.norm == "linf" else pixels[0].numel() ** -0.5
     corner = (pixels + threat.eps * length * signs).clamp(*threat.bounds)
@@ -319,9 +324,10 @@ def _check(flat: Flat, model: PixelModel, box: Box, gaps: Tensor, data: Images, 
     beside = model(part)[:size]
     check_faithful(flat, corner[:1], threat, beside[:1])
     for answer in (logits[rows].double(), beside.double()):
-        outside = (answer < box.lower) | (answer > box.upper)
-        other = torch.ones_like(outside).scatter_(1, labels, False)
-        outside |= other & (answer.gather(1, labels) - answer < gaps)
+        n = len(answer)
+        outside = (answer < box.lower[:n]) | (answer > box.upper[:n])
+        other = torch.ones_like(outside).scatter_(1, labels[:n], False)
+        outside |= other & (answer.gather(1, labels[:n]) - answer < gaps[:n])
         if outside.any():
             image = rows[int(outside.any(1).nonzero()[0])]
             raise ConversionError(

@@ -906,6 +906,7 @@ def test_a_run_directory_goes_on_from_where_it_stopped(
             raise KeyboardInterrupt
         return real(*args)
     monkeypatch.setattr(certification, "margins", interrupted)
+    monkeypatch.setattr(certification, "_BATCHES", 1)
     with pytest.raises(KeyboardInterrupt, match="interrupted after 64 of 100"):
         qg.certify(model, loader, qg.Threat(eps=0.02), run_dir=tmp_path, progress=False)
     again = qg.certify(model, loader, qg.Threat(eps=0.02), run_dir=tmp_path, progress=False)
@@ -918,7 +919,10 @@ def test_a_run_directory_goes_on_from_where_it_stopped(
         qg.certify(model, loader, qg.Threat(eps=0.03), run_dir=tmp_path, progress=False)
 
 
-def test_what_there_is_no_time_for_is_not_certified(trained: Any) -> None:
+def test_what_there_is_no_time_for_is_not_certified(trained: Any,
+                                                    monkeypatch: pytest.MonkeyPatch) -> None:
+    from quantguard import certification
+    monkeypatch.setattr(certification, "_BATCHES", 1)
     model, loader = trained
     result = qg.certify(model, loader, qg.Threat(eps=0), budget="0.001s", progress=False)
     assert result.skipped == 100 - (result.lower > -np.inf).sum() > 0

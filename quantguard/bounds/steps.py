@@ -58,15 +58,15 @@ class Affine:
                                                             [b.upper for b in inputs]))
         else:
             centers = [(b.lower + b.upper).mul_(0.5) for b in inputs]
-            radii = [(b.upper - b.lower).mul_(0.5) for b in inputs]
             middle = self._shifted(self.linear(*centers))
             # In float32 the middle rounds as the model does, and so do the ends of the interval;
             # the radius is a sum of as many terms, none negative.
             own = roundings(middle.dtype, self.terms)
             g, flushed = gamma(self.terms + own), FLUSHED * (4 if own else 1)
-            # r + g (|c| + r), with nothing in between kept
-            radius = self._off([c.abs().mul_(g).add_(r, alpha=1 + g).add_(flushed)
-                                for c, r in zip(centers, radii, strict=True)], g)
+            # r + g (|c| + r), r the half of the width, in few passes over memory
+            radius = self._off([(b.upper - b.lower).mul_((1 + g) / 2).add_(c.abs(), alpha=g)
+                                .add_(flushed)
+                                for b, c in zip(inputs, centers, strict=True)], g)
             if own:
                 radius = radius.mul_(1 + 4 * gamma(own))
             lower, upper = middle - radius, middle + radius
