@@ -171,12 +171,16 @@ def trained(cell: Cell, seed: int, device: str | None) -> tuple[nn.Module, dict[
 def together(cell: Cell, seed: int, device: str | None) -> tuple[nn.Module, dict[str, Any]]:
     alone = replace(cell, committee=0)
     seeds = [seed * cell.committee + i for i in range(cell.committee)]
+    members, rows = [], []
     for each in seeds:
         measure(alone, each, False, device)
-    rows = [json.loads((HERE / f"{alone.name(each)}.json").read_text()) for each in seeds]
-    members = [qg.load(HERE / "work" / f"{alone.name(each)}.qg") for each in seeds]
+        rows.append(json.loads((HERE / f"{alone.name(each)}.json").read_text()))
+        kept = HERE / "work" / f"{alone.name(each)}.qg"
+        # weights are not committed: of a row that is, they are trained again
+        members.append(qg.load(kept) if kept.exists() else trained(alone, each, device)[0])
     return Committee(members).eval(), {
-        "members": seeds, "recipe": rows[0]["recipe"], "trained_eps": rows[0]["trained_eps"],
+        "members": seeds, "recipe": rows[0]["recipe"],
+        "trained_eps": cell.train_eps or cell.eps,
         "train_seconds": sum(row["train_seconds"] for row in rows)}
 
 
