@@ -95,8 +95,12 @@ def example_of(shape: tuple[int, ...] | None) -> Any:
 
 
 def bits_of(given: tuple[tuple[str, int], ...]) -> dict[str, int]:
-    """Return bits by pattern; where only some sites are named, the others get 2."""
-    return {"*": 2} | dict(given)
+    """Return bits by pattern, in the order given; where only some are named, others get 2."""
+    table = {"*": 2}
+    for pattern, bits in given:
+        table.pop(pattern, None)  # a key that is there would keep its place
+        table[pattern] = bits
+    return table
 
 
 def same_or_table(given: tuple[tuple[str, int], ...]) -> int | dict[str, int] | None:

@@ -17,7 +17,7 @@ from .activation import staircases
 from .attacks import PixelModel
 from .batching import hold_out
 from .certifying import check
-from .conversion import unwrap
+from .conversion import inspect, restore, unwrap
 from .entrance import is_input
 from .errors import SpecError
 from .files import write_text
@@ -80,8 +80,8 @@ def harden(model: nn.Module, loader: Iterable[Any], threat: Threat = Threat(), *
             out, on which a probe picks the best epoch.
         threat: the attacker to train against, in pixel units; mean and std where the loader
             normalises.
-        bits: 1 to 8, or 32 for a float control, or {pattern: bits} as :func:`convert` takes it;
-            None: as converted already, else 2.
+        bits: 1 to 8, or 32 for a float control; for a float model also {pattern: bits}, patterns
+            as in :func:`convert`; None: as converted already, else 2.
         dynamic: learned thresholds; None: as converted already, else False: that learning them
             helps has not been shown (benchmarks/learned.py).
         recipe: ``pgd``, ``trades``, ``nfgsm``, ``clean``, ``ibp``, or a
@@ -127,6 +127,8 @@ def hardened(model: nn.Module, loader: Iterable[Any], threat: Threat, *,
     if threat.eps == 0 and (chosen.attacks or chosen.certifies):
         raise SpecError(f"eps=0 leaves recipe {chosen.name} nothing to train against",
                         fix="Use recipe clean, or an eps above 0.")
+    if isinstance(bits, Mapping):
+        bits = _table(model, bits)
     if device is not None:
         usable_device(device)  # before any work
     if not isinstance(epochs, int) or epochs < 1:
@@ -166,7 +168,10 @@ class Walk:
             model, history = self._stage(
                 model, bits if last else stage_bits, stage_epochs, None if len(plan) == 1 else
                 f"{len(self.stages) + 1}-{_name(stage_bits).replace(' ', '-')}")
-            self.stages.append(Stage(_name(stage_bits), stage_bits, stage_epochs, history))
+            name = _name(stage_bits)
+            if last and isinstance(bits, Mapping):
+                name = ", ".join(f"{pattern} {b}" for pattern, b in bits.items())
+            self.stages.append(Stage(name, stage_bits, stage_epochs, history))
         self._write()
         return Hardened(model, tuple(self.stages))
 
@@ -290,6 +295,23 @@ class Walk:
         if self.run_dir is not None and len(self.stages) > 1 and world().first:
             write_text(self.run_dir / "walk.json", json.dumps(
                 [stage.to_dict() for stage in self.stages], indent=1))
+
+
+def _table(model: nn.Module, bits: Mapping[str, int]) -> int | Mapping[str, int]:
+    """Return bits by site once they are known to fit, before any work; one for all as a number.
+
+    Raises:
+        SpecError: a converted model, a pattern that matches nothing, impossible bits.
+    """
+    if not all(isinstance(b, int) for b in bits.values()):
+        raise SpecError(f"bits={dict(bits)!r} must give each pattern 1 to 8, or 32")
+    if set(bits) == {"*"}:
+        return bits["*"]
+    if any(not is_input(name) for name in staircases(model)):
+        raise SpecError("bits by site are for a float model, and this one is converted",
+                        fix="Leave bits out, or quantguard.restore(model) first.")
+    inspect(restore(model) if staircases(model) else model, bits)
+    return bits
 
 
 def _name(bits: int) -> str:

@@ -73,7 +73,7 @@ def _prepared(model: nn.Module, loader: Iterable[Any], bits: int | Mapping[str, 
     if done:
         for name, asked, have in (("bits", bits, {b for b, _ in done}),
                                   ("dynamic", dynamic, {d for _, d in done})):
-            if asked is not None and (isinstance(asked, Mapping) or have != {asked}):
+            if asked is not None and have != {asked}:
                 raise SpecError(
                     f"{name}={asked} contradicts the model, which is converted with {name}="
                     f"{', '.join(map(str, sorted(have)))}",

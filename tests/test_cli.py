@@ -158,6 +158,9 @@ def test_harden_converts_trains_and_writes(model: str, data: str) -> None:
     succeeds("harden", model, "--data", data, *HARDEN, "--bits", "first=4", "-o", "mixed.qg",
              "--set", "input_bits=0")
     assert [m.spec.bits for m in staircases(qg.load("mixed.qg")).values()] == [4, 2, 2, 2]
+    # the last that matches counts, also where a pattern was there before
+    succeeds("convert", model, "--bits", "first=4", "--bits", "3", "-o", "last.qg")
+    assert {m.spec.bits for m in staircases(qg.load("last.qg")).values()} == {3}
 
 
 def test_evaluate_writes_report_json_and_adversarials(converted: str, digits: Digits) -> None:

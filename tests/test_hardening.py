@@ -141,14 +141,26 @@ def test_bits_by_site(cnn: nn.Module, loader: DataLoader[Any]) -> None:
     made = walked(cnn, loader, bits=table, recipe=Recipe("clean", lr=1e-3, walk=(4, 3)), epochs=4)
     assert [s.bits for s in made.stages] == [4, 3, 2]
     assert [m.spec.bits for m in inner(made.model).values()] == [4, 2, 2, 2]
-    with pytest.raises(SpecError, match="contradicts the model, which is converted with bits=2, 4"):
-        walked(made.model, loader, bits=table, dynamic=None)
+    assert [s.name for s in made.stages] == ["4 bits", "3 bits", "* 2, first 4"]
+    with pytest.raises(SpecError, match="this one is converted"):
+        walked(made.model, loader, bits=table)
+    one = walked(cnn, loader, bits={"*": 32}, dynamic=None, recipe=Recipe("clean", lr=1e-3))
+    assert not staircases(one.model)
+
+
+@pytest.mark.parametrize("bits", [{"*": 2, "no such site": 4}, {"*": 2, "first": 9},
+                                  {"*": "2", "first": 4}])
+def test_wrong_bits_by_site_are_found_before_any_work(
+        bits: Any, cnn: nn.Module, loader: DataLoader[Any],
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hardening, "fit", lambda *_, **__: pytest.fail("it has trained"))
+    with pytest.raises(SpecError, match=r"no such site|9|must give each pattern"):
+        walked(cnn, loader, bits=bits, recipe=Recipe("pgd", walk=(32,)))
 
 
 @pytest.mark.parametrize(("options", "message"), [
     ({"max_clean_drop": 2.0}, "from 0 to 1"), ({"max_clean_drop": 0.1, "bits": 32}, "is float"),
-    ({"max_clean_drop": 0.1, "bits": {"*": 2}}, "the same at every site"),
-    ({"bits": {"no such site": 2}}, "no such site")])
+    ({"max_clean_drop": 0.1, "bits": {"*": 2, "first": 4}}, "the same at every site")])
 def test_impossible_goals(options: dict[str, Any], message: str, cnn: nn.Module,
                           loader: DataLoader[Any]) -> None:
     with pytest.raises(SpecError, match=message):
