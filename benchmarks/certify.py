@@ -1,4 +1,4 @@
-"""How much of Fashion-MNIST (or MNIST) can be certified, at which bits?
+"""How much of Fashion-MNIST, MNIST or CIFAR-10 can be certified, at which bits?
 
     python benchmarks/certify.py                                    # small net, 2 and 32 bits
     python benchmarks/certify.py --net wide --epochs 28 --bits 2
@@ -11,14 +11,15 @@
     python benchmarks/certify.py --table-only
 
 Nets: `small`: 4x4 convolutions of stride 2 with 16 and 32 channels, linear 128; `wide`: 32 and 64,
-linear 256; `deep`: a 3x3 convolution before each of those; `cnn7`: 3x3 with 64, 64, 128, 128 and
-128 channels, linear 512; layers without bias, then BatchNorm and ReLU, which `recipe="ibp"`
-converts. Every setting is the recipe's own, the same for all bits; the epoch is chosen by what
-intervals certify of a held-out twentieth of the training set. Certified: `qg.certify`, method
-"ibp", on all 10,000 test images. Attacked: `qg.evaluate`'s standard suite on the first 500: an
-upper bound. --committee N: seed s is one net that averages the logits of the cells of seeds N s to
-N s + N - 1, whose minutes it adds up. Each cell writes its own JSON when it is done, and is resumed
-where it was interrupted. Minutes are of this machine, whatever else runs on it.
+linear 256; `deep`: a 3x3 convolution before each of those; `cnn7`: 3x3 with 64, 64, 128 (stride 2),
+128 and 128 channels, linear 512; all but the last layer without bias, then BatchNorm and ReLU,
+which `recipe="ibp"` converts. Batches are of 256; every other setting is the recipe's own, unless
+--set says otherwise. The epoch is chosen by what intervals certify of a held-out twentieth of the
+training set. Certified: `qg.certify`, method "ibp", on all 10,000 test images. Attacked (without
+--no-attack): `qg.evaluate`'s standard suite on the first 500: an upper bound. --committee N: seed s
+is one net that averages the logits of the cells of seeds N s to N s + N - 1, whose minutes it adds
+up; members without weights in work/ are trained again. Each cell writes its own JSON when it is
+done, and is resumed where it was interrupted. Minutes are of this machine, whatever else runs.
 """
 
 from __future__ import annotations
@@ -111,7 +112,7 @@ class Cell:
         return "-".join(filter(None, (
             "" if (kind, self.eps) == ("fashion-mnist", 0.1) else f"{kind}-{self.eps:g}",
             f"from{self.train_eps:g}" if self.train_eps else "", self.net, str(self.bits),
-            "dynamic" * self.dynamic, f"{self.epochs}epochs", self.said,
+            "dynamic" * self.dynamic, f"{self.epochs}epochs", "augmented" * self.augment, self.said,
             f"committee{self.committee}" if self.committee else "", f"seed{seed}")))
 
 

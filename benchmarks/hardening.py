@@ -11,7 +11,7 @@ hardened by `recipe="pgd"` with EPOCHS epochs. `ramp` is the same net at equal c
 staircase on the input, but the inner attack through the ramp, no stability term, and the range that
 calibration finds; `naive` has no staircase on the input either; `walk` spends half of the epochs on
 the float net first, which is what the held-out slice prefers for `resnet`. `ibp` is certified
-training, from fresh weights, with as many epochs as cost the same; its figure is a bracket, proven
+training, from fresh weights, with CERTIFIED_EPOCHS; its figure is a bracket, proven
 from below. The standard suite, twin included, attacks the first test images, 500 of them (`resnet`:
 1,000), once per cell. --try trains a cell with other settings and judges it by the quick suite on
 the 1,000 images that are held out of training (the first tries: on 500 of them): all that was tried
@@ -46,7 +46,7 @@ from quantguard.recipes import recipe_of
 
 HERE = Path(__file__).parent / "results" / "hardening"
 EPS, EPOCHS, CLEAN_EPOCHS, HELD = 0.1, 4, 2, 1000
-CERTIFIED_EPOCHS = 8  # a pass through intervals costs two of the network, an attacked one five
+CERTIFIED_EPOCHS = 8  # an image costs two gradients, in the attacked ones four
 RAMP: dict[str, Any] = {"sharpness": (), "stability": 0.0, "range_factor": 1.0}
 CELLS = ["lenet-32",
          *(f"lenet-{b}-{kind}" for b in (4, 3, 2, 1) for kind in ("fixed", "dynamic")),
@@ -125,6 +125,8 @@ def own(cell: str, settings: dict[str, str], using: str = "pgd") -> tuple[qg.Rec
     """Return a cell's recipe, with these settings where it is tried, and its epochs."""
     kind = cell.split("-")[2:]
     if "ramp" in kind or "naive" in kind:
+        if settings:
+            raise SystemExit(f"{cell} has settings of its own: try another cell")
         return qg.Recipe("pgd", **RAMP, input_bits=0 if "naive" in kind else None), EPOCHS
     if "ibp" in kind:
         return recipe_of("ibp", {"batch_size": "256", **settings}), CERTIFIED_EPOCHS
