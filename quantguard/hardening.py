@@ -22,7 +22,7 @@ from .entrance import is_input
 from .errors import SpecError
 from .files import write_text
 from .history import History
-from .preparing import prepare, reestimate
+from .preparing import prepare
 from .probing import PixelBatches, parent_accuracy
 from .recipes import Recipe, recipe_of, stages
 from .running import device_of, duplicate, usable_device
@@ -266,14 +266,15 @@ class Walk:
                 and not any(map(is_input, staircases(model))):
             self._say(f"a staircase of {self.recipe.input_bits} bits stands on the input, which "
                       "swallows what eps moves at either end of the range; input_bits=0: none")
-        if name is not None and model is not self.model:
-            reestimate(result, self.loader)
+        # statistics that came with the weights are of other activations, or of another input
+        placed = staircases(result).keys() != staircases(model).keys()
+        renew = model is not self.model or (placed and self.train == "all" and not afresh)
         directory = self.run_dir if self.run_dir is None or name is None else self.run_dir / name
         if name is not None:
             self._say(f"stage {name}, {epochs} epochs")
         history = fit(result, self.loader, self.threat, self.recipe, epochs=epochs,
                       train=self.train, val=self.val, run_dir=directory, seed=self.seed,
-                      progress=self.progress)
+                      progress=self.progress, renew=renew)
         if afresh and history.kept.clean is not None:
             self._compare(model, history.kept.clean)
         return result.to(before), history

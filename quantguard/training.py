@@ -26,6 +26,7 @@ from .history import Epoch, History
 from .keeping import RunDir
 from .layout import order_weights, takes_channels_last
 from .optimizing import AdamW, Average, merging, parameter_groups
+from .preparing import reestimate
 from .probing import (
     LR_RANGE,
     PixelBatches,
@@ -52,9 +53,10 @@ class Trainer:
     """Hold a fine-tune under way: everything that a run directory keeps."""
 
     def __init__(self, model: nn.Module, source: Source, threat: Threat, recipe: Recipe,
-                 epochs: int, train: str, run_dir: Path | None, seed: int, show: bool) -> None:
+                 epochs: int, train: str, run_dir: Path | None, seed: int, show: bool,
+                 renew: bool) -> None:
         self.model, self.source, self.threat, self.recipe = model, source, threat, recipe
-        self.epochs, self.train, self.seed = epochs, train, seed
+        self.epochs, self.train, self.seed, self.renew = epochs, train, seed, renew
         self.pixel_model = PixelModel(model, threat)
         self.batches = PixelBatches(self.pixel_model, threat, unlabelled=recipe.distill > 0)
         self.world, self.per_epoch = world(), source.count()
@@ -68,7 +70,7 @@ class Trainer:
         self.best_score, self.total_loss, self.lr = -1.0, 0.0, 0.0
         self.parent_clean: float | None = None  # of the float model, on the held-out slice
         self.started = False
-        self.best = copied(model)
+        self.best = self.start = copied(model)
         self.saved = time.monotonic()
         start = hashlib.blake2b(b"".join(
             v.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
@@ -80,7 +82,6 @@ class Trainer:
 
     def run(self) -> History:
         """Train, and leave the best epoch's weights in the model."""
-        start = self.best
         told = self.directory.read(self.batches.device)
         torch.manual_seed(self.seed)
         self.rng = torch.get_rng_state()
@@ -91,7 +92,7 @@ class Trainer:
                 self._begin(told)
                 interrupt()
                 while self.epoch < self.epochs:
-                    self._train_epoch(interrupt, start)
+                    self._train_epoch(interrupt)
                     self._write()
                     interrupt()
                 self.model.load_state_dict(self.best)
@@ -128,18 +129,27 @@ class Trainer:
         self.bar.say(text)
 
     def _begin(self, told: dict[str, Any] | None) -> None:
-        """Take up what a run directory told, or look at the model as it comes."""
+        """Take up what a run directory told, or look at the model as it comes.
+
+        Its float parent keeps the statistics that it came with.
+        """
         for batch in self.source.epoch(0, 0):
             pixels = self.batches(batch, 0)[0][:2]
             if takes_channels_last(self.pixel_model, pixels):
                 order_weights(self.pixel_model, torch.channels_last)
             self.gradients.look(pixels)
             break
+        if not told:
+            self.parent_clean = parent_accuracy(self.pixel_model, self.source.val, self.batches)
+        if self.renew:
+            reestimate(self.pixel_model, (self.batches(batch, number)[0] for number, batch
+                                          in enumerate(self.source.epoch(0, 0))))
+            self.world.average([*self.model.buffers()])
+            self.best = self.start = copied(self.model)
         if told:
             self._resume(told)
             return
         self._prepare(self.recipe.lr or self._own_lr(pixels))
-        self.parent_clean = parent_accuracy(self.pixel_model, self.source.val, self.batches)
         self._note(0, None, 0.0)
         self._keep()
         self.rng = torch.get_rng_state()
@@ -170,12 +180,12 @@ class Trainer:
                 pct_start=max(0.2, 2 / steps))  # one step of warm-up at least
         self.average = Average(self.model, self.recipe.ema or 0.0)
 
-    def _train_epoch(self, interrupt: Callable[[], None], start: dict[str, Tensor]) -> None:
+    def _train_epoch(self, interrupt: Callable[[], None]) -> None:
         begin = time.monotonic()
         for batch in self.source.epoch(self.epoch, self.number):
             loss = self._step(*self.batches(batch, self.number))
             if not math.isfinite(loss):
-                self._go_back(start, self._not_finite(loss))
+                self._go_back(self._not_finite(loss))
                 return
             interrupt()
             if self.source.resumable and time.monotonic() - self.saved > _SAVE_EVERY:
@@ -194,7 +204,7 @@ class Trainer:
             self.model.load_state_dict(last)
         if found is not None:
             self.history.pop()
-            self._go_back(start, found)
+            self._go_back(found)
             return
         self.epoch, self.number, self.total_loss = self.epoch + 1, 0, 0.0
         self.rng = torch.get_rng_state()  # the held-out images may have drawn, too
@@ -269,11 +279,11 @@ class Trainer:
                             fix="Use a smaller lr (--set lr=…).")
         return Remedy(where, self.recipe, 0.2)
 
-    def _go_back(self, start: dict[str, Tensor], found: Remedy) -> None:
+    def _go_back(self, found: Remedy) -> None:
         """Go back to the best epoch, or to the start, and go on from there with other settings."""
         if found.restart:
             # the wrecked epoch may have scored well: it must not stand in the way of better ones
-            self.best, self.best_score, self.chosen = start, self.history[0].probe or 0.0, 0
+            self.best, self.best_score, self.chosen = self.start, self.history[0].probe or 0.0, 0
         self.history = [row for row in self.history if row.epoch <= self.chosen]
         self.model.load_state_dict(self.best)
         self.recipe = self.gradients.objective.recipe = found.recipe
@@ -350,8 +360,12 @@ class Trainer:
 def fit(model: nn.Module, loader: Iterable[Any], threat: Threat, recipe: Recipe, *, epochs: int,
         train: str = "all", val: Iterable[Any] | None = None,
         run_dir: str | os.PathLike[str] | None = None, seed: int = 0,
-        progress: bool = True) -> History:
+        progress: bool = True, renew: bool = False) -> History:
     """Fine-tune model in place; its modes and ``requires_grad`` are put back.
+
+    Args:
+        renew: estimate BatchNorm statistics anew at first, from training images.
+        others: as :func:`quantguard.harden`.
 
     Raises:
         SpecError, DataError: as :func:`quantguard.harden`.
@@ -374,7 +388,7 @@ def fit(model: nn.Module, loader: Iterable[Any], threat: Threat, recipe: Recipe,
             for parameter in frozen_here:
                 parameter.requires_grad_(False)
             return Trainer(model, source, threat, recipe, epochs, train, directory, seed,
-                           progress).run()
+                           progress, renew).run()
     finally:
         order_weights(model, torch.contiguous_format)
         for parameter, flag in flags:

@@ -191,6 +191,37 @@ def test_statistics_are_those_of_the_new_activations(cnn: nn.Module,
     assert not model.training and not model[1].training
 
 
+def test_training_starts_from_statistics_of_what_is_trained(cnn: nn.Module,
+                                                            loader: DataLoader[Any]) -> None:
+    """Behind a staircase on the input those that came with the weights are of other images."""
+    def start(bits: int, train: str) -> float | None:
+        return walked(cnn, loader, bits=bits, dynamic=None if bits == 32 else True, epochs=1,
+                      train=train).stages[0].history.epochs[0].clean
+    frozen, renewed, control = start(2, "thresholds"), start(2, "all"), start(32, "all")
+    assert frozen and renewed and control
+    print(frozen, renewed, control)
+    assert renewed > frozen + 0.1 and control > 0.9
+
+
+def test_the_float_parent_keeps_its_statistics(cnn: nn.Module, loader: DataLoader[Any],
+                                               capsys: pytest.CaptureFixture[str]) -> None:
+    from quantguard import training
+    seen: list[float | None] = []
+
+    class Watched(training.Trainer):
+        def _begin(self, told: Any) -> None:
+            super()._begin(told)
+            seen.append(self.parent_clean)
+            teacher = self.gradients.objective.teacher
+            assert teacher is not None
+            x, y = self.batches(next(iter(self.source.val)), 0)
+            seen.append(float((teacher(x).argmax(1) == y).float().mean()))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "Trainer", Watched)
+        walked(cnn, loader, recipe=Recipe("pgd", steps=1, lr=1e-3, distill=0.5), epochs=1)
+    assert all(value is not None and value > 0.93 for value in seen) and len(seen) == 2
+
+
 # --- what each site costs ---
 
 
