@@ -40,7 +40,7 @@ class RunDir:
             return None
         told: dict[str, Any] = torch.load(file, weights_only=True, map_location=device)
         kept = told["settings"]
-        different = sorted(f"{k} ({_short(kept.get(k))}, now {_short(v)})"
+        different = sorted(f"{k} ({_apart(kept.get(k), v)})"
                            for k, v in self.settings.items() if kept.get(k) != v)
         if different:
             raise SpecError(f"{self.path} holds a run of other settings",
@@ -55,6 +55,13 @@ class RunDir:
         with replacing(self.path / "training.pt") as beside:
             torch.save({"settings": self.settings, **state}, beside)
         write_text(self.path / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def _apart(before: Any, now: Any) -> str:
+    """Return two settings; of lists only what the other does not have."""
+    if isinstance(before, list) and isinstance(now, list):
+        before, now = [v for v in before if v not in now], [v for v in now if v not in before]
+    return f"{_short(before)}, now {_short(now)}"
 
 
 def _short(value: Any) -> str:

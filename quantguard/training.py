@@ -77,7 +77,10 @@ class Trainer:
             for v in self.best.values()), digest_size=16).hexdigest()
         self.directory = RunDir(run_dir, {
             "threat": threat.to_dict(), "recipe": recipe.to_dict(), "epochs": epochs,
-            "train": train, "seed": seed, "start": start, "batches": self.per_epoch,
+            "train": train, "seed": seed, "weights at the start": start, "batches": self.per_epoch,
+            "activations": [f"{name}: {m.spec.bits} bits, "
+                            f"{'dynamic' if m.spec.dynamic else 'fixed'}"
+                            for name, m in staircases(model).items()],
             "tensors": sorted(f"{k} {tuple(v.shape)}" for k, v in self.best.items())})
 
     def run(self) -> History:

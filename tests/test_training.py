@@ -230,14 +230,20 @@ def test_without_a_run_dir_ctrl_c_says_what_would_have_kept_it(quantized: nn.Mod
     assert isinstance(caught.value, KeyboardInterrupt)
 
 
-@pytest.mark.parametrize("change", ["eps", "recipe", "epochs", "seed", "train", "batches", "model",
-                                    "weights"])
-def test_a_run_dir_of_other_settings_is_refused(change: str, cnn: nn.Module, quantized: nn.Module,
-                                                small: TensorDataset, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("change", "said"), [
+    ("eps", "threat"), ("recipe", "recipe"), ("epochs", r"epochs \(1, now 3\)"), ("seed", "seed"),
+    ("train", "train"), ("batches", "batches"), ("weights", "weights at the start"),
+    ("model", "activations (.|\n)*tensors"),
+    ("bits", r'activations \(\["2: 2 bits, dynamic"\], now \["2: 3 bits, dynamic"\]\)')])
+def test_a_run_dir_of_other_settings_is_refused(change: str, said: str, cnn: nn.Module,
+                                                quantized: nn.Module, small: TensorDataset,
+                                                tmp_path: Path) -> None:
     model, threat, recipe, data = copy.deepcopy(quantized), THREAT, FAST, small
     options: dict[str, Any] = {"epochs": 1, "seed": 0, "train": "all", "progress": False}
     fit(model, loader_of(data), threat, recipe, run_dir=tmp_path, **options)
     model = copy.deepcopy(cnn if change == "model" else quantized)
+    if change == "bits":
+        model = convert(cnn, {"*": 2, "first": 3}, dynamic=True)
     if change == "weights":
         with torch.no_grad():
             model[0].weight.add_(0.1)
@@ -246,7 +252,7 @@ def test_a_run_dir_of_other_settings_is_refused(change: str, cnn: nn.Module, qua
     options |= {"epochs": {"epochs": 3}, "seed": {"seed": 1}, "train": {"train": "thresholds"}}.get(
         change, {})
     data = TensorDataset(*(t[:200] for t in small.tensors)) if change == "batches" else data
-    with pytest.raises(SpecError, match="other settings(.|\n)*another run directory"):
+    with pytest.raises(SpecError, match=f"other settings(.|\n)*{said}(.|\n)*another run directory"):
         fit(model, loader_of(data), threat, recipe, run_dir=tmp_path, **options)
 
 
