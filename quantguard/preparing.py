@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from .activation import staircases
 from .attacks import logits_of
@@ -20,12 +19,10 @@ from .contexts import bypass
 from .conversion import convert, restore, with_entrance
 from .entrance import is_input
 from .errors import DataError, SpecError
+from .probing import reestimate
 from .recipes import Recipe
-from .running import device_of, evaluating, modes_kept, run, seeded, to_device
+from .running import device_of, evaluating, run, seeded, to_device
 from .spec import FLOAT_BITS, QuantSpec, Threat
-
-# Batches that BatchNorm statistics are estimated from.
-_STATISTICS = 32
 
 
 def prepare(model: nn.Module, loader: Iterable[Any], bits: int | Mapping[str, int] | None,
@@ -109,25 +106,3 @@ def agreement(model: nn.Module, loader: Iterable[Any]) -> float:
                 same += int((logits_of(run(model, inputs)).argmax(1) == answers).sum())
             total += len(answers)
     return same / max(total, 1)
-
-
-def reestimate(model: nn.Module, loader: Iterable[Any]) -> None:
-    """Estimate BatchNorm statistics anew, from a loader's first images.
-
-    Those that came with the weights are of other activations.
-    """
-    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
-    if not norms:
-        return
-    momenta = [norm.momentum for norm in norms]
-    with torch.no_grad(), modes_kept(model), seeded(0):
-        model.eval()
-        for norm in norms:
-            norm.reset_running_stats()
-            norm.momentum, norm.training = None, True  # None: the mean over batches
-        try:
-            for batch in itertools.islice(loader, _STATISTICS):
-                run(model, to_device(unpack(batch)[0], device_of(model)))
-        finally:
-            for norm, momentum in zip(norms, momenta, strict=True):
-                norm.momentum = momentum

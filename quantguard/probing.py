@@ -1,13 +1,18 @@
-"""Look at a model in training: its batches as pixels, its probe, the scale of its gradients."""
+"""Look at a model in training: its batches as pixels, its probe, the scale of its gradients.
+
+And the statistics of its BatchNorms.
+"""
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from .activation import staircases
 from .attacks import PGD, FoolboxModel, PixelModel
@@ -17,11 +22,13 @@ from .contexts import bypass, listening
 from .errors import DataError
 from .evidence import predict
 from .images import image_tensor
-from .running import device_of, evaluating, frozen
+from .running import device_of, evaluating, frozen, modes_kept, run, seeded, to_device
 from .spec import Threat
 from .world import World
 
 _PROBE_IMAGES = 512
+# Batches that BatchNorm statistics are estimated from.
+_STATISTICS = 32
 # One sign step of this size may change the loss by so much to first order: what a LeNet's
 # hand-tuned 2.5e-3 amounts to. Large pretrained nets get less, and none gets more than what
 # hardened 2 bits best.
@@ -188,3 +195,25 @@ def auto_lr(model: nn.Module, source: Source, batches: PixelBatches,
                         fix="Check the model on clean images first.")
     low, high = LR_RANGE
     return min(max(_TRUST * count / max(norm, 1e-12), low), high)
+
+
+def reestimate(model: nn.Module, loader: Iterable[Any]) -> None:
+    """Estimate BatchNorm statistics anew, from a loader's first images.
+
+    Those that came with the weights are of other activations.
+    """
+    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    if not norms:
+        return
+    momenta = [norm.momentum for norm in norms]
+    with torch.no_grad(), modes_kept(model), seeded(0):
+        model.eval()
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum, norm.training = None, True  # None: the mean over batches
+        try:
+            for batch in itertools.islice(loader, _STATISTICS):
+                run(model, to_device(unpack(batch)[0], device_of(model)))
+        finally:
+            for norm, momentum in zip(norms, momenta, strict=True):
+                norm.momentum = momentum

@@ -26,7 +26,6 @@ from .history import Epoch, History
 from .keeping import RunDir
 from .layout import order_weights, takes_channels_last
 from .optimizing import AdamW, Average, merging, parameter_groups
-from .preparing import reestimate
 from .probing import (
     LR_RANGE,
     PixelBatches,
@@ -36,6 +35,7 @@ from .probing import (
     levels_used,
     parent_accuracy,
     probe,
+    reestimate,
 )
 from .progress import Progress
 from .recipes import Recipe

@@ -19,7 +19,7 @@ from quantguard.entrance import is_input
 from quantguard.errors import SpecError
 from quantguard.hardening import hardened
 from quantguard.history import Epoch, History
-from quantguard.preparing import reestimate
+from quantguard.probing import reestimate
 from quantguard.recipes import Recipe, stages
 from quantguard.sensitive import costs, one_float
 from quantguard.spec import Threat
