@@ -22,7 +22,16 @@ from .contexts import bypass, listening
 from .errors import DataError
 from .evidence import predict
 from .images import image_tensor
-from .running import device_of, evaluating, frozen, modes_kept, run, seeded, to_device
+from .running import (
+    device_of,
+    evaluating,
+    frozen,
+    modes_kept,
+    run,
+    seeded,
+    tensors_in,
+    to_device,
+)
 from .spec import Threat
 from .world import World
 
@@ -212,8 +221,13 @@ def reestimate(model: nn.Module, loader: Iterable[Any]) -> None:
             norm.reset_running_stats()
             norm.momentum, norm.training = None, True  # None: the mean over batches
         try:
+            whole = 0
             for batch in itertools.islice(loader, _STATISTICS):
-                run(model, to_device(unpack(batch)[0], device_of(model)))
+                inputs = to_device(unpack(batch)[0], device_of(model))
+                images = len(next(iter(tensors_in(inputs))))
+                whole = max(whole, images)
+                if 2 * images > whole:  # the rest of a loader would count as much as a whole batch
+                    run(model, inputs)
         finally:
             for norm, momentum in zip(norms, momenta, strict=True):
                 norm.momentum = momentum

@@ -191,6 +191,18 @@ def test_statistics_are_those_of_the_new_activations(cnn: nn.Module,
     assert not model.training and not model[1].training
 
 
+@pytest.mark.parametrize("recipe", ["pgd", "ibp"])
+def test_a_last_batch_of_one_image_has_no_statistics(recipe: str,
+                                                     train_digits: TensorDataset) -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.BatchNorm1d(32), nn.ReLU(),
+                          nn.Linear(32, 10)).eval()
+    x, y = (t[:65] for t in train_digits.tensors)
+    batches = DataLoader(TensorDataset(x, y), batch_size=64)
+    walked(model, batches, dynamic=False, recipe=recipe, epochs=1, val=[(x, y)])
+    reestimate(model, batches)
+    assert torch.allclose(model[2].running_mean, model[1](x[:64].flatten(1)).mean(0), atol=1e-5)
+
+
 def test_training_starts_from_statistics_of_what_is_trained(cnn: nn.Module,
                                                             loader: DataLoader[Any]) -> None:
     """Behind a staircase on the input those that came with the weights are of other images."""
