@@ -33,11 +33,12 @@ MODES = ("ste", "sigmoid(8)", "parent")
 TWINS = ((2.0, 16.0), (4.0, 32.0), (8.0, 8.0))
 
 
-def lenet() -> nn.Sequential:
+def lenet(width: int = 1) -> nn.Sequential:
     return nn.Sequential(
-        nn.Conv2d(1, 32, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2),
-        nn.Conv2d(32, 64, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2),
-        nn.Flatten(), nn.Linear(3136, 256), nn.ReLU(), nn.Linear(256, 10))
+        nn.Conv2d(1, 32 * width, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Conv2d(32 * width, 64 * width, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Flatten(), nn.Linear(3136 * width, 256 * width), nn.ReLU(),
+        nn.Linear(256 * width, 10))
 
 
 def suite(seed: int, quantized: bool) -> list[Entry]:

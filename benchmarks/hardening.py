@@ -11,9 +11,9 @@ hardened by `recipe="pgd"` with EPOCHS epochs. `ramp` is the same net at equal c
 staircase on the input, but the inner attack through the ramp, no stability term, and the range that
 calibration finds; `naive` has no staircase on the input either; `walk` spends half of the epochs on
 the float net first, which is what the held-out slice prefers for `resnet`. `ibp` is certified
-training, from fresh weights, with CERTIFIED_EPOCHS; its figure is a bracket, proven
-from below. The standard suite, twin included, attacks the first test images, 500 of them (`resnet`:
-1,000), once per cell. --try trains a cell with other settings and judges it by the quick suite on
+training, from fresh weights, with CERTIFIED_EPOCHS; its figure is a bracket, proven from below. The
+standard suite, twin included, attacks the first test images, 500 of them (`resnet`: 1,000), once
+per cell. --try trains a cell with other settings and judges it by the quick suite on
 the 1,000 images that are held out of training (the first tries: on 500 of them): all that was tried
 is listed, and no test image is seen.
 
@@ -80,13 +80,6 @@ def resnet() -> nn.Module:
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(before, 10))
 
 
-def wide() -> nn.Module:
-    return nn.Sequential(
-        nn.Conv2d(1, 64, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2),
-        nn.Conv2d(64, 128, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2),
-        nn.Flatten(), nn.Linear(6272, 512), nn.ReLU(), nn.Linear(512, 10))
-
-
 def data(batch: int = 128) -> tuple[DataLoader[Any], DataLoader[Any]]:
     """Return what is trained on, and what tries are judged by: the last training images."""
     whole: Any = load_data("fashion-mnist", "train", batch_size=batch).dataset
@@ -98,7 +91,7 @@ def data(batch: int = 128) -> tuple[DataLoader[Any], DataLoader[Any]]:
 def clean_model(net: str, seed: int) -> nn.Module:
     """Train a float network as a user would have; kept, so that all rows start from the same."""
     torch.manual_seed(seed)
-    model = {"lenet": lenet, "wide": wide, "resnet": resnet}[net]()
+    model = resnet() if net == "resnet" else lenet({"lenet": 1, "wide": 2}[net])
     path = HERE / "work" / f"{net}-{seed}.pt"
     if path.exists():
         model.load_state_dict(torch.load(path, weights_only=True))
