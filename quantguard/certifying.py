@@ -58,13 +58,15 @@ class CertifiedObjective:
     Args:
         model: what is trained; its graph is looked for when the first batch comes.
         threat, recipe: radius, and which part of the steps it grows over.
+        low: whether the attack that moves images first climbs in bfloat16; intervals are float32.
 
     Attributes:
         eps: the present radius, 0 to the threat's.
     """
 
-    def __init__(self, model: PixelModel, threat: Threat, recipe: Recipe) -> None:
-        self.model, self.threat, self.recipe = model, threat, recipe
+    def __init__(self, model: PixelModel, threat: Threat, recipe: Recipe,
+                 low: bool = False) -> None:
+        self.model, self.threat, self.recipe, self.low = model, threat, recipe, low
         self.eps = 0.0
         self.teacher = None
         self._flats: dict[torch.Size, Flat] = {}

@@ -38,7 +38,8 @@ class Gradients:
         say: is told what went wrong.
 
     Attributes:
-        objective: the loss of attacked images; holds the recipe, which may change.
+        objective: the loss of attacked images; holds the recipe, which may change, and whether the
+            network runs in bfloat16.
         parts: into how many a batch is cut that does not fit into memory.
     """
 
@@ -46,11 +47,10 @@ class Gradients:
                  device: torch.device, world: World, say: Callable[[str], None]) -> None:
         self.model, self.whole, self.device, self.world, self.say = model, whole, device, world, say
         # who asks for digits gets them; intervals alone are float32
-        self.low = trains_in_bfloat16(recipe, device) and model.dtype != torch.float64 and \
-            (recipe.attacks or not recipe.certifies)
-        self.objective: Objective | CertifiedObjective = \
-            CertifiedObjective(model, threat, recipe) if recipe.certifies else \
-            Objective(model, threat, recipe, self.low)
+        low = model.dtype != torch.float64 and (recipe.attacks or not recipe.certifies) and \
+            world.agreed(trains_in_bfloat16(recipe, device))
+        self.objective: Objective | CertifiedObjective = (
+            CertifiedObjective if recipe.certifies else Objective)(model, threat, recipe, low)
         if isinstance(self.objective, Objective) and recipe.distill:
             self.objective.teacher = self._teacher(threat)
         self.parts = 1
@@ -61,7 +61,7 @@ class Gradients:
         Raises:
             SpecError: the recipe insists on bfloat16.
         """
-        if not self.low:
+        if not self.objective.low:
             return
         try:
             with torch.no_grad(), evaluating(self.model), seeded(0):
@@ -71,9 +71,7 @@ class Gradients:
             if self.objective.recipe.precision == "bfloat16":
                 raise SpecError("the model does not run in bfloat16", why=f"It says: {said}",
                                 fix="Use precision=auto or float32.") from error
-            self.low = False
-            if isinstance(self.objective, Objective):
-                self.objective.low = False
+            self.objective.low = False
             self.say(f"the model does not run in bfloat16 ({said}): float32 it is, and slower")
 
     def _teacher(self, threat: Threat) -> Callable[[Tensor], Tensor]:
@@ -132,7 +130,7 @@ class Gradients:
         if objective.teacher is not None and bool((labels < 0).any()):
             labels = torch.where(labels < 0, objective.teacher(pixels).argmax(1), labels)
         return craft(self.model, pixels, labels, objective.attacker, objective.recipe, noise,
-                     self.low)
+                     objective.low)
 
     def _part(self, pixels: Tensor, labels: Tensor, noise: Tensor, share: float) -> float:
         x = self.crafted(pixels, labels, noise)

@@ -31,6 +31,7 @@ class History:
         lr: peak learning rate of weights.
         levels: how many of its levels each staircase took on the held-out slice, at the end.
         events: what went wrong on the way, and what was done about it.
+        precision: in which the network ran.
     """
 
     epochs: tuple[Epoch, ...]
@@ -38,6 +39,7 @@ class History:
     lr: float
     levels: dict[str, int]
     events: tuple[str, ...] = ()
+    precision: str = "float32"
 
     @property
     def kept(self) -> Epoch:
@@ -47,4 +49,4 @@ class History:
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON types."""
         return {"epochs": [vars(e) for e in self.epochs], "chosen": self.chosen, "lr": self.lr,
-                "levels": self.levels, "events": list(self.events)}
+                "levels": self.levels, "events": list(self.events), "precision": self.precision}

@@ -41,9 +41,7 @@ def takes_channels_last(model: nn.Module, images: Tensor) -> bool:
     computes something else. Staircases are bypassed: next to a threshold rounding is a whole level.
     What torch.compile made would be compiled again for other strides: it stays as it lies.
     """
-    compiled = any(hasattr(m, "_orig_mod") or getattr(m, "_compiled_call_impl", None) is not None
-                   for m in model.modules())
-    if images.dim() != 4 or compiled or not _weights(model):
+    if images.dim() != 4 or is_compiled(model) or not _weights(model):
         return False
     images = images.detach()
     with torch.no_grad(), evaluating(model), bypass(model):
@@ -57,6 +55,12 @@ def takes_channels_last(model: nn.Module, images: Tensor) -> bool:
     eps = max(torch.finfo(p.dtype).eps for p in _weights(model))
     return bool((before - after).abs().amax()
                 <= max(_ROUNDING, _PRECISION * eps) * before.abs().amax())
+
+
+def is_compiled(model: nn.Module) -> bool:
+    """Return whether torch.compile made anything of model."""
+    return any(hasattr(m, "_orig_mod") or getattr(m, "_compiled_call_impl", None) is not None
+               for m in model.modules())
 
 
 def _weights(model: nn.Module) -> list[nn.Parameter]:

@@ -104,7 +104,9 @@ class Trainer:
             raise self._interrupted() from None
         self.bar.note = self._said().lstrip(", ") + f", kept epoch {self.chosen}"
         self.bar.close()
-        return History(tuple(self.history), self.chosen, self.lr, levels, tuple(self.events))
+        kind = torch.bfloat16 if self.gradients.objective.low else self.pixel_model.dtype
+        return History(tuple(self.history), self.chosen, self.lr, levels, tuple(self.events),
+                       str(kind).removeprefix("torch."))
 
     def _digits(self) -> AbstractContextManager[Any]:
         """Return how float32 is multiplied: intervals that TF32 has rounded train much worse."""
@@ -338,12 +340,14 @@ class Trainer:
             "schedule": self.schedule.state_dict(), "average": self.average.values,
             "average_count": self.average.count, "history": [vars(e) for e in self.history],
             "recipe": self.recipe.to_dict(), "rng": self.rng, "parts": self.gradients.parts,
+            "low": self.gradients.objective.low,
             **{name: getattr(self, name) for name in _KEPT}}, [vars(e) for e in self.history])
 
     def _resume(self, told: dict[str, Any]) -> None:
         for name in _KEPT:
             setattr(self, name, told[name])
         self.gradients.parts = told["parts"]
+        self.gradients.objective.low = told["low"]  # auto may choose otherwise another time
         self.recipe = self.gradients.objective.recipe = Recipe(**told["recipe"])
         self._prepare(self.lr)
         self.model.load_state_dict(told["model"])

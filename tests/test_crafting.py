@@ -141,7 +141,8 @@ class Casts(TorchDispatchMode):
 @pytest.mark.parametrize("name", ["pgd", "trades"])
 def test_weights_are_cast_once_for_all_steps(monkeypatch: pytest.MonkeyPatch, quantized: nn.Module,
                                              batch: Digits, name: str) -> None:
-    weight = next(p for p in quantized.parameters() if p.dim() == 4)
+    # the first convolution is cast by itself
+    _, weight, *_ = (p for p in quantized.parameters() if p.dim() == 4)
     found, counts = [], []
     for cast in (crafting._CAST, ()):
         monkeypatch.setattr(crafting, "_CAST", cast)
@@ -170,8 +171,10 @@ def test_a_loss_in_bfloat16_is_nearly_the_same_and_its_gradients_are_float32(
         found.append((loss.detach(), torch.cat([g.flatten() for g in gradients])))
     handle.remove()
     assert dtypes == {torch.float32, torch.bfloat16}
-    assert torch.isclose(found[0][0], found[1][0], rtol=0.05)
-    # rounding moves some pre-activations over a threshold; TRADES' term is a difference of the two
+    # TRADES' term is how far two answers lie apart, six times: each rounded, they lie further, by
+    # 0 to 8 per cent of the loss from CPU to CPU
+    assert torch.isclose(found[0][0], found[1][0], rtol=0.15 if recipe.beta else 0.05)
+    # rounding moves some pre-activations over a threshold
     assert F.cosine_similarity(found[0][1], found[1][1], 0) > 0.8
 
 
@@ -182,10 +185,14 @@ def test_precision_is_what_the_recipe_says(precision: str, expected: bool) -> No
 
 
 def test_auto_precision_asks_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    for has in (False, True):
+    for has, low, expected in ((False, 1.0, False), (True, 1.0, True), (True, 3.0, False)):
         monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda has=has: has)
-        assert trains_in_bfloat16(Recipe("pgd"), torch.device("cpu")) is has
+        monkeypatch.setattr(crafting, "_seconds",
+                            lambda kind, low=low: low if kind == torch.bfloat16 else 2.0)
+        assert trains_in_bfloat16(Recipe("pgd"), torch.device("cpu")) is expected
     assert trains_in_bfloat16(Recipe("pgd"), torch.device("meta")) is False
+    monkeypatch.undo()
+    assert 0 < crafting._seconds(torch.float32) < 1
 
 
 def test_noise_that_is_given_is_what_it_starts_from(quantized: nn.Module, batch: Digits) -> None:

@@ -304,7 +304,7 @@ def test_every_recipe_trains_logs_and_leaves_modes_and_random_numbers(
     assert [e.epoch for e in history.epochs] == [0, 1] and history.chosen in (0, 1)
     told = history.to_dict()
     assert json.loads(json.dumps(told)).keys() == told.keys() == {
-        "epochs", "chosen", "lr", "levels", "events"}
+        "epochs", "chosen", "lr", "levels", "events", "precision"}
 
 
 @pytest.mark.parametrize(("scores", "images", "chosen"), [
@@ -499,7 +499,7 @@ class Writes(nn.Module):
 
 def test_what_does_not_run_in_bfloat16_trains_in_float32_and_says_so(
         small: TensorDataset, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    monkeypatch.setattr(gradients, "trains_in_bfloat16", lambda *_: True)
     _, history = trained(Writes().eval(), loader_of(small), epochs=1,
                          recipe=Recipe("pgd", steps=1))
     assert any("does not run in bfloat16" in event for event in history.events)

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from ..activation import staircases
 from ..batches import from_pixels
 from ..errors import ConversionError, SpecError
-from ..layout import channels_last, takes_channels_last
+from ..fewchannels import FewChannels
+from ..layout import channels_last, is_compiled, takes_channels_last
 from ..running import device_of
 from ..spec import Threat
 from ..straight import has_foreign_steps
@@ -65,14 +66,16 @@ class PixelModel(nn.Module):
     def forward(self, pixels: Tensor) -> Tensor:
         """Return logits (N, classes) in float32 for pixels (N, C, H, W) within the bounds."""
         self.queries += pixels.shape[0]
-        if pixels.requires_grad and torch.is_grad_enabled():
+        attacked = pixels.requires_grad and torch.is_grad_enabled()
+        if attacked:
             self.gradients += pixels.shape[0]
         x = from_pixels(pixels, self.threat).to(self._eaten or pixels.dtype)
-        output = self.model(x) if self.key is None else self.model(**{self.key: x})
+        with FewChannels() if attacked and not is_compiled(self.model) else nullcontext():
+            output = self.model(x) if self.key is None else self.model(**{self.key: x})
         logits = logits_of(output).to(pixels.dtype)  # of autocast, or a half-precision model
         if self.probabilities:
             logits = logits.clamp_min(torch.finfo(torch.float32).tiny).log()
-        if pixels.requires_grad and torch.is_grad_enabled() and not logits.requires_grad:
+        if attacked and not logits.requires_grad:
             # no path back: an attack sees the zero gradient that this is, and a flag says so
             logits = logits + 0 * pixels.flatten(1).sum(1, keepdim=True)
         return logits
