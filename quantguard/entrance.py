@@ -26,9 +26,11 @@ class InputStaircase(nn.Module):
     Attributes:
         staircase: q, whose lowest level is 0.
         low: (1,), or (C, 1, 1) for each channel.
+        dims: of the images that came last; their channels are axis 1.
     """
 
     low: Tensor
+    dims = 4
 
     def __init__(self, spec: InputSpec) -> None:
         super().__init__()
@@ -54,12 +56,20 @@ class InputStaircase(nn.Module):
         inner = self.staircase
         if inner.in_float:
             return x
+        low = self._low(x)
         if not inner.softened:
-            return inner(x) + self.low  # type: ignore[no-any-return]
+            return inner(x) + low  # type: ignore[no-any-return]
         with torch.no_grad():
             y = inner(x) if inner.spec.bits <= _FEW_BITS else \
-                inner.levels(x) * inner.step.reshape(self.low.shape)
-        return y + self.low + (x - x.detach())
+                inner.levels(x) * inner.step.reshape(low.shape)
+        return y + low + (x - x.detach())
+
+    def _low(self, x: Tensor) -> Tensor:
+        """Return the lowest level as it goes with x: (N, C), (N, C, L), (N, C, H, W) or more."""
+        if isinstance(x, Tensor) and x.dim() != self.dims:  # a Proxy does not know
+            self.dims = x.dim()
+        return self.low if self.dims == 4 or self.low.dim() == 1 else \
+            self.low.reshape(-1, *[1] * (self.dims - 2))
 
 
 def is_input(name: str) -> bool:

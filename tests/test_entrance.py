@@ -46,6 +46,40 @@ def nearest(x: Tensor, low: float, high: float, bits: int) -> Tensor:
     return ((x.double() - low) / step).round().clamp(0, 2**bits - 1) * step + low
 
 
+@pytest.mark.parametrize("shape", [(5, 3), (5, 3, 7), (3, 3, 3), (5, 3, 3, 4, 4), (5, 3, 2, 2)])
+@pytest.mark.parametrize("bits", [2, 8])
+def test_channels_are_axis_1_whatever_follows(bits: int, shape: tuple[int, ...]) -> None:
+    ends = ((0.1, 0.9), (-1.0, 2.0), (0.0, 4.0))
+    entrance = InputStaircase(InputSpec(bits, *zip(*ends, strict=True)))
+    x = 8 * torch.rand(shape, generator=torch.Generator().manual_seed(0)) - 4
+    with qg.soften(entrance, 1e7):  # at once the hard one, but for who stands on a threshold
+        soft = entrance(x)
+    for y in (entrance(x), soft):
+        assert y.shape == x.shape
+        for channel, (low, high) in enumerate(ends):
+            torch.testing.assert_close(y[:, channel].double(),
+                                       nearest(x[:, channel], low, high, bits), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("shape", [(2,), (2, 9)])
+def test_rows_and_signals_are_hardened_and_certified(shape: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    threat = qg.Threat(eps=0.02, mean=(0.5, 0.4), std=(0.25, 0.2))
+    way = torch.tensor([0.5, 0.4]).reshape(-1, *[1] * (len(shape) - 1))
+    x, y = torch.rand(64, *shape), torch.arange(64) % 2
+    loader = [((x - way) / (way / 2), y)]
+    head: list[nn.Module] = [nn.Linear(2, 8)] if len(shape) == 1 else \
+        [nn.Conv1d(2, 4, 3), nn.Flatten(), nn.Linear(28, 8)]
+    net = nn.Sequential(*head, nn.ReLU(), nn.Linear(8, 2)).eval()
+    with pytest.warns(UserWarning, match="nothing can be held out"):
+        hard = qg.harden(net, loader, threat, epochs=1, progress=False)
+    assert f"{NAME}.staircase" in staircases(hard)
+    found = qg.certify(hard, loader, threat, progress=False)
+    assert found.images == 64
+    torch.testing.assert_close(hard.get_submodule(NAME)(loader[0][0]), loader[0][0], rtol=0,
+                               atol=0.2)
+
+
 @pytest.mark.parametrize("bits", [1, 3, 8])
 def test_levels_go_from_end_to_end(bits: int) -> None:
     entrance = InputStaircase(InputSpec(bits, (0.1,), (0.9,)))
