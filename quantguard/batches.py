@@ -86,9 +86,9 @@ def check_images(x: Tensor, bounds: tuple[float, float], where: str) -> None:
     if smallest >= low - slack and largest <= high + slack:
         return
     fix = "Bring them into bounds, or give the right bounds=."
-    if smallest >= low - slack and high <= 1 < largest <= 255:
+    if smallest >= low - slack and high <= 1 and 2 < largest <= 255:
         fix = "They look like 0..255: divide them by 255, or use bounds=(0, 255)."
-    elif smallest < low:
+    elif smallest < low - slack or largest <= 2:
         fix = "They look normalised: give the mean= and std= that made them so."
     raise DataError(f"{where}: pixels are {smallest:g}..{largest:g}, outside {low:g}..{high:g}",
                     fix=fix)
@@ -97,15 +97,18 @@ def check_images(x: Tensor, bounds: tuple[float, float], where: str) -> None:
 def check_labels(y: Tensor, classes: int | None, where: str) -> None:
     """Raise DataError unless ``y`` is (N,) integers, 0 or more and below ``classes``."""
     if y.is_floating_point() or y.is_complex() or y.dtype == torch.bool or y.ndim != 1:
+        fix = "for one-hot labels, labels.argmax(1)"
+        if y.ndim <= 1 or y.shape[1:].numel() == 1:
+            fix = "labels.flatten().long()"
         raise DataError(f"{where}: labels are {y.dtype} of shape {tuple(y.shape)}",
-                        fix="Give one integer per image, shape (N,): for one-hot labels, "
-                            "labels.argmax(1).")
+                        fix=f"Give one integer per image, shape (N,): {fix}.")
     if y.numel() == 0:
         return
     smallest, largest = int(y.min()), int(y.max())
     if smallest < 0 or (classes is not None and largest >= classes):
         limit = "0 or more" if classes is None else (
-            f"0..{classes - 1}: the model has {classes} outputs")
+            f"0..{classes - 1}: the model has {classes} outputs" if classes > 1 else
+            "0: the model has 1 output, and two classes need two")
         raise DataError(f"{where}: labels are {smallest}..{largest}, and must be {limit}")
 
 

@@ -24,13 +24,13 @@ from .kinds import function_of
 from .plan import Bits, Plan, Site, assign, join
 from .rewrite import Rewritten, add_entrance, fused_paths, rewrite, undo
 from .running import (
+    as_eaten,
     device_of,
     duplicate,
     run,
     seeded,
     stand_in,
     tensors_in,
-    to_device,
 )
 from .sites import check_convertible, find_sites
 from .spec import FLOAT_BITS, InputSpec
@@ -111,9 +111,9 @@ def convert(model: nn.Module, bits: Bits = 2, dynamic: bool = False, *,
     batches: list[Any] | None = None
     if data is not None:
         require_reiterable(data, "data")
-        device = device_of(original)
         with seeded(0):  # a shuffling loader draws from the caller's random numbers
-            batches = [to_device(unpack(batch)[0], device) for batch in itertools.islice(data, 16)]
+            batches = [as_eaten(unpack(batch)[0], original)
+                       for batch in itertools.islice(data, 16)]
         for number, batch in enumerate(batches):
             for x in tensors_in(batch):
                 if x.is_floating_point() and not x.isfinite().all():
@@ -214,7 +214,7 @@ def inspect(model: nn.Module, bits: Bits = 2, dynamic: bool = False, *,
         return done.plan
     if example is not None:
         with torch.no_grad(), seeded(0):  # a copy: a forward may leave traces
-            run(duplicate(unwrap(model)).eval(), to_device(example, device_of(model)),
+            run(duplicate(unwrap(model)).eval(), as_eaten(example, model),
                 "the example")
     elif data is not None:
         example = next((unpack(batch)[0] for batch in data), None)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from .attacks import PixelModel
 from .certifying import CertifiedObjective
@@ -54,6 +55,9 @@ class Gradients:
         if isinstance(self.objective, Objective) and recipe.distill:
             self.objective.teacher = self._teacher(threat)
         self.parts = 1
+        self.frozen_norms = [
+            m for m in model.modules() if isinstance(m, _BatchNorm) and m.affine
+            and not any(p.requires_grad for p in m.parameters())]
 
     def look(self, pixels: Tensor) -> None:
         """Stay with float32 where the model does not run on pixels in bfloat16.
@@ -145,6 +149,8 @@ class Gradients:
     def _hard(self, x: Tensor, pixels: Tensor, labels: Tensor) -> Tensor:
         # what is frozen keeps its BatchNorm statistics, too
         self.model.model.train(self.whole)
+        for norm in self.frozen_norms:
+            norm.eval()
         return self.objective(x, pixels, labels)
 
     def _noise(self, pixels: Tensor) -> Tensor:

@@ -186,10 +186,13 @@ class Walk:
                             fix="quantguard.restore(model) gives the float one.")
         if not 0 <= drop <= 1:
             raise SpecError(f"max_clean_drop={drop} must be from 0 to 1")
+        if not isinstance(lowest, int) or not 1 <= lowest <= 8:
+            raise SpecError(f"max_clean_drop walks down in bits, and bits={lowest!r} is none of "
+                            "them", fix="Use bits=1 to 8.")
+        if self.train != "all":
+            raise SpecError(f"max_clean_drop starts with float, and train={self.train!r} leaves "
+                            "nothing to train there", fix="Use train='all'.")
         ladder = [b for b in _LADDER if b > lowest] + [lowest]
-        if lowest == FLOAT_BITS:
-            raise SpecError("max_clean_drop walks down in bits, and bits=32 is float",
-                            fix="Use bits=1 to 8.")
         kept = self.model
         least = 0.0
         for bits in ladder:

@@ -21,7 +21,7 @@ from .entrance import is_input
 from .errors import DataError, SpecError
 from .probing import reestimate
 from .recipes import Recipe
-from .running import device_of, evaluating, run, seeded, to_device
+from .running import as_eaten, evaluating, run, seeded
 from .spec import FLOAT_BITS, QuantSpec, Threat
 
 
@@ -37,9 +37,16 @@ def prepare(model: nn.Module, loader: Iterable[Any], bits: int | Mapping[str, in
         anew: whether to convert again what is converted already.
 
     Raises:
-        SpecError: bits or dynamic contradict the model's conversion.
+        SpecError: bits or dynamic contradict the model's conversion, or weights that are to be
+            drawn anew are frozen.
     """
     if recipe.init == "interval":
+        frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
+        if frozen:
+            raise SpecError(f"recipe {recipe.name} draws weights anew, and {len(frozen)} are frozen"
+                            f" ({frozen[0]}, …): they would stay as they are drawn",
+                            fix="Let them train (requires_grad_(True)), or init='keep' (--set "
+                                "init=keep) keeps all weights.")
         model = copy.deepcopy(model)
         begin_afresh(model, _first(loader, model), seed)
     found, entry = staircases(model), None
@@ -58,8 +65,9 @@ def _first(loader: Iterable[Any], model: nn.Module) -> Any:
     Raises:
         DataError: there is none.
     """
-    for batch in loader:
-        return to_device(unpack(batch)[0], device_of(model))
+    with seeded(0):  # a loader that shuffles draws
+        for batch in loader:
+            return as_eaten(unpack(batch)[0], model)
     raise DataError("the loader is empty", fix="Give at least one batch.")
 
 
@@ -97,10 +105,9 @@ def _prepared(model: nn.Module, loader: Iterable[Any], bits: int | Mapping[str, 
 def agreement(model: nn.Module, loader: Iterable[Any]) -> float:
     """Return the share of a loader's first images on which model answers as under ``bypass``."""
     same = total = 0
-    device = device_of(model)
     with torch.no_grad(), evaluating(model), seeded(0):
         for batch in itertools.islice(loader, 4):
-            inputs = to_device(unpack(batch)[0], device)
+            inputs = as_eaten(unpack(batch)[0], model)
             answers = logits_of(run(model, inputs)).argmax(1)
             with bypass(model):
                 same += int((logits_of(run(model, inputs)).argmax(1) == answers).sum())

@@ -23,6 +23,7 @@ from .errors import DataError
 from .evidence import predict
 from .images import image_tensor
 from .running import (
+    as_eaten,
     device_of,
     evaluating,
     frozen,
@@ -30,7 +31,6 @@ from .running import (
     run,
     seeded,
     tensors_in,
-    to_device,
 )
 from .spec import Threat
 from .world import World
@@ -223,7 +223,7 @@ def reestimate(model: nn.Module, loader: Iterable[Any]) -> None:
         try:
             whole = 0
             for batch in itertools.islice(loader, _STATISTICS):
-                inputs = to_device(unpack(batch)[0], device_of(model))
+                inputs = as_eaten(unpack(batch)[0], model)
                 images = len(next(iter(tensors_in(inputs))))
                 whole = max(whole, images)
                 if 2 * images > whole:  # the rest of a loader would count as much as a whole batch

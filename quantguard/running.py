@@ -37,6 +37,11 @@ def run(model: nn.Module, inputs: Any, where: str = "") -> Any:
         fix = "Check channels and size: nothing is converted silently; --size resizes images."
         if isinstance(inputs, dict) and isinstance(error, TypeError):
             fix = "Of a dict batch all but labels are keyword arguments of the model's forward."
+        eaten = eaten_by(model)
+        given = {x.dtype for x in tensors_in(inputs) if x.is_floating_point()} or {torch.uint8}
+        if eaten is not None and eaten not in given:
+            fix = f"They are {given.pop()} and its weights {eaten}: convert one of them, such as " \
+                  "by model.float() or images.float()."
         raise DataError(
             f"{where}: " * bool(where) + f"the model does not accept inputs of shape {shape}",
             why=f"It says: {said}", fix=fix) from error
@@ -214,6 +219,17 @@ def changed(inputs: Any, change: Callable[[Tensor], Tensor]) -> Any:
 def to_device(inputs: Any, device: torch.device) -> Any:
     """Move the tensors of inputs."""
     return changed(inputs, lambda x: x.to(device))
+
+
+def as_eaten(inputs: Any, model: nn.Module) -> Any:
+    """Return inputs on model's device, their floating tensors in the type of its first weight."""
+    kind, device = eaten_by(model), device_of(model)
+    return changed(inputs, lambda x: x.to(device, kind if x.is_floating_point() else None))
+
+
+def eaten_by(model: nn.Module) -> torch.dtype | None:
+    """Return the type of the model's first weight, which is what it eats; None: it has none."""
+    return next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
 
 
 def copied(inputs: Any) -> Any:

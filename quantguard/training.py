@@ -75,9 +75,11 @@ class Trainer:
         start = hashlib.blake2b(b"".join(
             v.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
             for v in self.best.values()), digest_size=16).hexdigest()
+        data = [] if run_dir is None else [f"{k}: {v}" for k, v in source.described().items()]
         self.directory = RunDir(run_dir, {
             "threat": threat.to_dict(), "recipe": recipe.to_dict(), "epochs": epochs,
-            "train": train, "seed": seed, "weights at the start": start, "batches": self.per_epoch,
+            "train": train, "seed": seed, "weights at the start": start, "data": data,
+            "batches": self.per_epoch,
             "activations": [f"{name}: {m.spec.bits} bits, "
                             f"{'dynamic' if m.spec.dynamic else 'fixed'}"
                             for name, m in staircases(model).items()],
@@ -187,8 +189,13 @@ class Trainer:
 
     def _train_epoch(self, interrupt: Callable[[], None]) -> None:
         begin = time.monotonic()
+        most = 0
         for batch in self.source.epoch(self.epoch, self.number):
-            loss = self._step(*self.batches(batch, self.number))
+            pixels, labels = self.batches(batch, self.number)
+            most = max(most, len(pixels))
+            if len(pixels) == 1 < most:
+                continue  # the rest of a loader that is not ours: no variance for BatchNorm
+            loss = self._step(pixels, labels)
             if not math.isfinite(loss):
                 self._go_back(self._not_finite(loss))
                 return

@@ -16,7 +16,7 @@ import quantguard as qg
 from quantguard import hardening
 from quantguard.activation import staircases
 from quantguard.entrance import is_input
-from quantguard.errors import SpecError
+from quantguard.errors import DataError, SpecError
 from quantguard.hardening import hardened
 from quantguard.history import Epoch, History
 from quantguard.probing import reestimate
@@ -159,10 +159,14 @@ def test_wrong_bits_by_site_are_found_before_any_work(
 
 
 @pytest.mark.parametrize(("options", "message"), [
-    ({"max_clean_drop": 2.0}, "from 0 to 1"), ({"max_clean_drop": 0.1, "bits": 32}, "is float"),
+    ({"max_clean_drop": 2.0}, "from 0 to 1"), ({"max_clean_drop": 0.1, "bits": 32}, "none of them"),
+    ({"max_clean_drop": 0.1, "bits": 0}, "none of them"),
+    ({"max_clean_drop": 0.1, "bits": 9}, "none of them"),
+    ({"max_clean_drop": 0.1, "train": "thresholds"}, "leaves nothing to train"),
     ({"max_clean_drop": 0.1, "bits": {"*": 2, "first": 4}}, "the same at every site")])
 def test_impossible_goals(options: dict[str, Any], message: str, cnn: nn.Module,
-                          loader: DataLoader[Any]) -> None:
+                          loader: DataLoader[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hardening, "fit", lambda *_, **__: pytest.fail("it has trained"))
     with pytest.raises(SpecError, match=message):
         walked(cnn, loader, **options)
 
@@ -272,3 +276,45 @@ def test_the_site_that_is_broken_costs_most(quantized: nn.Module, digits: Digits
 def test_a_float_model_has_no_site_to_cost(cnn: nn.Module, digits: Digits) -> None:
     with pytest.raises(SpecError, match="no quantized site"):
         qg.sensitivity(cnn, [(digits[0][:8], digits[1][:8])], progress=False)
+
+
+def test_a_float64_model_is_hardened_with_images_as_loaders_give_them(
+        cnn: nn.Module, loader: DataLoader[Any]) -> None:
+    made = walked(copy.deepcopy(cnn).double(), loader, epochs=1, recipe=Recipe("pgd", steps=1))
+    assert {p.dtype for n, p in made.model.named_parameters() if "weight" in n} == {torch.float64}
+
+
+def test_a_type_that_does_not_fit_is_what_the_error_says(cnn: nn.Module,
+                                                         loader: DataLoader[Any]) -> None:
+    with pytest.raises(DataError, match=r"float32 and its weights \S*bfloat16(.|\n)*model.float"):
+        walked(copy.deepcopy(cnn).bfloat16(), loader, epochs=1)
+
+
+def test_ibp_refuses_frozen_weights_which_it_would_draw_and_not_train(
+        cnn: nn.Module, loader: DataLoader[Any]) -> None:
+    model = copy.deepcopy(cnn)
+    next(model.parameters()).requires_grad_(False)
+    with pytest.raises(SpecError, match="draws weights anew, and 1 are frozen"):
+        walked(model, loader, recipe="ibp")
+
+
+@pytest.mark.parametrize("recipe", ["ibp", "clean"])
+def test_random_numbers_of_the_caller_stay(recipe: str, cnn: nn.Module,
+                                           loader: DataLoader[Any]) -> None:
+    torch.manual_seed(5)
+    expected = torch.rand(1)
+    torch.manual_seed(5)
+    walked(cnn, loader, recipe=recipe, epochs=1)
+    assert torch.equal(torch.rand(1), expected)
+
+
+def test_a_frozen_batchnorm_keeps_its_statistics_in_training(cnn: nn.Module,
+                                                             loader: DataLoader[Any]) -> None:
+    model = copy.deepcopy(cnn)
+    first, *others = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+    first.requires_grad_(False)
+    made = walked(model, loader, bits=32, dynamic=None, recipe=Recipe("clean", lr=1e-3), epochs=1)
+    after, *rest = [m for m in made.model.modules() if isinstance(m, nn.BatchNorm2d)]
+    assert torch.equal(after.running_mean, first.running_mean)
+    assert not any(torch.equal(a.running_mean, b.running_mean)
+                   for a, b in zip(rest, others, strict=True))

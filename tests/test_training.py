@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, Tenso
 from quantguard import gradients, training
 from quantguard.activation import QuantActivation, staircases
 from quantguard.attacks import PixelModel
-from quantguard.batching import SeededBatches, hold_out
+from quantguard.batching import hold_out
 from quantguard.contexts import listening
 from quantguard.conversion import convert
 from quantguard.crafting import Objective
@@ -35,61 +35,6 @@ Untouched = Callable[[nn.Module], AbstractContextManager[None]]
 Digits = tuple[Tensor, Tensor]
 THREAT = Threat(eps=0.1)
 FAST = Recipe("pgd", steps=1, lr=1e-3)
-
-
-# --- batches and the held-out slice ---
-
-
-@pytest.mark.parametrize(("size", "held"), [
-    (10_000, 500), (6000, 300), (5120, 256), (2000, 256), (1280, 256), (1000, 200), (100, 20),
-    (5, 1), (4, 0)])
-def test_five_per_cent_are_held_out_at_least_256_at_most_a_fifth(size: int, held: int) -> None:
-    dataset = TensorDataset(torch.arange(size))
-    source = hold_out(DataLoader(dataset, batch_size=64), None, None, seed=0)
-    kept = [int(i) for batch in source.epoch(0, 0) for i in batch[0]]
-    apart = [int(i) for batch in source.val for i in batch[0]] if source.val else []
-    assert len(apart) == held
-    assert not set(kept) & set(apart)
-    # A last batch of one image is left out: it has no variance for BatchNorm.
-    assert len(kept) == len(set(kept)) and size - held - len(kept) in (0, 1)
-
-
-def test_the_slice_is_seeded_and_independent_of_torchs_random_numbers() -> None:
-    loader = DataLoader(TensorDataset(torch.arange(500)), batch_size=64, shuffle=True)
-
-    def slice_of(seed: int) -> set[int]:
-        torch.rand(1)
-        val = hold_out(loader, None, None, seed).val
-        return {int(i) for batch in val or () for i in batch[0]}
-    assert slice_of(0) == slice_of(0)
-    assert slice_of(0) != slice_of(1)
-
-
-def test_with_val_nothing_is_held_out_and_augmentation_stays_out_of_the_slice() -> None:
-    class Augmented(TensorDataset):
-        augment = True
-
-    dataset = Augmented(torch.arange(100))
-    source = hold_out(DataLoader(dataset, batch_size=10), [1], None, 0)
-    assert source.val == [1] and source.batches == 10
-    own = hold_out(DataLoader(dataset, batch_size=10), None, None, 0)
-    assert isinstance(own.val, DataLoader) and isinstance(own.val.dataset, Subset)
-    assert own.val.dataset.dataset.augment is False  # type: ignore[attr-defined]
-    assert dataset.augment is True
-
-
-def test_seeded_batches_are_an_order_that_can_be_entered_anywhere() -> None:
-    sampler = SeededBatches(23, 5, seed=1)
-    whole = list(sampler)
-    assert len(sampler) == len(whole) == 5
-    assert sorted(itertools.chain(*whole)) == list(range(23))
-    sampler.first = 2
-    assert list(sampler) == whole[2:]
-    sampler.first, sampler.epoch = 0, 1
-    assert list(sampler) != whole
-    assert list(SeededBatches(23, 5, seed=2)) != whole
-    assert [len(b) for b in SeededBatches(21, 5, 0)] == [5, 5, 5, 5]
-    assert [len(b) for b in SeededBatches(1, 5, 0)] == [1]
 
 
 # --- resuming ---
@@ -166,10 +111,10 @@ def undisturbed(quantized: nn.Module, noisy: DataLoader[Any]) -> tuple[nn.Module
 
 
 @pytest.mark.parametrize(("owner", "name", "calls", "action"), [
-    (Noisy, "__getitems__", 5, press),  # one call is for the layout, two are for the slice
+    (Noisy, "__getitems__", 6, press),  # two calls are looks at the first batch, two the slice
     (gradients, "craft", 8, press), (Progress, "advance", 5, press),
     (training, "probe", 2, press), (training, "probe", 3, press),
-    (Noisy, "__getitems__", 4, press_twice), (gradients, "craft", 3, press_twice),
+    (Noisy, "__getitems__", 5, press_twice), (gradients, "craft", 3, press_twice),
     (Progress, "advance", 2, press_twice), (training, "probe", 2, press_twice)],
     ids=lambda v: getattr(v, "__name__", str(v)))
 def test_an_interrupted_run_goes_on_to_the_same_bits(

@@ -14,7 +14,7 @@ from ..batches import from_pixels
 from ..errors import ConversionError, SpecError
 from ..fewchannels import FewChannels
 from ..layout import channels_last, is_compiled, takes_channels_last
-from ..running import device_of
+from ..running import device_of, eaten_by
 from ..spec import Threat
 from ..straight import has_foreign_steps
 from ._foolbox import fb
@@ -69,7 +69,7 @@ class PixelModel(nn.Module):
         attacked = pixels.requires_grad and torch.is_grad_enabled()
         if attacked:
             self.gradients += pixels.shape[0]
-        x = from_pixels(pixels, self.threat).to(self._eaten or pixels.dtype)
+        x = from_pixels(pixels, self.threat).to(eaten_by(self.model) or pixels.dtype)
         with FewChannels() if attacked and not is_compiled(self.model) else nullcontext():
             output = self.model(x) if self.key is None else self.model(**{self.key: x})
         logits = logits_of(output).to(pixels.dtype)  # of autocast, or a half-precision model
@@ -105,12 +105,7 @@ class PixelModel(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """Return the type of the pixels it is trained on: float64 where its weights are."""
-        return torch.float64 if self._eaten == torch.float64 else torch.float32
-
-    @property
-    def _eaten(self) -> torch.dtype | None:
-        """Return the type of the model's first weight, which is what it eats; None: it has none."""
-        return next((p.dtype for p in self.model.parameters() if p.is_floating_point()), None)
+        return torch.float64 if eaten_by(self.model) == torch.float64 else torch.float32
 
     @property
     def quantized(self) -> bool:
