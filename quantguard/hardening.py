@@ -162,6 +162,9 @@ class Walk:
         plan = [(wanted, epochs)]
         if not staircases(self.model) and self.train == "all":
             plan = stages(self.recipe, wanted, epochs)
+        if self.recipe.walk and len(plan) == 1 and wanted != FLOAT_BITS:
+            self._say("walk= is left out: it needs a float model, train='all', bits above the "
+                      "last ones, and two epochs at least")
         model = self.model
         for stage_bits, stage_epochs in plan:
             last = (stage_bits, stage_epochs) == plan[-1]
@@ -192,6 +195,8 @@ class Walk:
         if self.train != "all":
             raise SpecError(f"max_clean_drop starts with float, and train={self.train!r} leaves "
                             "nothing to train there", fix="Use train='all'.")
+        if self.recipe.walk:
+            raise SpecError("max_clean_drop has a walk of its own", fix="Leave walk= out.")
         ladder = [b for b in _LADDER if b > lowest] + [lowest]
         kept = self.model
         least = 0.0

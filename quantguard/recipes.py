@@ -172,6 +172,7 @@ class Recipe:
         if self.beta and not self.steps:
             raise SpecError(f"recipe {self.name}: beta={self.beta!r} needs an attack, and steps=0")
         self._check_certified()
+        self._check_used()
         if not all(0 < k < math.inf for k in self.sharpness or ()):
             raise SpecError(f"recipe {self.name}: sharpness={self.sharpness!r} must be positive")
 
@@ -198,6 +199,21 @@ class Recipe:
                             why="An attack goes where intervals leave room for it: box below 1.")
         if self.box < 1 and not self.certifies:
             raise SpecError(f"recipe {self.name} has no box: it has no intervals")
+
+    def _check_used(self) -> None:
+        """Refuse settings that this recipe would not look at."""
+        for unused, why in (
+                (bool(self.beta and self.mix) and "mix", "TRADES' loss has the clean images' in "
+                 "it, and beta says how much they count."),
+                (self.name == "clean" and ", ".join(
+                    n for n in ("rel_step", "noise", "sharpness") if getattr(self, n)),
+                 "It attacks nothing."),
+                (not self.certifies and self.growth != Recipe.growth and "growth",
+                 "Only ibp's eps grows."),
+                (self.certifies and not self.steps and self.precision == "bfloat16"
+                 and "precision=bfloat16", "Intervals are float32.")):
+            if unused:
+                raise SpecError(f"recipe {self.name} has no {unused}", why=why)
 
     @property
     def attacks(self) -> bool:

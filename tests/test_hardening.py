@@ -163,6 +163,7 @@ def test_wrong_bits_by_site_are_found_before_any_work(
     ({"max_clean_drop": 0.1, "bits": 0}, "none of them"),
     ({"max_clean_drop": 0.1, "bits": 9}, "none of them"),
     ({"max_clean_drop": 0.1, "train": "thresholds"}, "leaves nothing to train"),
+    ({"max_clean_drop": 0.1, "recipe": Recipe("pgd", walk=(32,))}, "a walk of its own"),
     ({"max_clean_drop": 0.1, "bits": {"*": 2, "first": 4}}, "the same at every site")])
 def test_impossible_goals(options: dict[str, Any], message: str, cnn: nn.Module,
                           loader: DataLoader[Any], monkeypatch: pytest.MonkeyPatch) -> None:

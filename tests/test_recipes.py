@@ -216,3 +216,13 @@ def test_stability_term_is_0_without_weight_or_staircases_and_leaves_no_listener
     with pytest.raises(ZeroDivisionError), stability_term(model, 1.0):
         raise ZeroDivisionError
     assert all(m._listener is None for m in staircases(model).values())
+
+
+@pytest.mark.parametrize(("name", "settings"), [
+    ("trades", {"mix": 0.5}), ("clean", {"noise": 0.5}), ("clean", {"sharpness": (2.0,)}),
+    ("pgd", {"growth": (0.1, 0.9)}), ("ibp", {"precision": "bfloat16"})])
+def test_a_setting_that_would_not_be_looked_at_is_refused(name: str,
+                                                          settings: dict[str, Any]) -> None:
+    with pytest.raises(SpecError, match=f"recipe {name} has no {next(iter(settings))}"):
+        Recipe(name, **settings)
+    assert Recipe("ibp", box=0.5, precision="bfloat16").steps and Recipe("pgd", mix=0.5).mix
