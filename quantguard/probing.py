@@ -19,7 +19,7 @@ from .attacks import PGD, FoolboxModel, PixelModel
 from .batches import check_images, check_labels, to_pixels, unpack
 from .batching import Source
 from .contexts import bypass, listening
-from .errors import DataError
+from .errors import DataError, SpecError
 from .evidence import predict
 from .images import image_tensor
 from .running import (
@@ -46,7 +46,15 @@ LR_RANGE = (1e-5, 5e-3)
 
 
 def copied(model: nn.Module) -> dict[str, Tensor]:
-    """Return a copy of every tensor of a model's state."""
+    """Return a copy of every tensor of a model's state.
+
+    Raises:
+        SpecError: there is something else in it.
+    """
+    for name, value in model.state_dict().items():
+        if not isinstance(value, Tensor):
+            raise SpecError(f"{name} in the model's state is a {type(value).__name__}, no tensor",
+                            fix="Make it a buffer: register_buffer(name, torch.tensor(...)).")
     return {k: v.detach().clone() for k, v in model.state_dict().items()}
 
 

@@ -453,6 +453,20 @@ def test_what_does_not_run_in_bfloat16_trains_in_float32_and_says_so(
                 recipe=Recipe("pgd", steps=1, precision="bfloat16"))
 
 
+class Extra(nn.Linear):
+    def get_extra_state(self) -> Any:
+        return {"of": "mine"}
+
+    def set_extra_state(self, state: Any) -> None:
+        assert state
+
+
+def test_state_that_is_no_tensor_is_refused_before_any_work(small: TensorDataset) -> None:
+    net = nn.Sequential(nn.Flatten(), Extra(64, 10))
+    with pytest.raises(SpecError, match="1._extra_state in the model's state is a dict"):
+        trained(net, loader_of(small), epochs=1)
+
+
 # --- what thresholds do ---
 
 
