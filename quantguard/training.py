@@ -39,7 +39,7 @@ from .probing import (
 )
 from .progress import Progress
 from .recipes import Recipe
-from .running import modes_kept, true_float32, uninterrupted
+from .running import modes_kept, seeded, true_float32, uninterrupted
 from .spec import Threat
 from .world import world
 
@@ -398,7 +398,7 @@ def fit(model: nn.Module, loader: Iterable[Any], threat: Threat, recipe: Recipe,
         for p in m.parameters(recurse=False)]
     directory = None if run_dir is None else Path(run_dir)
     try:
-        with modes_kept(model), torch.random.fork_rng():
+        with modes_kept(model), seeded(seed % 2**32):
             for parameter in frozen_here:
                 parameter.requires_grad_(False)
             return Trainer(model, source, threat, recipe, epochs, train, directory, seed,

@@ -168,6 +168,20 @@ def test_a_run_with_workers_that_is_interrupted_goes_on_to_the_same_bits(
     assert all(torch.equal(v, alone[k]) for k, v in train("run").items())
 
 
+def test_a_seed_governs_all_random_numbers_and_the_callers_stay() -> None:
+    ends = []
+    for other in (1, 2):
+        random.seed(other)
+        numpy.random.seed(other)
+        expected = random.Random(other).random(), numpy.random.RandomState(other).rand()
+        net = small_net()
+        fit(net, DataLoader(Draws(), 16), Threat(eps=0.1), Recipe("clean", lr=1e-2), epochs=1,
+            progress=False)
+        assert (random.random(), numpy.random.rand()) == expected
+        ends.append(net.state_dict())
+    assert all(torch.equal(v, ends[1][k]) for k, v in ends[0].items())
+
+
 class Streamed(IterableDataset[tuple[Tensor, Tensor]]):
     def __iter__(self) -> Any:
         return (((torch.ones(1, 4, 4) * (i % 7)) / 7, torch.tensor(i % 2)) for i in range(33))
