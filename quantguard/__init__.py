@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from .errors import ConversionError, DataError, LoadError, QuantguardError, SpecError
+from .errors import ConversionError, DataError, LoadError, QuantguardError, SpecError, WriteError
 from .spec import QuantSpec, Threat
 
 if TYPE_CHECKING:
@@ -41,10 +41,11 @@ _LAZY = {
 }
 
 __all__ = [
-    "Certificate", "Comparison", "ConversionError", "DataError", "Evaluation", "Flag", "LoadError",
-    "Plan", "QuantActivation", "QuantSpec", "QuantguardError", "Recipe", "Sensitivity", "SpecError",
-    "Threat", "ablate", "attacks", "backward", "bypass", "certify", "compare", "convert",
-    "evaluate", "harden", "inspect", "load", "restore", "save", "sensitivity", "soften",
+    "Certificate", "Comparison", "ConversionError", "DataError", "Evaluation", "Flag",
+    "LoadError", "Plan", "QuantActivation", "QuantSpec", "QuantguardError", "Recipe",
+    "Sensitivity", "SpecError", "Threat", "WriteError", "ablate", "attacks", "backward",
+    "bypass", "certify", "compare", "convert", "evaluate", "harden", "inspect", "load",
+    "restore", "save", "sensitivity", "soften",
 ]
 
 

@@ -28,7 +28,8 @@ class _Group(click.Group):
             click.echo("\nInterrupted.", err=True)
             ctx.exit(130)
         except OSError as error:
-            click.echo(f"Error: {error.filename or ''}: {error.strerror or error}", err=True)
+            said = (error.filename, error.strerror or error)
+            click.echo(": ".join(["Error", *(str(part) for part in said if part)]), err=True)
             ctx.exit(1)
 
 

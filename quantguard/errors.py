@@ -36,5 +36,9 @@ class Interrupted(QuantguardError, KeyboardInterrupt):
     """Ctrl-C during long work; what is kept and how to go on is in the message."""
 
 
+class WriteError(QuantguardError, OSError):
+    """A file or folder that cannot be written; what was there before is kept."""
+
+
 class DataError(QuantguardError, ValueError):
     """Images or labels that do not fit the model, the threat or each other."""

@@ -11,19 +11,36 @@ from typing import Any
 
 import numpy as np
 
-from .errors import DataError
+from .errors import DataError, WriteError
 
 
 @contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Give a path beside to write to; rename it to path if the block ends well."""
+    """Give a path beside to write to; rename it to path if the block ends well.
+
+    Raises:
+        WriteError: it cannot be written; nothing is left beside, and path is as it was.
+    """
     target = Path(path)
     beside = target.with_name(f".{target.name}.{os.getpid()}{target.suffix}")
     try:
-        yield beside
-        os.replace(beside, target)
-    finally:
-        beside.unlink(missing_ok=True)
+        try:
+            yield beside
+            os.replace(beside, target)
+        finally:
+            beside.unlink(missing_ok=True)
+    except OSError as error:
+        raise unwritable(target, error) from error
+    except RuntimeError as error:  # what torch.save makes of an OSError
+        if isinstance(error.__context__, OSError):
+            raise unwritable(target, error.__context__) from error
+        raise
+
+
+def unwritable(path: str | os.PathLike[str], error: OSError) -> WriteError:
+    """Return what to say of a path that could not be written."""
+    return WriteError(f"{os.fspath(path)} cannot be written", why=f"{error.strerror or error}.",
+                      fix="Make room there, or name another place.")
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:

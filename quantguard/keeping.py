@@ -49,11 +49,16 @@ class RunDir:
         return told
 
     def write(self, state: dict[str, Any], rows: list[dict[str, Any]]) -> None:
-        """Replace what is kept: the state, and ``metrics.jsonl``, a line for each of rows."""
+        """Replace what is kept: the state, and ``metrics.jsonl``, a line for each of rows.
+
+        Raises:
+            WriteError: the disk is full, say; what was kept before is kept still.
+        """
         if self.path is None:
             return
-        with replacing(self.path / "training.pt") as beside:
-            torch.save({"settings": self.settings, **state}, beside)
+        # through a file of Python's: torch's own does not say that a disk is full
+        with replacing(self.path / "training.pt") as beside, open(beside, "wb") as file:
+            torch.save({"settings": self.settings, **state}, file)
         write_text(self.path / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 import quantguard as qg
-from quantguard import demo, progress
+from quantguard import demo, given, progress
 from quantguard.activation import staircases
 from quantguard.attacks import suites
 from quantguard.cli import main
@@ -303,6 +304,15 @@ def test_a_folder_that_is_not_there_is_said_before_any_work(model: str, data: st
 def test_a_name_for_adversarials_is_checked_before_any_work(model: str) -> None:
     text = fails("evaluate", model, "--data", "digits", *EVALUATE, "--adversarials", "a.png")
     assert ".npz" in text and "Robust accuracy" not in text
+
+
+def test_an_error_of_the_system_names_no_empty_file(model: str,
+                                                    monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise OSError(errno.EFBIG, "File too large")
+
+    monkeypatch.setattr(given, "opened", fail)
+    assert fails("inspect", model) == "Error: File too large\n"
 
 
 # --- wrong models ---
