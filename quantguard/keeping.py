@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from .errors import SpecError
+from .errors import LoadError, SpecError
 from .files import replacing, write_text
+
+_digest = functools.partial(hashlib.blake2b, digest_size=16)
 
 
 class RunDir:
@@ -29,6 +33,7 @@ class RunDir:
 
         Raises:
             SpecError: it belongs to a run of other settings.
+            LoadError: it is not what was written.
         """
         if self.path is None:
             return None
@@ -38,6 +43,7 @@ class RunDir:
         file = self.path / "training.pt"
         if not file.exists():
             return None
+        _check_seal(file)
         told: dict[str, Any] = torch.load(file, weights_only=True, map_location=device)
         kept = told["settings"]
         different = sorted(f"{k} ({_apart(kept.get(k), v)})"
@@ -57,9 +63,25 @@ class RunDir:
         if self.path is None:
             return
         # through a file of Python's: torch's own does not say that a disk is full
-        with replacing(self.path / "training.pt") as beside, open(beside, "wb") as file:
+        with replacing(self.path / "training.pt") as beside, open(beside, "w+b") as file:
             torch.save({"settings": self.settings, **state}, file)
+            file.seek(0)
+            seal = hashlib.file_digest(file, _digest).digest()
+            file.write(seal)  # at the end, where torch.load does not look
         write_text(self.path / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def _check_seal(path: Path) -> None:
+    """Look whether a file is what was written: torch.load takes a flipped bit for a weight.
+
+    Raises:
+        LoadError: it is not.
+    """
+    content, digest = memoryview(path.read_bytes()), _digest()
+    digest.update(content[: -digest.digest_size])
+    if digest.digest() != content[-digest.digest_size :]:
+        raise LoadError(f"{path} is damaged", why="It is not what was written there.",
+                        fix="Delete it, or use another run directory.")
 
 
 def _apart(before: Any, now: Any) -> str:

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import io
 import os
 import resource
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from quantguard.errors import WriteError
+from quantguard.errors import LoadError, WriteError
 from quantguard.files import replacing, write_text
 from quantguard.keeping import RunDir
 
 CPU = torch.device("cpu")
-STATE = {"model": {"weight": torch.arange(6.0)}, "parts": 1}
+STATE: dict[str, Any] = {"model": {"weight": torch.arange(6.0)}, "parts": 1}
 
 
 def opened(path: Path) -> RunDir:
@@ -62,3 +64,34 @@ def test_what_goes_wrong_otherwise_while_writing_is_not_called_a_full_disk(tmp_p
     with pytest.raises(RuntimeError, match="other") as caught, replacing(tmp_path / "a"):
         raise RuntimeError("other")
     assert not isinstance(caught.value, WriteError)
+
+
+def flipped(content: bytes) -> bytes:
+    """Return content with one bit of a weight flipped, which torch.load does not see."""
+    place = content.index(STATE["model"]["weight"].numpy().tobytes()) + 7
+    return content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :]
+
+
+def foreign(state: object) -> bytes:
+    file = io.BytesIO()
+    torch.save(state, file)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("damage", [
+    flipped, lambda content: content[: len(content) // 2], lambda content: content[:-1],
+    lambda content: b"", lambda content: b"garbage", lambda content: b"x" * 5000,
+    lambda content: foreign({"weight": torch.zeros(2)}),
+    lambda content: foreign({"settings": {"epochs": 2}})],
+    ids=["flipped", "half", "last byte", "empty", "garbage", "longer", "another", "no parts"])
+def test_what_is_not_what_was_written_is_not_taken_up(damage: Callable[[bytes], bytes],
+                                                      tmp_path: Path) -> None:
+    opened(tmp_path).write(STATE, [])
+    file = tmp_path / "training.pt"
+    told = RunDir(tmp_path, {"epochs": 2}).read(CPU)
+    assert told is not None and torch.equal(told["model"]["weight"], STATE["model"]["weight"])
+    file.write_bytes(damage(file.read_bytes()))
+    with pytest.raises(LoadError, match="training.pt is damaged(.|\n)*Delete it, or use another"):
+        RunDir(tmp_path, {"epochs": 2}).read(CPU)
+    file.unlink()
+    assert RunDir(tmp_path, {"epochs": 2}).read(CPU) is None
