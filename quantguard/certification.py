@@ -43,6 +43,7 @@ from .errors import ConversionError, Interrupted, SpecError
 from .evidence import padded, predict
 from .files import replacing
 from .images import Images, batch_size, gather
+from .keeping import locked
 from .progress import Progress
 from .running import (
     device_of,
@@ -112,7 +113,7 @@ def certify(model: nn.Module, loader: Iterable[Any], threat: Threat = Threat(), 
     if device is not None:
         model.to(usable_device(device))
     try:
-        with evaluating(model):
+        with locked(run_dir), evaluating(model):
             data = gather(model, loader, threat, images)
             return certificate_of(model, data, threat, method, limit, run_dir, progress, splits)
     finally:

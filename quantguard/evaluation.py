@@ -26,6 +26,7 @@ from .curve import accuracy_over_eps
 from .errors import DataError, Interrupted, SpecError
 from .evidence import all_flags, are_probabilities, fidelity, flags_of_attacks, predict, saturated
 from .images import batch_size, gather
+from .keeping import locked
 from .masking import Flag
 from .progress import Progress
 from .results import CurvePoint, Evaluation
@@ -85,7 +86,7 @@ def evaluate(model: nn.Module, loader: Iterable[Any], threat: Threat = Threat(),
     if device is not None:
         model.to(usable_device(device))
     try:
-        with measuring(model, seed):
+        with locked(run_dir), measuring(model, seed):
             return _evaluate(model, loader, threat, suite, images, run_dir, seed, progress, limit,
                              certify, replay)
     finally:

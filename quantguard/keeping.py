@@ -2,18 +2,68 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import hashlib
 import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
 from .errors import LoadError, SpecError
 from .files import replacing, write_text
+from .world import world
+
+try:
+    import fcntl
+except ImportError:  # Windows has none: two runs in one directory are the user's to avoid there
+    fcntl = None  # type: ignore[assignment]
 
 _digest = functools.partial(hashlib.blake2b, digest_size=16)
+
+
+@contextmanager
+def locked(path: str | os.PathLike[str] | None) -> Iterator[None]:
+    """Hold a run directory, which is made where there is none, against other runs.
+
+    Of several processes of one run the first holds it for all. A record lock (``lockf``) is gone
+    with its process, and no child of that inherits it, as the workers of a loader would.
+
+    Raises:
+        SpecError: another run is under way there, or it cannot be a run directory.
+    """
+    if path is None:
+        yield
+        return
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+        file = open(Path(path) / ".lock", "ab") if world().first else None  # noqa: SIM115
+    except OSError as error:
+        raise SpecError(f"{os.fspath(path)} cannot be a run directory",
+                        why=f"{error.strerror or error}.", fix="Name another.") from error
+    try:
+        if world().agreed(file is not None and _taken(file)):
+            raise SpecError(f"another run is under way in {os.fspath(path)}",
+                            fix="Wait for its end, or use another run directory.")
+        yield
+    finally:
+        if file is not None:
+            file.close()  # the lock goes with it
+
+
+def _taken(file: IO[bytes]) -> bool:
+    """Lock a file, and return whether another process has; without locks nobody has."""
+    if fcntl is None:
+        return False
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:  # of another kind where the file system knows no locks
+        return error.errno in (errno.EACCES, errno.EAGAIN)
+    return False
 
 
 class RunDir:
@@ -29,7 +79,7 @@ class RunDir:
         self.settings: dict[str, Any] = json.loads(json.dumps(settings))
 
     def read(self, device: torch.device) -> dict[str, Any] | None:
-        """Return what was written, or None.
+        """Return what was written, or None; the directory is to be ``locked``.
 
         Raises:
             SpecError: it belongs to a run of other settings.
@@ -37,7 +87,6 @@ class RunDir:
         """
         if self.path is None:
             return None
-        self.path.mkdir(parents=True, exist_ok=True)
         for left in self.path.glob(".training.pt.*"):  # by a process that was killed writing
             left.unlink(missing_ok=True)
         file = self.path / "training.pt"

@@ -23,7 +23,7 @@ from .errors import DataError, Interrupted, SpecError
 from .gradients import Gradients
 from .guards import RETRIES, Remedy, collapsed, one_step, remedy
 from .history import Epoch, History
-from .keeping import RunDir
+from .keeping import RunDir, locked
 from .layout import order_weights, takes_channels_last
 from .optimizing import AdamW, Average, merging, parameter_groups
 from .probing import (
@@ -398,7 +398,7 @@ def fit(model: nn.Module, loader: Iterable[Any], threat: Threat, recipe: Recipe,
         for p in m.parameters(recurse=False)]
     directory = None if run_dir is None else Path(run_dir)
     try:
-        with modes_kept(model), seeded(seed % 2**32):
+        with locked(directory), modes_kept(model), seeded(seed % 2**32):
             for parameter in frozen_here:
                 parameter.requires_grad_(False)
             return Trainer(model, source, threat, recipe, epochs, train, directory, seed,

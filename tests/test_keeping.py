@@ -3,18 +3,29 @@
 from __future__ import annotations
 
 import io
+import multiprocessing
 import os
 import resource
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
-from quantguard.errors import LoadError, WriteError
+import quantguard as qg
+from quantguard import keeping
+from quantguard.attacks import PGD
+from quantguard.errors import LoadError, SpecError, WriteError
 from quantguard.files import replacing, write_text
-from quantguard.keeping import RunDir
+from quantguard.keeping import RunDir, locked
+from quantguard.recipes import Recipe
+from quantguard.world import World
 
 CPU = torch.device("cpu")
 STATE: dict[str, Any] = {"model": {"weight": torch.arange(6.0)}, "parts": 1}
@@ -95,3 +106,77 @@ def test_what_is_not_what_was_written_is_not_taken_up(damage: Callable[[bytes], 
         RunDir(tmp_path, {"epochs": 2}).read(CPU)
     file.unlink()
     assert RunDir(tmp_path, {"epochs": 2}).read(CPU) is None
+
+
+# --- one run at a time ---
+
+HOLD = """
+import sys, time
+from quantguard.keeping import locked
+with locked(sys.argv[1]):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.fixture
+def held(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
+    """Another process that runs in tmp_path / "run"."""
+    process = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path / "run")], text=True,
+                               stdout=subprocess.PIPE)
+    assert process.stdout is not None and process.stdout.readline() == "held\n"
+    yield process
+    process.kill()
+    process.communicate()
+
+
+def test_a_second_process_is_refused_until_the_first_is_gone(
+        held: subprocess.Popen[str], tmp_path: Path, cnn: nn.Module,
+        train_digits: TensorDataset) -> None:
+    loader = DataLoader(TensorDataset(*(t[:60] for t in train_digits.tensors)), batch_size=30)
+    fast = Recipe("pgd", steps=1, lr=1e-3)
+    begun = tmp_path / "run" / ".training.pt.1.pt"
+    begun.write_text("what the other one is writing")
+    for verb, options in ((qg.harden, {"recipe": fast, "epochs": 1}), (qg.certify, {}),
+                          (qg.evaluate, {"suite": [PGD("ce", 1)]})):
+        with pytest.raises(SpecError, match="another run is under way in .*run\n.*use another"):
+            verb(cnn, loader, run_dir=tmp_path / "run", progress=False, **options)
+    assert begun.exists()
+    held.kill()
+    held.wait()
+    qg.harden(cnn, loader, run_dir=tmp_path / "run", progress=False, recipe=fast, epochs=1)
+    assert names(tmp_path / "run") == [".lock", "metrics.jsonl", "training.pt"]
+
+
+def test_a_run_that_ended_or_failed_leaves_its_directory_free(tmp_path: Path) -> None:
+    with pytest.raises(KeyError), locked(tmp_path):
+        raise KeyError
+    context = multiprocessing.get_context("fork")
+    with locked(tmp_path):
+        worker = context.Process(target=time.sleep, args=(60,))  # as a loader's, may live longer
+        worker.start()
+    try:
+        assert subprocess.run([sys.executable, "-c", HOLD.replace("60", "0"), str(tmp_path)],
+                              check=True, capture_output=True).stdout == b"held\n"
+    finally:
+        worker.kill()
+        worker.join()
+
+
+@pytest.mark.parametrize("where", ["file", "file/under", "/proc/none"])
+def test_what_cannot_be_a_run_directory(where: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    said = rf"{where} cannot be a run directory\n.+\.\nName another"
+    with pytest.raises(SpecError, match=said), locked(tmp_path / where):
+        pass
+
+
+def test_of_several_processes_the_first_holds_the_directory(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(keeping, "world", lambda: World(1, 2))
+    monkeypatch.setattr(World, "agreed", lambda self, value: False)
+    with locked(tmp_path / "run"):
+        assert not names(tmp_path / "run")
+    monkeypatch.setattr(World, "agreed", lambda self, value: True)  # the first was refused
+    with pytest.raises(SpecError, match="another run"), locked(tmp_path / "run"):
+        pass

@@ -160,7 +160,7 @@ def test_a_finished_run_is_read_and_not_run_again(quantized: nn.Module, small: T
     whole = trained(quantized, loader_of(small), run_dir=tmp_path)
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [row["epoch"] for row in rows] == [0, 1, 2]
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["metrics.jsonl", "training.pt"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".lock", "metrics.jsonl", "training.pt"]
     monkeypatch.setattr(Objective, "__call__", None)
     assert_same_run(trained(quantized, loader_of(small), run_dir=tmp_path), whole)
 
