@@ -43,7 +43,7 @@ from .errors import ConversionError, Interrupted, SpecError
 from .evidence import padded, predict
 from .files import replacing
 from .images import Images, batch_size, gather
-from .keeping import locked
+from .keeping import arrays, locked
 from .progress import Progress
 from .running import (
     device_of,
@@ -143,12 +143,12 @@ class _State:
         self.sites: dict[str, list[int]] = {}
         self.seconds, self._begin = 0.0, time.monotonic()
         if path is not None and path.exists():
-            with np.load(path, allow_pickle=False) as file:
-                told = json.loads(str(file["state"]))
-                if told["settings"] != settings:
-                    raise SpecError(f"{path.parent} holds a certification of other settings",
-                                    fix="Use another run directory, or delete this one.")
-                self.lower, self.done = file["lower"], file["done"]
+            state, lower, done = arrays(path, "state", "lower", "done")
+            told = json.loads(str(state))
+            if told["settings"] != settings:
+                raise SpecError(f"{path.parent} holds a certification of other settings",
+                                fix="Use another run directory, or delete this one.")
+            self.lower, self.done = lower, done
             self.sites, self.seconds = told["sites"], told["seconds"]
 
     @property

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+import numpy as np
 import torch
 
 from .errors import LoadError, SpecError
@@ -129,8 +130,26 @@ def _check_seal(path: Path) -> None:
     content, digest = memoryview(path.read_bytes()), _digest()
     digest.update(content[: -digest.digest_size])
     if digest.digest() != content[-digest.digest_size :]:
-        raise LoadError(f"{path} is damaged", why="It is not what was written there.",
-                        fix="Delete it, or use another run directory.")
+        raise _damaged(path)
+
+
+def arrays(path: Path, *names: str) -> list[Any]:
+    """Return arrays that np.savez has kept.
+
+    Raises:
+        LoadError: the file is damaged, or another.
+    """
+    try:
+        with open(path, "rb") as file:  # which np.load leaves open where it fails
+            found = np.load(file, allow_pickle=False)
+            return [found[name] for name in names]
+    except Exception as error:  # what is no such file may raise anything
+        raise _damaged(path) from error
+
+
+def _damaged(path: Path) -> LoadError:
+    return LoadError(f"{path} is damaged", why="It is not what was written there.",
+                     fix="Delete it, or use another run directory.")
 
 
 def _apart(before: Any, now: Any) -> str:

@@ -19,6 +19,7 @@ from .errors import SpecError
 from .evidence import padded
 from .files import indices, mask_of, replacing
 from .images import Images
+from .keeping import arrays
 from .progress import Progress
 from .results import AttackResult
 from .spec import Threat
@@ -47,15 +48,15 @@ class State:
             self._read(path, len(correct))
 
     def _read(self, path: Path, n: int) -> None:
-        with np.load(path, allow_pickle=False) as file:
-            told = json.loads(str(file["state"]))
-            different = sorted(k for k in {*told["settings"], *self.settings}
-                               if told["settings"].get(k) != self.settings.get(k))
-            if different:
-                raise SpecError(f"{path.parent} holds an evaluation of other settings",
-                                why=f"Different: {', '.join(different)}.",
-                                fix="Use another run directory, or delete this one.")
-            self.adversarials, self.margins = file["adversarials"], file["margins"]
+        state, adversarials, margins = arrays(path, "state", "adversarials", "margins")
+        told = json.loads(str(state))
+        different = sorted(k for k in {*told["settings"], *self.settings}
+                           if told["settings"].get(k) != self.settings.get(k))
+        if different:
+            raise SpecError(f"{path.parent} holds an evaluation of other settings",
+                            why=f"Different: {', '.join(different)}.",
+                            fix="Use another run directory, or delete this one.")
+        self.adversarials, self.margins = adversarials, margins
         for row in told["results"]:
             row |= {k: mask_of(row[k], n) for k in ("attacked", "broke")}
             self.results.append(AttackResult(**row))

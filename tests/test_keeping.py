@@ -108,6 +108,22 @@ def test_what_is_not_what_was_written_is_not_taken_up(damage: Callable[[bytes], 
     assert RunDir(tmp_path, {"epochs": 2}).read(CPU) is None
 
 
+@pytest.mark.parametrize("damage", [
+    lambda content: content[: len(content) // 2], lambda content: b"",
+    lambda content: content[:90] + bytes([content[90] ^ 1]) + content[91:]],
+    ids=["half", "empty", "flipped"])
+def test_what_evaluation_and_certification_kept_is_not_taken_up_damaged(
+        damage: Callable[[bytes], bytes], tmp_path: Path, cnn: nn.Module,
+        train_digits: TensorDataset) -> None:
+    loader = DataLoader(TensorDataset(*(t[:20] for t in train_digits.tensors)), batch_size=20)
+    for verb, options, name in ((qg.evaluate, {"suite": [PGD("ce", 1)]}, "evaluation.npz"),
+                                (qg.certify, {"method": "ibp"}, "certificate.npz")):
+        verb(cnn, loader, run_dir=tmp_path, progress=False, **options)
+        (tmp_path / name).write_bytes(damage((tmp_path / name).read_bytes()))
+        with pytest.raises(LoadError, match=f"{name} is damaged(.|\n)*Delete it, or use another"):
+            verb(cnn, loader, run_dir=tmp_path, progress=False, **options)
+
+
 # --- one run at a time ---
 
 HOLD = """
