@@ -131,6 +131,7 @@ def harden(model: str, arch: str | None, trust: bool, data: str, output: str | N
     from .hardening import harden as run
     chosen = given.recipe_of(recipe, settings)
     target = given.output_of(model, output, ".hardened.qg", force)
+    given.keepable(run_dir)
     threat = given.threat_of(eps, norm, mean, std)
     loader = given.loader_of(data, "train", batch_size, size, mean, std, augment)
     hardened = run(given.opened(model, arch, trust), loader, threat,
@@ -166,6 +167,7 @@ def evaluate(model: str, arch: str | None, trust: bool, data: str, eps: float, n
     from .results import Evaluation
     for file in (report, json_file, adversarials):
         given.writable(file)
+    given.keepable(run_dir)
     if adversarials and not adversarials.endswith(".npz"):
         raise SpecError(f"--adversarials {adversarials} must end in .npz")
     threat = given.threat_of(eps, norm, mean, std)
@@ -213,6 +215,7 @@ def certify(model: str, arch: str | None, trust: bool, data: str, eps: float, no
     """Prove for how many images of DATA no attack on MODEL can succeed."""
     from .certification import certify as run
     given.writable(json_file)
+    given.keepable(run_dir)
     threat = given.threat_of(eps, norm, mean, std)
     loader = given.loader_of(data, split, batch_size, size, mean, std)
     result = run(given.opened(model, arch, trust), loader, threat, method=method, images=images,
@@ -237,6 +240,7 @@ def compare(models: tuple[str, ...], arch: str | None, trust: bool, data: str, e
     from .pipeline import compare as run
     given.writable(report)
     given.writable(json_file)
+    given.keepable(run_dir)
     if len(set(models)) < len(models):
         raise SpecError("a model is named twice", fix="Name each model once.")
     threat = given.threat_of(eps, norm, mean, std)
@@ -275,6 +279,7 @@ def ablate(model: str, arch: str | None, trust: bool, data: str, output: str | N
     target = None if output is None else given.output_of(model, output, ".qg", force)
     given.writable(report)
     given.writable(json_file)
+    given.keepable(run_dir)
     chosen = given.recipe_of(recipe, settings)
     threat = given.threat_of(eps, norm, mean, std)
     loaders = (given.loader_of(data, "train", batch_size, size, mean, std, augment),
@@ -283,9 +288,12 @@ def ablate(model: str, arch: str | None, trust: bool, data: str, output: str | N
                  recipe=chosen, epochs=epochs, train=train, suite=suite, images=images,
                  run_dir=run_dir, seed=seed, device=device, progress=not quiet,
                  certify=certify, budget=budget)
-    if target is not None and given.is_first():
-        save(list(result.models.values())[-1], target, arch=given.arch_of(model, arch))
-    _show(result, report, json_file, strict)
+    try:
+        _show(result, report, json_file, strict)
+    finally:  # whatever one of them cannot write, the other is not lost
+        if target is not None and given.is_first():
+            save(list(result.models.values())[-1], target, arch=given.arch_of(model, arch))
+            click.echo(f"wrote {target}")
 
 
 @main.command()
@@ -308,6 +316,7 @@ def sensitivity(model: str, arch: str | None, trust: bool, data: str, eps: float
     """Measure what the quantization of each site of MODEL costs, clean and attacked."""
     from .sensitive import sensitivity as run
     given.writable(json_file)
+    given.keepable(run_dir)
     threat = given.threat_of(eps, norm, mean, std)
     loader = given.loader_of(data, split, batch_size, size, mean, std)
     result = run(given.opened(model, arch, trust), loader, threat, suite=suite, images=images,
@@ -323,6 +332,7 @@ def sensitivity(model: str, arch: str | None, trust: bool, data: str, eps: float
 def demo(output: str, seed: int, quiet: bool) -> None:
     """Train, convert, harden and compare on real handwritten digits, in minutes."""
     from .demo import run
+    given.keepable(output)
     result = run(output, seed=seed, progress=not quiet)
     click.echo(str(result))
     click.echo(f"wrote {output}/model.hardened.qg, {output}/model.certified.qg, "

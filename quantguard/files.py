@@ -22,7 +22,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         WriteError: it cannot be written; nothing is left beside, and path is as it was.
     """
     target = Path(path)
-    beside = target.with_name(f".{target.name}.{os.getpid()}{target.suffix}")
+    beside = target.with_name(_beside(target))
     try:
         try:
             yield beside
@@ -35,6 +35,24 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         if isinstance(error.__context__, OSError):
             raise unwritable(target, error.__context__) from error
         raise
+
+
+def try_writing(path: str | os.PathLike[str], folder: Path | None = None) -> None:
+    """Make and remove a file beside path, as ``replacing`` will, or in a folder above it.
+
+    Raises:
+        WriteError: that fails, and so will what is to be written.
+    """
+    beside = (folder or Path(path).parent) / _beside(Path(path))
+    try:
+        beside.touch()
+        beside.unlink()
+    except OSError as error:
+        raise unwritable(path, error) from error
+
+
+def _beside(target: Path) -> str:
+    return f".{target.name}.{os.getpid()}{target.suffix}"
 
 
 def unwritable(path: str | os.PathLike[str], error: OSError) -> WriteError:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from .errors import SpecError
+from .files import try_writing
 
 if TYPE_CHECKING:
     from torch import nn
@@ -41,15 +42,30 @@ def writable(path: Path | str | None, force: bool = True) -> None:
     """Refuse a path that could not be written in the end.
 
     Raises:
-        SpecError: it is there already, and no force; or its folder is not.
+        SpecError: it is there already, and no force, or no file; or its folder is not there.
+        WriteError: its folder takes no files.
     """
     if path is None:
         return
     path = Path(path)
+    if path.exists() and not path.is_file():  # a device, which would be replaced by a file
+        raise SpecError(f"{path} is no file", fix="Name another.")
     if path.exists() and not force:
         raise SpecError(f"{path} exists already", fix="Use --force to overwrite it, or -o FILE.")
     if not path.absolute().parent.is_dir():
         raise SpecError(f"the folder of {path} does not exist", fix="Make it first.")
+    try_writing(path)
+
+
+def keepable(folder: str | None) -> None:
+    """Refuse a folder, there or still to be made, in which nothing could be written.
+
+    Raises:
+        WriteError: it, or what there is of the way to it, takes no files.
+    """
+    if folder is not None:
+        whole = Path(folder).absolute()
+        try_writing(folder, next(p for p in (whole, *whole.parents) if p.exists()))
 
 
 def threat_of(eps: float, norm: str, mean: Any, std: Any) -> Threat:

@@ -21,10 +21,12 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 import quantguard as qg
-from quantguard import demo, given, progress
+from quantguard import checkpoint, cli, demo, given, pipeline, progress
 from quantguard.activation import staircases
-from quantguard.attacks import suites
+from quantguard.attacks import PGD, suites
 from quantguard.cli import main
+from quantguard.data import load_data
+from quantguard.errors import WriteError
 from quantguard.pipeline import Comparison
 from quantguard.progress import Progress
 from quantguard.results import Evaluation
@@ -299,6 +301,51 @@ def test_a_folder_that_is_not_there_is_said_before_any_work(model: str, data: st
                       ("compare", model, "--data", data, "--json", "no/r.json"),
                       ("inspect", model, "--json", "no/r.json")):
         assert "does not exist" in fails(*arguments)
+
+
+@pytest.mark.parametrize(("verb", "option", "name"), [
+    ("convert", "-o", "x.qg"), ("harden", "-o", "x.qg"), ("harden", "--run-dir", "run/one"),
+    ("evaluate", "--report", "r.html"), ("evaluate", "--json", "r.json"),
+    ("evaluate", "--adversarials", "a.npz"), ("evaluate", "--run-dir", "run"),
+    ("certify", "--json", "r.json"), ("certify", "--run-dir", "run"),
+    ("compare", "--json", "r.json"), ("compare", "--run-dir", "run"), ("ablate", "-o", "x.qg"),
+    ("ablate", "--report", "r.html"), ("ablate", "--run-dir", "run"), ("inspect", "--json", "r"),
+    ("sensitivity", "--json", "r.json"), ("sensitivity", "--run-dir", "run")])
+def test_what_cannot_be_written_is_said_before_any_work(verb: str, option: str, name: str,
+                                                        model: str, data: str,
+                                                        monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(given, "opened", None)
+    more = () if verb in ("convert", "inspect") else ("--data", data)
+    text = fails(verb, model, *more, option, f"/proc/{name}")
+    assert text.startswith(f"Error: /proc/{name} cannot be written\n")
+
+
+def test_trying_leaves_nothing_and_a_device_is_no_file(model: str, here: Path) -> None:
+    given.keepable("run/one")
+    given.writable("r.json")
+    assert os.listdir(here) == [model]
+    assert "/dev/null is no file" in fails("inspect", model, "--json", "/dev/null")
+
+
+def test_a_table_is_shown_and_a_model_written_whatever_the_other_comes_to(
+        model: str, data: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    row = qg.evaluate(torch.load(model, weights_only=False), load_data("digits", "test"),
+                      suite=[PGD("ce", 1)], images=10, progress=False)
+    made = Comparison({"float": row}, models={"float": nn.Sequential(nn.Flatten())})
+    monkeypatch.setattr(pipeline, "ablate", lambda *args, **options: made)
+
+    def fail(*_: Any, **options: Any) -> None:
+        raise WriteError("full")
+
+    arguments = ("ablate", model, "--data", data, "-o", "x.qg", "--json", "a.json")
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save", fail)
+        text = fails(*arguments)
+        assert "float" in text and "Error: full" in text and Path("a.json").exists()
+        assert not Path("x.qg").exists()
+    monkeypatch.setattr(cli, "write_text", fail)
+    text = fails(*arguments)
+    assert "float" in text and "Error: full" in text and Path("x.qg").exists()
 
 
 def test_a_name_for_adversarials_is_checked_before_any_work(model: str) -> None:
