@@ -327,7 +327,7 @@ def sensitivity(model: str, arch: str | None, trust: bool, data: str, eps: float
 @main.command()
 @click.option("-o", "--output", type=click.Path(file_okay=False), default="quantguard-demo",
               show_default=True, help="Folder for the model and the report.")
-@click.option("--seed", type=int, default=0, show_default=True)
+@options.SEED
 @click.option("--quiet", is_flag=True, help="No progress.")
 def demo(output: str, seed: int, quiet: bool) -> None:
     """Train, convert, harden and compare on real handwritten digits, in minutes."""

@@ -32,7 +32,7 @@ from .progress import Progress
 from .results import CurvePoint, Evaluation
 from .running import device_of, environment, measuring, seconds_of, usable_device
 from .schedule import OTHERS, Schedule, State
-from .spec import Threat, check_threat
+from .spec import Threat, check_seed, check_threat
 from .world import world
 
 
@@ -81,6 +81,7 @@ def evaluate(model: nn.Module, loader: Iterable[Any], threat: Threat = Threat(),
         suite = suite if replay.suite == "list" else replay.suite
         certify = replay.certificate is not None
     check_threat(threat)
+    check_seed(seed)
     limit = None if budget is None else seconds_of(budget)
     before, device = device_of(model), device or world().device
     if device is not None:

@@ -27,7 +27,7 @@ from .probing import PixelBatches, parent_accuracy
 from .recipes import Recipe, recipe_of, stages
 from .running import device_of, duplicate, usable_device
 from .sensitive import costs
-from .spec import FLOAT_BITS, Threat, check_threat
+from .spec import FLOAT_BITS, Threat, check_seed, check_threat
 from .training import fit
 from .world import world
 
@@ -124,6 +124,7 @@ def hardened(model: nn.Module, loader: Iterable[Any], threat: Threat, *,
     """Do what :func:`harden` does, and return how it went, too."""
     model, chosen = unwrap(model), recipe_of(recipe)
     check_threat(threat)
+    check_seed(seed)
     if threat.eps == 0 and (chosen.attacks or chosen.certifies):
         raise SpecError(f"eps=0 leaves recipe {chosen.name} nothing to train against",
                         fix="Use recipe clean, or an eps above 0.")

@@ -108,7 +108,8 @@ BARE_RUNNING = _options(
                  help="Keeps the state; the same command again goes on from there."),
     click.option("--device", help="cpu, cuda, …; where the model is by default."),
     click.option("--quiet", is_flag=True, help="No progress."))
-RUNNING = _options(click.option("--seed", type=int, default=0, show_default=True), BARE_RUNNING)
+SEED = click.option("--seed", type=click.IntRange(0, (1 << 32) - 1), default=0, show_default=True)
+RUNNING = _options(SEED, BARE_RUNNING)
 EVALUATION = _options(
     click.option("--suite", default="standard", show_default=True,
                  help="quick, standard, full or paper."),

@@ -26,7 +26,7 @@ from .preparing import prepare
 from .recipes import Recipe, recipe_of
 from .results import Evaluation
 from .running import seconds_of
-from .spec import FLOAT_BITS, Threat
+from .spec import FLOAT_BITS, Threat, check_seed
 
 
 @dataclass(frozen=True, eq=False)
@@ -180,6 +180,7 @@ def ablate(model: nn.Module, train_loader: Iterable[Any], test_loader: Iterable[
     if bits == FLOAT_BITS:
         raise SpecError("ablate compares float with quantized, and bits=32 is float",
                         fix="Use bits=1 to 8.")
+    check_seed(seed)
     chosen = recipe_of(recipe)
     if budget is not None:
         seconds_of(budget)  # before any work

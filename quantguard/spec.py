@@ -142,6 +142,16 @@ def check_threat(threat: Any) -> None:
                         fix=f"Write Threat(eps={threat:g})." if number else "Write Threat(eps=…).")
 
 
+def check_seed(seed: Any) -> None:
+    """Refuse what not every source of random numbers takes; numpy's takes 32 bits.
+
+    Raises:
+        SpecError: seed is no such integer.
+    """
+    if not isinstance(seed, int) or not 0 <= seed < 1 << 32:
+        raise SpecError(f"seed={seed!r} must be an integer from 0 to {(1 << 32) - 1}")
+
+
 @dataclass(frozen=True)
 class InputSpec:
     """Describe the staircase on a model's input.

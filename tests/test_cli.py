@@ -510,6 +510,13 @@ def test_options_that_cannot_be_read_are_usage_errors(arguments: tuple[str, ...]
     assert message in fails("evaluate", model, "--data", "digits", *arguments, code=2)
 
 
+@pytest.mark.parametrize("verb", ["harden", "evaluate", "compare", "ablate", "sensitivity", "demo"])
+@pytest.mark.parametrize("seed", ["-1", str(1 << 32)])
+def test_a_seed_has_32_bits(verb: str, seed: str, model: str) -> None:
+    more = () if verb == "demo" else (model, "--data", "digits")
+    assert "0<=x<=4294967295" in fails(verb, *more, "--seed", seed, code=2)
+
+
 def test_a_shape_that_cannot_be_read(model: str) -> None:
     assert "write 3,224,224" in fails("convert", model, "--input-shape", "1,0,8", code=2)
     succeeds("convert", model, "--input-shape", "1x8x8")

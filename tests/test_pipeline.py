@@ -392,6 +392,16 @@ def test_a_number_is_no_threat(verb: Any, cnn: nn.Module, loader: DataLoader[Any
         verb(cnn, loader, 0.1, progress=False)
 
 
+@pytest.mark.parametrize("seed", [-1, 1.5, 1 << 32, "0"])
+def test_a_seed_that_not_everything_takes_is_refused_before_any_work(
+        seed: Any, quantized: nn.Module, cnn: nn.Module, loader: DataLoader[Any]) -> None:
+    for verb in (qg.harden, qg.evaluate, qg.sensitivity):
+        with pytest.raises(SpecError, match=f"seed={seed!r} must be an integer from 0 to 42949"):
+            verb(quantized, loader, seed=seed, progress=False)
+    with pytest.raises(SpecError, match="seed="):
+        qg.ablate(cnn, loader, None, seed=seed, progress=False)  # type: ignore[arg-type]
+
+
 def test_an_attacker_without_room_is_no_teacher(cnn: nn.Module, loader: DataLoader[Any]) -> None:
     with pytest.raises(SpecError, match="eps=0 leaves recipe pgd nothing"):
         hardened(cnn, loader, threat=qg.Threat(eps=0))
