@@ -46,6 +46,7 @@ from .images import Images, batch_size, gather
 from .keeping import arrays, locked
 from .progress import Progress
 from .running import (
+    check_model,
     device_of,
     environment,
     evaluating,
@@ -104,6 +105,7 @@ def certify(model: nn.Module, loader: Iterable[Any], threat: Threat = Threat(), 
     """
     if method not in METHODS:
         raise SpecError(f"method={method!r} is unknown", fix=f"Use one of {', '.join(METHODS)}.")
+    check_model(model)
     check_threat(threat)
     if splits < 0 or (splits and threat.norm != "linf"):
         raise SpecError(f"splits={splits} in {threat.norm}",

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from .activation import staircases
 from .audit import Audit
@@ -31,6 +32,7 @@ from .kinds import described, rebuilt
 from .models import build_arch, is_our_file, load_model
 from .pickles import read_pickle
 from .plan import Plan
+from .running import check_model
 from .sites import find_sites
 from .spec import InputSpec, QuantSpec
 
@@ -51,8 +53,11 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, arch: str | None = N
 
     Raises:
         LoadError: staircases that quantguard did not put there, or state that is no tensor.
+        ConversionError: no nn.Module.
+        WriteError: path cannot be written.
     """
     model = unwrap(model)
+    check_model(model)
     done = conversion_of(model)
     if staircases(model) and done is None:
         raise LoadError(f"{type(model).__name__} holds staircases that convert did not place",
@@ -146,6 +151,9 @@ def _unique(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
         if not isinstance(value, Tensor):
             raise LoadError(f"{name!r} in the state of {type(model).__name__} is a "
                             f"{type(value).__name__}, not a tensor")
+        if is_lazy(value):
+            raise LoadError(f"{name!r} in the state of {type(model).__name__} has no shape yet: "
+                            "its layer is lazy", fix="Run the model once on a batch.")
         key = (value.data_ptr(), value.shape, value.stride(), value.dtype)
         if value.numel() and key in first:
             aliases[name] = first[key]

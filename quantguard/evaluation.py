@@ -30,7 +30,14 @@ from .keeping import locked
 from .masking import Flag
 from .progress import Progress
 from .results import CurvePoint, Evaluation
-from .running import device_of, environment, measuring, seconds_of, usable_device
+from .running import (
+    check_model,
+    device_of,
+    environment,
+    measuring,
+    seconds_of,
+    usable_device,
+)
 from .schedule import OTHERS, Schedule, State
 from .spec import Threat, check_seed, check_threat
 from .world import world
@@ -80,6 +87,7 @@ def evaluate(model: nn.Module, loader: Iterable[Any], threat: Threat = Threat(),
         threat, seed, images, budget = replay.threat, replay.seed, replay.images, None
         suite = suite if replay.suite == "list" else replay.suite
         certify = replay.certificate is not None
+    check_model(model)
     check_threat(threat)
     check_seed(seed)
     limit = None if budget is None else seconds_of(budget)

@@ -25,7 +25,7 @@ from .history import History
 from .preparing import prepare
 from .probing import PixelBatches, parent_accuracy
 from .recipes import Recipe, recipe_of, stages
-from .running import device_of, duplicate, usable_device
+from .running import check_model, device_of, duplicate, usable_device
 from .sensitive import costs
 from .spec import FLOAT_BITS, Threat, check_seed, check_threat
 from .training import fit
@@ -123,6 +123,7 @@ def hardened(model: nn.Module, loader: Iterable[Any], threat: Threat, *,
              max_clean_drop: float | None = None) -> Hardened:
     """Do what :func:`harden` does, and return how it went, too."""
     model, chosen = unwrap(model), recipe_of(recipe)
+    check_model(model)
     check_threat(threat)
     check_seed(seed)
     if threat.eps == 0 and (chosen.attacks or chosen.certifies):

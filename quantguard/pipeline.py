@@ -25,7 +25,7 @@ from .masking import mcnemar
 from .preparing import prepare
 from .recipes import Recipe, recipe_of
 from .results import Evaluation
-from .running import seconds_of
+from .running import check_model, frozen, seconds_of
 from .spec import FLOAT_BITS, Threat, check_seed
 
 
@@ -173,6 +173,7 @@ def ablate(model: nn.Module, train_loader: Iterable[Any], test_loader: Iterable[
         SpecError: a model that is converted already, or as :func:`harden`.
         DataError, ConversionError: as :func:`harden`.
     """
+    check_model(model)
     model = unwrap(model)
     if conversion_of(model) is not None:
         raise SpecError("ablate starts from a float model, and this one is converted",
@@ -181,6 +182,8 @@ def ablate(model: nn.Module, train_loader: Iterable[Any], test_loader: Iterable[
         raise SpecError("ablate compares float with quantized, and bits=32 is float",
                         fix="Use bits=1 to 8.")
     check_seed(seed)
+    with frozen(model):  # raises before any work where the model could not be measured
+        pass
     chosen = recipe_of(recipe)
     if budget is not None:
         seconds_of(budget)  # before any work

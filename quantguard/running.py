@@ -17,8 +17,20 @@ from typing import Any
 import numpy
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
-from .errors import DataError, SpecError
+from .errors import ConversionError, DataError, SpecError
+
+
+def check_model(model: Any) -> None:
+    """Refuse a function where a model is meant.
+
+    Raises:
+        ConversionError: model is no nn.Module.
+    """
+    if not isinstance(model, nn.Module):
+        raise ConversionError(f"the model is a {type(model).__name__}, and must be an nn.Module",
+                              fix="Call it in the forward of one.")
 
 
 def run(model: nn.Module, inputs: Any, where: str = "") -> Any:
@@ -90,12 +102,20 @@ def stand_in(model: nn.Module) -> nn.Module:
 
 def on_meta(model: nn.Module) -> nn.Module:
     """Return a copy of model on the meta device: shapes without numbers, at no cost."""
+    _check_shapes(model)
     memo: dict[int, Any] = {}
     for value in _held(model):
         empty = value.detach().to("meta")
         memo[id(value)] = nn.Parameter(empty, value.requires_grad) \
             if isinstance(value, nn.Parameter) else empty
     return copy.deepcopy(model, memo)
+
+
+def _check_shapes(model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        if is_lazy(parameter):
+            raise ConversionError(f"{name} of the model has no shape yet: its layer is lazy",
+                                  fix="Run the model once on a batch.")
 
 
 @contextmanager
@@ -120,9 +140,20 @@ def evaluating(model: nn.Module) -> Iterator[nn.Module]:
 @contextmanager
 def frozen(model: nn.Module, but: Iterable[nn.Parameter] = ()) -> Iterator[nn.Module]:
     """Hold parameters, but for some, free of gradients: these cost time, ``.grad`` must not change.
+
+    Raises:
+        ConversionError: a parameter that is nothing yet, or that would not take its gradient back.
     """
     left = {id(p) for p in but}
-    trained = [p for p in model.parameters() if p.requires_grad and id(p) not in left]
+    named = {name: p for name, p in model.named_parameters()
+             if p.requires_grad and id(p) not in left}
+    trained = list(named.values())
+    _check_shapes(model)
+    for name, parameter in named.items():
+        if parameter.is_inference() and not torch.is_inference_mode_enabled():
+            raise ConversionError(f"{name} of the model was made in torch.inference_mode()",
+                                  why="torch lets it take no gradient outside of that any more.",
+                                  fix="Make the model outside, or give copy.deepcopy(model).")
     try:
         for parameter in trained:
             parameter.requires_grad_(False)

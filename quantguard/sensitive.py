@@ -21,7 +21,7 @@ from .evaluation import evaluate
 from .masking import mcnemar
 from .probing import PixelBatches, probe
 from .results import Evaluation
-from .running import duplicate
+from .running import check_model, duplicate
 from .spec import Threat
 
 
@@ -97,6 +97,7 @@ def sensitivity(model: nn.Module, loader: Iterable[Any], threat: Threat = Threat
         SpecError: a model without staircases, or as :func:`quantguard.evaluate`.
         DataError, ConversionError: as :func:`quantguard.evaluate`.
     """
+    check_model(model)
     names = list(staircases(model))
     if not names:
         raise SpecError("the model has no quantized site", fix="Convert it first.")

@@ -402,6 +402,34 @@ def test_a_seed_that_not_everything_takes_is_refused_before_any_work(
         qg.ablate(cnn, loader, None, seed=seed, progress=False)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("kind", ["function", "lazy", "inference"])
+def test_what_is_no_model_yet_is_one_clear_error_and_stays_as_it_was(
+        kind: str, loader: DataLoader[Any], tmp_path: Path) -> None:
+    with torch.inference_mode(kind == "inference"):
+        last = nn.LazyLinear(10) if kind == "lazy" else nn.Linear(8, 10)
+        model = nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.ReLU(), last)
+    said = {"function": "is a function(.|\n)*in the forward of one",
+            "lazy": "3.weight(.|\n)* no shape yet(.|\n)*once on a batch",
+            "inference": "1.weight(.|\n)*inference_mode(.|\n)*deepcopy"}[kind]
+    asked: Any = (lambda x: x) if kind == "function" else model
+    for verb in (qg.evaluate, qg.certify):
+        with pytest.raises(ConversionError, match=said):
+            verb(asked, loader, THREAT, progress=False)
+    with pytest.raises(ConversionError, match=said):
+        qg.ablate(asked, loader, None, THREAT, progress=False)  # type: ignore[arg-type]
+    if kind == "function":
+        for verb in (qg.harden, qg.sensitivity):
+            with pytest.raises(ConversionError, match=said):
+                verb(asked, loader, THREAT, progress=False)
+    if kind == "lazy":
+        with pytest.raises(ConversionError, match=said):
+            qg.convert(asked)
+    if kind != "inference":
+        with pytest.raises(QuantguardError, match=said.replace("3.weight", "")):
+            qg.save(asked, tmp_path / "m.qg")
+    assert all(p.requires_grad for p in model.parameters())
+
+
 def test_an_attacker_without_room_is_no_teacher(cnn: nn.Module, loader: DataLoader[Any]) -> None:
     with pytest.raises(SpecError, match="eps=0 leaves recipe pgd nothing"):
         hardened(cnn, loader, threat=qg.Threat(eps=0))
