@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -123,7 +124,7 @@ def compare(models: Mapping[str, nn.Module], loader: Iterable[Any], threat: Thre
     for number, (name, model) in enumerate(models.items()):
         if progress:
             print(f"[{number + 1}/{len(models)}] {name}", flush=True, file=_stderr())
-        directory = None if run_dir is None else Path(run_dir) / f"{number}"
+        directory = None if run_dir is None else Path(run_dir) / _folder(number, name)
         try:
             rows[name] = evaluate(model, loader, threat, suite=suite, images=images, seed=seed,
                                   run_dir=directory, device=device, progress=progress,
@@ -141,6 +142,11 @@ def compare(models: Mapping[str, nn.Module], loader: Iterable[Any], threat: Thre
     if quantized and len(quantized) == len(models):
         notes.append("no float control among the rows")
     return Comparison(rows, tuple(notes), {}, dict(models))
+
+
+def _folder(number: int, name: str) -> str:
+    """Return where a row is kept: by its name, for other models have other suites."""
+    return f"{number}-{re.sub(r'[^0-9A-Za-z.]+', '-', name)[-60:]}"
 
 
 def _stderr() -> Any:

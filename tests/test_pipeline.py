@@ -371,6 +371,17 @@ def test_ablate_goes_on_after_an_interruption(cnn: nn.Module, loader: DataLoader
     assert list(result.rows)[2:] == ["1-bit fixed", "1-bit fixed + fine-tune"]
 
 
+def test_ablate_of_other_bits_goes_on_in_the_same_run_dir(
+        cnn: nn.Module, loader: DataLoader[Any], test_loader: DataLoader[Any],
+        tmp_path: Path) -> None:
+    for bits in (2, 4):
+        qg.ablate(cnn, loader, test_loader, THREAT, bits=bits, recipe=FAST, epochs=1,
+                  suite=[PGD("ce", 1)], images=10, run_dir=tmp_path, progress=False)
+    assert sorted(p.name for p in (tmp_path / "evaluation").iterdir()) == [
+        "0-float", "1-float-fine-tune", "2-2-bit-fixed", "2-4-bit-fixed",
+        "3-2-bit-fixed-fine-tune", "3-4-bit-fixed-fine-tune"]
+
+
 def test_ablate_refuses_a_converted_model(quantized: nn.Module, loader: DataLoader[Any],
                                           test_loader: DataLoader[Any]) -> None:
     with pytest.raises(SpecError, match="this one is converted(.|\n)*restore"):
