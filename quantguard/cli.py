@@ -288,6 +288,7 @@ def ablate(model: str, arch: str | None, trust: bool, data: str, output: str | N
                  recipe=chosen, epochs=epochs, train=train, suite=suite, images=images,
                  run_dir=run_dir, seed=seed, device=device, progress=not quiet,
                  certify=certify, budget=budget)
+    result.settings.update(model=model, arch=arch, data=data, augment=augment, size=size)
     try:
         _show(result, report, json_file, strict)
     finally:  # whatever one of them cannot write, the other is not lost

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch import nn
 
 from .activation import staircases
 from .batches import unpack
+from .batching import hold_out
 from .conversion import conversion_of, unwrap
 from .crossed import crossed
 from .errors import ConversionError, DataError, SpecError
@@ -215,6 +217,17 @@ def ablate(model: nn.Module, train_loader: Iterable[Any], test_loader: Iterable[
     table = compare(ordered, test_loader, threat, suite=suite, images=images,
                     run_dir=None if where is None else where / "evaluation", seed=seed,
                     device=device, progress=progress, certify=certify, budget=budget)
-    settings = {"recipe": chosen.to_dict(), "epochs": epochs, "train": train, "seed": seed,
-                "training": training}
+    settings = {"bits": spec.bits, "dynamic": spec.dynamic, "recipe": chosen.to_dict(),
+                "epochs": epochs, "train": train, "seed": seed,
+                **_images_of(train_loader, val, chosen, seed), "training": training}
     return Comparison(table.rows, table.notes, settings, ordered)
+
+
+def _images_of(loader: Iterable[Any], val: Iterable[Any] | None, recipe: Recipe,
+               seed: int) -> dict[str, Any]:
+    """Return how many images trained and how many a batch, where that is ours to choose."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # training has said what there is to say of the loader
+        batches = hold_out(loader, val, recipe.batch_size, seed).sampler
+    return {} if batches is None else {"batch_size": batches.batch,
+                                       "training_images": batches.size}

@@ -337,12 +337,14 @@ def test_a_table_is_shown_and_a_model_written_whatever_the_other_comes_to(
     def fail(*_: Any, **options: Any) -> None:
         raise WriteError("full")
 
-    arguments = ("ablate", model, "--data", data, "-o", "x.qg", "--json", "a.json")
+    arguments = ("ablate", model, "--data", data, "-o", "x.qg", "--json", "a.json", "--augment")
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "save", fail)
         text = fails(*arguments)
         assert "float" in text and "Error: full" in text and Path("a.json").exists()
         assert not Path("x.qg").exists()
+    told = json.loads(Path("a.json").read_text())["settings"]
+    assert told == {"model": model, "arch": None, "data": data, "augment": True, "size": None}
     monkeypatch.setattr(cli, "write_text", fail)
     text = fails(*arguments)
     assert "float" in text and "Error: full" in text and Path("x.qg").exists()

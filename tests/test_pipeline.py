@@ -330,6 +330,8 @@ def test_ablate_has_four_rows_and_pairs_the_last_with_the_second(ablation: Compa
     assert "2-bit dynamic + fine-tune against float + fine-tune:" in str(ablation)
     settings = json.loads(json.dumps(ablation.settings))
     assert settings["recipe"]["name"] == "pgd" and settings["epochs"] == 1
+    assert settings["bits"] == 2 and settings["dynamic"] is True and settings["seed"] == 0
+    assert settings["batch_size"] == 64 and settings["training_images"] == 320
     assert set(settings["training"]) == {"float + fine-tune", "2-bit dynamic + fine-tune"}
     assert Comparison.from_dict(json.loads(json.dumps(ablation.to_dict()))).settings == settings
 
