@@ -8,9 +8,9 @@ the loss on attacked images alone), on random images and weights: a LeNet (28x28
 and torchvision's ResNet-18 (32x32, batches of 64). ART is its AdversarialTrainerMadryPGD. The plain
 loop calls .backward() while crafting, as is often written: parameters get gradients nobody needs.
 Ours is `qg.harden` whole, with its checks, average of weights and probe (of two images), in float32
-and in bfloat16 (`auto` takes the faster one), over twelve batches. Machines on which that is float32
-write a JSON of their own. All on one thread; seconds are CPU seconds of this process, medians of
-repeats that take turns.
+and in bfloat16 (`auto` takes the faster one), over twelve batches. Machines on which that is
+float32 write a JSON of their own. All on one thread; seconds are CPU seconds of this process,
+medians of repeats that take turns.
 """
 
 from __future__ import annotations

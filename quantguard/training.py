@@ -398,7 +398,7 @@ def fit(model: nn.Module, loader: Iterable[Any], threat: Threat, recipe: Recipe,
         for p in m.parameters(recurse=False)]
     directory = None if run_dir is None else Path(run_dir)
     try:
-        with locked(directory), modes_kept(model), seeded(seed % 2**32):
+        with locked(directory), modes_kept(model), seeded(seed):
             for parameter in frozen_here:
                 parameter.requires_grad_(False)
             return Trainer(model, source, threat, recipe, epochs, train, directory, seed,
