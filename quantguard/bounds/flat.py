@@ -147,7 +147,7 @@ class Flat:
         for node in self.nodes:
             found.update(f"{node.format_node()}\n".encode())
             if node.op == "call_module":
-                found.update(f"{self.module(node)}\n".encode())
+                found.update(f"{_settings(self.module(node))}\n".encode())
         held = {**self.root.state_dict(), **{
             str(node.target): attribute(self.root, str(node.target)) for node in self.nodes
             if node.op == "get_attr"}}
@@ -167,6 +167,23 @@ class Flat:
         if node.op != "call_module" or not isinstance(self.module(node), QuantActivation):
             return None
         return layer_name(node)
+
+
+def _settings(module: nn.Module) -> list[Any]:
+    """Return what a layer computes by, but for its tensors: not all of it is in its repr."""
+    held = vars(module)
+    found: list[Any] = [type(module).__qualname__, sorted(
+        (name, value) for name, value in held.items() if name != "training" and _is_plain(value))]
+    if isinstance(module, QuantActivation):
+        found += [module.spec, module._state.action, module._state.bits,
+                  _settings(module.function)]
+    return found
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, (tuple, list)):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, (bool, int, float, str))
 
 
 def attribute(root: Any, name: str) -> Any:
