@@ -123,8 +123,9 @@ def certify(model: nn.Module, loader: Iterable[Any], threat: Threat = Threat(), 
             model.to(before)
 
 
-# Images at which the model is compared with its graph at first, and how often.
-_LOOKED_AT, _REPEATS = 16, 4
+# Images at which the model is compared with its graph at first, and how often: as they are, at the
+# corners where all pixels are darker or brighter, and at random ones.
+_LOOKED_AT, _REPEATS, _SHIFTS = 16, 5, (0.0, -1.0, 1.0)
 # Intervals of small images take so many batches at a time, of so many pixels in all: what they make
 # of the weights is then made less often.
 _BATCHES, _PIXELS = 4, 1 << 20
@@ -232,7 +233,8 @@ def _agrees(flat: Flat, model: PixelModel, data: Images, threat: Threat, batch: 
     first = data.pixels[:_LOOKED_AT]
     for number in range(_REPEATS):
         signs = torch.randint(0, 2, first.shape, device=first.device) * 2.0 - 1
-        points = (first + threat.eps * signs * (number > 0)).clamp(*threat.bounds)
+        signs = torch.full_like(first, _SHIFTS[number]) if number < len(_SHIFTS) else signs
+        points = (first + threat.eps * signs).clamp(*threat.bounds)
         part, size = padded(points, batch)
         check_faithful(flat, points, threat, model(part)[:size])
 

@@ -266,3 +266,109 @@ def test_matrix_products_are_float32_whatever_is_allowed_elsewhere() -> None:
     finally:
         torch.set_float32_matmul_precision(precision)
     assert now()[:2] == before[:2]
+
+
+class Asks(nn.Module):
+    """Answer 0; turn the answer where ten pixels are bright, if that is found out unseen."""
+
+    def __init__(self, answer: Callable[[Any, Any], Any]) -> None:
+        super().__init__()
+        self.head, self.other, self.answer = nn.Linear(D, 2), nn.Linear(D, 2), answer
+        self.levels = qg.QuantActivation.from_thresholds([-3.0, 0.5, 3.0], 0.5, zero=1)
+        with torch.no_grad():
+            for layer, bias in ((self.head, [1.0, 0.0]), (self.other, [0.0, 1.0])):
+                layer.weight.zero_()
+                layer.bias.copy_(torch.tensor(bias))
+
+    def forward(self, x: Tensor) -> Any:
+        return self.answer(self, x)
+
+
+def _bright(x: Any) -> Any:
+    return (x[:, :10] > 0.55).all(1, keepdim=True)
+
+
+def _caught(m: Asks, x: Any) -> Any:
+    try:
+        turned = bool(_bright(x).any())
+    except Exception:
+        turned = False
+    return -m.head(x) if turned else m.head(x)
+
+
+def _number(m: Asks, x: Any) -> Any:
+    y, least = m.head(x), x.amin().item()
+    return -y if isinstance(least, float) and least > 0.55 else y
+
+
+def _array(m: Asks, x: Any) -> Any:
+    y, pixels = m.head(x), x.numpy()
+    return -y if isinstance(pixels, np.ndarray) and pixels.min() > 0.55 else y
+
+
+def _converted_number(m: Asks, x: Any) -> Any:
+    y = m.head(x)
+    try:
+        return -y if float(x.amin()) > 0.55 else y
+    except TypeError:
+        return y
+
+
+def _count(m: Asks, x: Any) -> Any:
+    y, many = m.head(x), (x < 0.55).nonzero().shape[0]
+    return -y if isinstance(many, int) and not many else y
+
+
+def _after_levels(m: Asks, x: Any) -> Any:
+    y = m.levels(m.head(x))
+    return y - 2 * (y * _bright(x)) if type(x) is Tensor else y
+
+
+def _scripted(m: Asks, x: Any) -> Any:
+    y = m.head(x)
+    return -y if torch.is_tensor(x) and SCRIPTED(x) else y
+
+
+SCRIPTED = torch.jit.CompilationUnit("""
+def bright(x):
+    return bool((x[:, :10] > 0.55).all())
+""").bright
+
+ASKED: dict[str, Callable[[Any, Any], Any]] = {
+    "swallowed refusal": _caught,
+    "is_tensor": lambda m, x: -m.head(x) if torch.is_tensor(x) and _bright(x).all() else m.head(x),
+    "isinstance": lambda m, x: m.head(x) * (1 - 2 * _bright(x).float())
+    if isinstance(x, Tensor) else m.head(x),
+    "after a staircase": _after_levels, "a number": _number, "an array": _array,
+    "float()": _converted_number, "a count": _count, "a scripted function": _scripted,
+    "other constants": lambda m, x: (m.other if isinstance(x, Tensor) else m.head)(x),
+}
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("what", ASKED)
+def test_a_forward_that_branches_unseen_has_no_certificate(what: str) -> None:
+    with pytest.raises(ConversionError, match="compute what its graph|traced into one graph"):
+        qg.certify(Asks(ASKED[what]).eval(), [(X, Y)], qg.Threat(eps=0.1), progress=False)
+
+
+def _checks(m: Asks, x: Any) -> Any:
+    if isinstance(x, Tensor):
+        assert x.dim() == 2 and x.shape[1] == D and x.dtype == torch.float32
+    y = m.levels(m.head(x) * torch.ones(2).mul(2))
+    return y if m.levels.base.sum() < 9 else -y
+
+
+def test_a_forward_may_ask_for_shapes_and_look_at_constants() -> None:
+    assert qg.certify(Asks(_checks).eval(), [(X, Y)], qg.Threat(eps=0.1),
+                      progress=False).certified.all()
+
+
+def test_all_pixels_darker_and_all_brighter_are_compared() -> None:
+    met: list[Tensor] = []
+    model = Asks(lambda m, x: m.head(x)).eval()
+    model.register_forward_pre_hook(
+        lambda _, args: met.append(args[0]) if isinstance(args[0], Tensor) else None)
+    qg.certify(model, [(X, Y)], qg.Threat(eps=0.1), progress=False)
+    for shift in (-0.1, 0.1):
+        assert any(torch.equal(x[:4], X + shift) for x in met)

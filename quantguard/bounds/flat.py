@@ -23,11 +23,12 @@ from ..activation import QuantActivation
 from ..batches import to_pixels
 from ..errors import ConversionError
 from ..kinds import overwrites
-from ..running import duplicate
+from ..running import duplicate, stand_in
 from ..spec import Threat
 from ..tracing import place_of
 from .arithmetic import normed
 from .rules import FUNCTIONS, LAYERS, METHODS, MODULES, NORMS, WRAPPED
+from .watched import compared
 
 # What asks for shapes is carried out as it is: only where all it is given is known.
 _ASKS = {"size", "dim", "ndimension", "numel"}
@@ -40,6 +41,8 @@ _VIEW_MODULES = (nn.Flatten, nn.Unflatten, nn.Identity, nn.Dropout, nn.Dropout1d
 # What computes otherwise in training mode.
 _MODAL = (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._BatchNorm, nn.RReLU)
 _PREFIX = "model."
+# Images that the model and its graph are run on, side by side.
+_WATCHED = 2
 # Operations without a rule that one error names.
 _NAMED = 8
 
@@ -62,7 +65,7 @@ class _Whole(nn.Module):
         if self.std is not None:
             x = x / self.std
         output = self.model(x) if self.key is None else self.model(**{self.key: x})
-        if isinstance(output, fx.Proxy):
+        if isinstance(output, (fx.Proxy, Tensor)):
             return output
         if isinstance(output, dict) or hasattr(output, "logits"):
             return output["logits"] if isinstance(output, dict) else output.logits
@@ -91,6 +94,29 @@ def _written(name: str, x: fx.Proxy, other: Any) -> Any:
 
 
 class _Tracer(fx.Tracer):
+    """Trace through everything but layers and staircases; remember what was refused.
+
+    Attributes:
+        refusal: the first one; a forward may have caught it and gone on.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.refusal: Exception | None = None
+
+    def _asked(self, ask: Callable[[fx.Proxy], Any], value: fx.Proxy) -> Any:
+        try:
+            return ask(value)
+        except Exception as error:
+            self.refusal = self.refusal or error
+            raise
+
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        return bool(self._asked(super().to_bool, obj))
+
+    def iter(self, obj: fx.Proxy) -> Iterator[Any]:
+        return self._asked(super().iter, obj)  # type: ignore[no-any-return]
+
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return isinstance(m, QuantActivation) or super().is_leaf_module(m, module_qualified_name)
 
@@ -219,7 +245,8 @@ def flattened(model: nn.Module, threat: Threat, key: str | None, pixels: Tensor)
 
     Raises:
         ConversionError: a forward that torch.fx cannot trace, layers without a rule (all of them
-            at once), or parameters that are not float32.
+            at once), parameters that are not float32, or a forward that does to images what its
+            graph does not, or takes values out of them.
     """
     kind = type(model).__name__
     for name, value in (*model.named_parameters(), *model.named_buffers()):
@@ -229,9 +256,11 @@ def flattened(model: nn.Module, threat: Threat, key: str | None, pixels: Tensor)
                                   fix="Certify model.float(), and run that.")
     try:
         root = _Whole(duplicate(model), threat, key, pixels).eval()
-        before = _dice()
-        graph = _Tracer().trace(root)
+        before, tracer = _dice(), _Tracer()
+        graph = tracer.trace(root)
         rolled = before != _dice()
+        if tracer.refusal is not None:
+            raise tracer.refusal
     except Exception as error:  # whatever torch.fx or the forward raises on symbolic values
         said = str(error).strip().splitlines() or [type(error).__name__]
         raise ConversionError(
@@ -240,10 +269,21 @@ def flattened(model: nn.Module, threat: Threat, key: str | None, pixels: Tensor)
     if rolled:
         raise ConversionError(f"the forward of {kind} draws random numbers",
                               why="A certificate is for a model that gives one answer.")
+    whole = _Whole(stand_in(model), threat, key, pixels).eval()
+    try:
+        different = compared(whole, root, graph, pixels[:_WATCHED],
+                             lambda node: node_name(root, node))
+    except Exception as error:  # whatever the forward raises
+        different = f"It says: {error}"
     _drop_unread_values(root, graph)
     _settle_writes(root, graph)
     flat = Flat(root, graph)
     _check(flat)
+    if different is not None:
+        raise ConversionError(f"the forward of {kind} does not compute what its graph says",
+                              why=different,
+                              fix="A certificate needs a forward that neither branches on values "
+                                  "nor asks whether it is given tensors.")
     return flat
 
 
