@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import quantguard as qg
+from quantguard.bounds import flattened
 from quantguard.errors import ConversionError
 from quantguard.recipes import Recipe
 
@@ -372,3 +373,33 @@ def test_all_pixels_darker_and_all_brighter_are_compared() -> None:
     qg.certify(model, [(X, Y)], qg.Threat(eps=0.1), progress=False)
     for shift in (-0.1, 0.1):
         assert any(torch.equal(x[:4], X + shift) for x in met)
+
+
+class Written(nn.Module):
+    """Write over what a staircase gives out; then read what it was given, or not."""
+
+    def __init__(self, again: bool, spelled: bool = False) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(D, D), nn.Linear(D, 2)
+        self.levels = qg.QuantActivation.from_thresholds([0.2, 0.4, 0.6], 0.2)
+        self.again, self.spelled = again, spelled
+
+    def forward(self, x: Tensor) -> Any:
+        y = self.first(x)
+        z = y.sigmoid() if self.spelled else y
+        w = self.levels(y, z) if self.spelled else self.levels(y)
+        w += 1
+        return self.last(w + (z if self.again else 0))
+
+
+@pytest.mark.parametrize("spelled", [False, True])
+def test_a_staircase_in_float_gives_out_what_it_was_given(spelled: bool) -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        models = [Written(again, spelled).eval() for again in (False, True)]
+    for model in models:
+        flattened(model, qg.Threat(), None, X)
+    with qg.bypass(models[0]):
+        qg.certify(models[0], [(X, Y)], qg.Threat(eps=0.05), progress=False)
+    with qg.bypass(models[1]), pytest.raises(ConversionError, match="is read again"):
+        flattened(models[1], qg.Threat(), None, X)

@@ -311,7 +311,7 @@ def _settle_writes(root: nn.Module, graph: fx.Graph) -> None:
     order: dict[fx.Node, int] = {node: i for i, node in enumerate(graph.nodes)}
     memory: dict[fx.Node, fx.Node] = {}  # node -> the first node that gave out the same memory
     for node, at in order.items():
-        source = node.all_input_nodes[0] if node.all_input_nodes else None
+        source = _source(root, node)
         writes = source is not None and _overwrites(root, node)
         shares = source is not None and (writes or _is_view(root, node))
         memory[node] = memory[source] if source is not None and shares else node
@@ -329,6 +329,23 @@ def _settle_writes(root: nn.Module, graph: fx.Graph) -> None:
                 fix="Use the form that does not work in place.")
         for user in [user for user in source.users if order[user] > at]:
             user.replace_input_with(source, node)
+
+
+def _source(root: nn.Module, node: fx.Node) -> fx.Node | None:
+    """Return whose memory a call writes into, or gives out again, where it does either."""
+    given = node.all_input_nodes
+    # A staircase in float gives the activation's value out, where the model computes it itself.
+    at = int(len(given) > 1 and _gives_back(root, node))
+    return given[at] if given else None
+
+
+def _gives_back(root: nn.Module, node: fx.Node) -> bool:
+    """Return whether a call is that of a staircase whose result is what it was given."""
+    if node.op != "call_module":
+        return False
+    module = root.get_submodule(str(node.target))
+    return isinstance(module, QuantActivation) and module.in_float and not module.inplace \
+        and (len(node.args) > 1 or isinstance(module.function, _VIEW_MODULES))
 
 
 def _overwrites(root: nn.Module, node: fx.Node) -> bool:
@@ -349,7 +366,8 @@ def _overwrites(root: nn.Module, node: fx.Node) -> bool:
 
 def _is_view(root: nn.Module, node: fx.Node) -> bool:
     if node.op == "call_module":
-        return isinstance(root.get_submodule(str(node.target)), _VIEW_MODULES)
+        module = root.get_submodule(str(node.target))
+        return isinstance(module, _VIEW_MODULES) or _gives_back(root, node)
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
     # what has no rule may be a view, for all that is known
     return node.op in ("call_function", "call_method") and (
