@@ -586,6 +586,29 @@ def test_half_of_each_cut_is_not_enough(monkeypatch: pytest.MonkeyPatch) -> None
     assert (found.certified & (truth <= 0)).any()
 
 
+@pytest.mark.parametrize(("axis", "shape"), [
+    (1, (3,)), (-1, (3,)), (1, (3, 2)), (-1, (2, 3)), (2, (2, 3)), (1, (3, 2, 2)), (-1, (2, 2, 3)),
+    (-3, (3, 2, 2))])
+def test_a_cut_is_at_the_thresholds_of_its_channel(axis: int, shape: tuple[int, ...]) -> None:
+    levels = qg.QuantActivation(qg.QuantSpec(2, per_channel=True), channels=3, axis=axis)
+    thresholds = (torch.arange(9.0).reshape(3, 3) + 1) / 10
+    levels.set_thresholds(thresholds, 0.2)
+    many = int(np.prod(shape))
+    model = nn.Sequential(nn.Unflatten(1, shape), levels, nn.Flatten(), nn.Linear(many, 2)).eval()
+    flat = flattened(model, qg.Threat(), None, torch.zeros(1, many))
+    whole = branching._Part(torch.zeros(1, many), torch.ones(1, many), {}, 0.0)
+    look = branching._Look(flat, [whole], torch.zeros(1, dtype=torch.long))
+    (node,) = look.inputs
+    rows = torch.arange(3).reshape([-1 if d == axis % (len(shape) + 1) - 1 else 1
+                                    for d in range(len(shape))]).expand(shape).flatten()
+    for element, row in enumerate(rows.tolist()):
+        assert torch.equal(look._between(0, node, element), thresholds[row].double())
+    x = torch.rand(8, many, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        y = model(x).argmax(1)
+    qg.certify(model, [(x, y)], qg.Threat(eps=0.05), splits=20, progress=False)
+
+
 def test_cuts_close_the_bracket_of_a_net_of_few_inputs(tmp_path: Path) -> None:
     g = torch.Generator().manual_seed(0)
     x = torch.rand(400, 4, generator=g)

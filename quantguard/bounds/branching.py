@@ -178,7 +178,7 @@ class _Look:
         if module.axis is not None:
             channel = torch.arange(z.shape[module.axis], device=t.device)
             shape = [1] * (len(z.shape) - 1)
-            shape[module.axis - 1] = -1
+            shape[module.axis % len(z.shape) - 1] = -1
             t = t[channel.reshape(shape).expand(z.shape[1:]).flatten()[element]]
         lower, upper = (side[row].flatten()[element] for side in (z.lower, z.upper))
         return t[(lower <= t) & (t < upper)]
