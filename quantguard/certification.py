@@ -17,6 +17,7 @@ import json
 import os
 import time
 from collections.abc import Iterable
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ from .certificate import Certificate
 from .errors import ConversionError, Interrupted, SpecError
 from .evidence import padded, predict
 from .files import replacing
-from .images import Images, batch_size, gather
+from .images import Images, batch_size, check_count, gather
 from .keeping import arrays, locked
 from .progress import Progress
 from .running import (
@@ -96,8 +97,8 @@ def certify(model: nn.Module, loader: Iterable[Any], threat: Threat = Threat(), 
         ConversionError: a layer or operation without a rule (it is named), a forward that cannot
             be traced, or a model that returns no logits.
         DataError: images or labels that do not fit.
-        SpecError: an unknown method, a budget that is no time, splits in L2 or below 0, a run_dir
-            of other settings.
+        SpecError: an unknown method, a budget that is no time, images or splits that are no
+            number, splits in L2 or below 0, a run_dir of other settings.
 
     Example:
         >>> certificate = certify(model, loader, Threat(eps=8 / 255))  # doctest: +SKIP
@@ -107,9 +108,10 @@ def certify(model: nn.Module, loader: Iterable[Any], threat: Threat = Threat(), 
         raise SpecError(f"method={method!r} is unknown", fix=f"Use one of {', '.join(METHODS)}.")
     check_model(model)
     check_threat(threat)
-    if splits < 0 or (splits and threat.norm != "linf"):
-        raise SpecError(f"splits={splits} in {threat.norm}",
-                        fix="Give 0 or more, and more than 0 in linf only.")
+    if not isinstance(splits, Integral) or splits < 0 or (splits and threat.norm != "linf"):
+        raise SpecError(f"splits={splits!r} in {threat.norm}",
+                        fix="Give a whole number, 0 or more, and more than 0 in linf only.")
+    check_count(images)
     limit = None if budget is None else seconds_of(budget)
     before = device_of(model)
     if device is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -38,10 +39,10 @@ def gather(model: nn.Module, loader: Iterable[Any], threat: Threat, images: int 
     Raises:
         DataError: no labels, nothing at all, pixels outside the bounds, or labels that the
             model has no class for.
+        SpecError: a number of images that is none.
     """
     require_reiterable(loader, "the loader")
-    if images is not None and images < 1:
-        raise SpecError(f"images={images} must be at least 1")
+    check_count(images)
     device = device_of(model)
     pixels: list[Tensor] = []
     labels: list[Tensor] = []
@@ -70,6 +71,16 @@ def gather(model: nn.Module, loader: Iterable[Any], threat: Threat, images: int 
         raise DataError("the loader is empty", fix="Give at least one batch.")
     x, y = torch.cat(pixels)[:images], torch.cat(labels)[:images].long()
     return Images(to_device(x, device), to_device(y, device), key, snapped)
+
+
+def check_count(images: int | None) -> None:
+    """Refuse a number of images that is none.
+
+    Raises:
+        SpecError: it is not whole, or below 1.
+    """
+    if images is not None and not (isinstance(images, Integral) and images >= 1):
+        raise SpecError(f"images={images!r} must be a whole number, at least 1")
 
 
 def image_tensor(inputs: Any, where: str) -> tuple[str | None, Tensor]:

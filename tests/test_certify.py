@@ -986,6 +986,15 @@ def test_wrong_settings_and_data_are_said(trained: Any) -> None:
         qg.certify(model, loader, progress=False)
 
 
+@pytest.mark.parametrize(("settings", "words"), [
+    ({"images": 1.5}, "images=1.5 must be a whole number"), ({"images": 0}, "at least 1"),
+    ({"images": "9"}, "images='9' must be"), ({"splits": "20"}, "splits='20' in linf"),
+    ({"splits": 1.5}, "splits=1.5"), ({"splits": None}, "splits=None")])
+def test_numbers_that_are_none_are_said_before_work(settings: Any, words: str) -> None:
+    with pytest.raises(qg.SpecError, match=words):
+        qg.certify(nn.Linear(2, 2), [(None, None)], **settings)  # type: ignore[list-item]
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_another_precision_is_refused(dtype: torch.dtype, trained: Any) -> None:
     model, loader = trained
