@@ -37,8 +37,8 @@ def gather(model: nn.Module, loader: Iterable[Any], threat: Threat, images: int 
     """Take the first images of a loader as pixels, checked.
 
     Raises:
-        DataError: no labels, nothing at all, pixels outside the bounds, or labels that the
-            model has no class for.
+        DataError: no labels, nothing at all, pixels outside the bounds, labels that the model has
+            no class for, or batches whose images differ in shape or name.
         SpecError: a number of images that is none.
     """
     require_reiterable(loader, "the loader")
@@ -53,11 +53,14 @@ def gather(model: nn.Module, loader: Iterable[Any], threat: Threat, images: int 
         inputs, target = unpack(batch)
         if target is None:
             raise DataError(f"{where} has no labels", fix="Yield (images, labels).")
-        key, x = image_tensor(inputs, where)
+        name, x = image_tensor(inputs, where)
         check_labels(target, None, where)
         if len(x) != len(target):
             raise DataError(f"{where} has {len(x)} images and {len(target)} labels")
         check_images_shape(x, where)
+        if number:
+            _check_alike(pixels[0], x, key, name, where)
+        key = name
         p = to_pixels(x.float(), threat)
         check_images(p, threat.bounds, where)
         whole = snap(p, threat.bounds).clamp(*threat.bounds)
@@ -81,6 +84,22 @@ def check_count(images: int | None) -> None:
     """
     if images is not None and not (isinstance(images, Integral) and images >= 1):
         raise SpecError(f"images={images!r} must be a whole number, at least 1")
+
+
+def _check_alike(first: Tensor, x: Tensor, key: str | None, name: str | None, where: str) -> None:
+    """Refuse a batch that does not go with the first one.
+
+    Raises:
+        DataError: images of another shape, or under another name.
+    """
+    if x.shape[1:] != first.shape[1:]:
+        raise DataError(f"{where} has images of shape {tuple(x.shape[1:])}, and batch 0 "
+                        f"{tuple(first.shape[1:])}",
+                        fix="Resize or crop them to one shape.")
+    if name != key:
+        own, other = ("by no name" if v is None else f"as {v!r}" for v in (name, key))
+        raise DataError(f"{where} has images {own}, and batch 0 {other}",
+                        fix="Yield them all in one way.")
 
 
 def image_tensor(inputs: Any, where: str) -> tuple[str | None, Tensor]:

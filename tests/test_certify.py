@@ -995,6 +995,18 @@ def test_numbers_that_are_none_are_said_before_work(settings: Any, words: str) -
         qg.certify(nn.Linear(2, 2), [(None, None)], **settings)  # type: ignore[list-item]
 
 
+def test_batches_that_differ_are_named() -> None:
+    x, y = torch.zeros(2, 1, 6, 6), torch.zeros(2).long()
+    model = nn.Sequential(nn.Flatten(), nn.Linear(36, 2))
+    with pytest.raises(qg.DataError, match=r"batch 1 .* shape \(1, 5, 6\), and batch 0 \(1, 6, 6"):
+        qg.certify(model, [(x, y), (x[:, :, 1:], y)], progress=False)
+    with pytest.raises(qg.DataError, match="batch 2 .* images as 'pixels', and batch 0 as 'image'"):
+        qg.certify(model, [{name: x, "labels": y} for name in ("image", "image", "pixels")],
+                   progress=False)
+    with pytest.raises(qg.DataError, match="batch 1 .* images by no name, and batch 0 as 'image'"):
+        qg.certify(model, [{"image": x, "labels": y}, (x, y)], progress=False)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_another_precision_is_refused(dtype: torch.dtype, trained: Any) -> None:
     model, loader = trained
