@@ -73,8 +73,11 @@ def certify(model: nn.Module, loader: Iterable[Any], threat: Threat = Threat(), 
     """Return, for every image, a lower bound of its margin that no attack can break.
 
     Works on converted and on float models alike, and leaves no trace on them. The model must be
-    one graph of: convolutions, linear layers, BatchNorm, pooling (average, max, adaptive), sums,
-    concatenation, reshapes, arithmetic with constants, means, clamps, activations, staircases.
+    one graph of: linear layers, convolutions (not transposed ones), BatchNorm, average, max and
+    adaptive pooling (in one and two dimensions), sums, concatenation, reshapes, padding with
+    zeros, arithmetic with constants, products, means, largest and smallest values, clamps,
+    activations that are applied to each number alone (ReLU to GELU, PReLU; not Softmax, GLU or
+    those with a jump), staircases; dropout is off.
 
     Args:
         model: a classifier; what it returns is read as logits.
