@@ -745,6 +745,27 @@ def test_converted_models_are_certified_as_they_are(cnn: nn.Module, digits: Any)
             assert sound(model, x[:8], qg.Threat(eps=1e-3), 4)
 
 
+def test_converted_layers_of_torch_are_traced_through() -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv2d(2, 4, 3), nn.PReLU(4), nn.Conv2d(4, 3, 3), nn.PReLU(),
+                              nn.Flatten(), nn.Linear(3, 3)).eval()
+        linear = nn.Linear(3, 3).eval()
+    x = images(8, 0)
+    for per_channel in (False, True):
+        converted = qg.convert(model, 3, data=[x], per_channel=per_channel)
+        assert sound(converted, x, qg.Threat(eps=0.01))
+        with torch.no_grad():
+            y = converted(x).argmax(1)
+        found = qg.certify(converted, [(x, y)], qg.Threat(eps=1e-4), progress=False)
+        assert found.certified.any() and len(found.sites) == 2
+        with qg.bypass(converted):
+            assert sound(converted, x, qg.Threat(eps=0.01), 4)
+    entered = qg.convert(linear, 32, input_bits=2, input_range=(0.0, 1.0),
+                         example=images(2, 0, (3,)))
+    assert sound(entered, images(8, 0, (3,)), qg.Threat(eps=0.01))
+
+
 class Notes(nn.Module):
     """A forward that conversion cannot hold in a graph: its calls are intercepted."""
 

@@ -118,7 +118,10 @@ class _Tracer(fx.Tracer):
         return self._asked(super().iter, obj)  # type: ignore[no-any-return]
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, QuantActivation) or super().is_leaf_module(m, module_qualified_name)
+        # A rewritten layer of torch's, a PReLU for one, has a forward of its own.
+        rewritten = hasattr(type(m), "_user_class") and "forward" in vars(type(m))
+        return isinstance(m, QuantActivation) or (
+            not rewritten and super().is_leaf_module(m, module_qualified_name))
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _InPlace(node, self)
