@@ -254,7 +254,8 @@ FUNCTIONS: dict[Any, Callable[..., Any]] = {
                      torch.split, torch.chunk), alike),
     operator.getitem: lambda call, x, i: alike(call, x, i) if isinstance(x, Interval) else x[i],
     F.pad: _zero_padded, F.dropout: _as_it_is, F.dropout2d: _as_it_is,
-    F.prelu: lambda _, x, w: _prelu(x, w), torch.prelu: lambda _, x, w: _prelu(x, w),
+    F.prelu: lambda _, x, weight: _prelu(x, weight),
+    torch.prelu: lambda _, x, weight: _prelu(x, weight),
     **{f: _activation(kind) for f, kind in FUNCTION_KINDS.items()
        if kind not in ("glu", "softmax", "attention", "prelu", "rrelu")},
 }
@@ -263,7 +264,7 @@ FUNCTIONS: dict[Any, Callable[..., Any]] = {
 METHODS: dict[str, Callable[..., Any]] = {
     **dict.fromkeys(("add", "add_"), _sum), **dict.fromkeys(("sub", "sub_"), _difference),
     **dict.fromkeys(("mul", "mul_"), _product), **dict.fromkeys(("div", "div_"), _quotient),
-    "neg": _negated, "prelu": lambda _, x, w: _prelu(x, w),
+    "neg": _negated, "prelu": lambda _, x, weight: _prelu(x, weight),
     **dict.fromkeys(("amax", "amin", "clamp", "clamp_"), rising),
     **dict.fromkeys(("mean", "sum", "flatten", "view", "reshape", "permute", "transpose",
                      "squeeze", "unsqueeze", "split", "chunk"), alike),

@@ -20,7 +20,7 @@ from oracle import EPS, Problem
 from torch import Tensor, fx, nn
 
 import quantguard as qg
-from quantguard import certification, evaluation
+from quantguard import certification, evaluation, intervals
 from quantguard.attacks import Noise
 from quantguard.bounds import (
     around,
@@ -842,6 +842,62 @@ def test_what_has_no_rule_is_named(model: nn.Module, words: str) -> None:
     x = images(2, 0)
     with pytest.raises(qg.ConversionError, match=words), torch.no_grad():
         propagate(flattened(model.eval(), qg.Threat(), None, x), around(x, qg.Threat()))
+
+
+class Named(nn.Module):
+    """A call with its arguments by name, between a convolution and a linear layer."""
+
+    def __init__(self, call: Callable[[Any, Any], Any]) -> None:
+        super().__init__()
+        self.conv, self.norm, self.call = nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), call
+        self.levels = qg.QuantActivation.from_thresholds([-0.2, 0.0, 0.2], 0.2)
+        self.slope = nn.Parameter(torch.tensor([0.2]))
+        self.head = nn.LazyLinear(3)
+
+    def forward(self, x: Tensor) -> Any:
+        y = self.call(self, self.norm(input=self.conv(input=x)))
+        return self.head(input=torch.flatten(input=y, start_dim=1))
+
+
+BY_NAME: dict[str, Callable[[Any, Any], Any]] = {
+    "relu": lambda m, x: F.relu(input=x), "written": lambda m, x: F.relu(inplace=True, input=x),
+    "staircase": lambda m, x: m.levels(x=x), "both": lambda m, x: m.levels(value=x.relu(), x=x),
+    "sum": lambda m, x: torch.sum(x, axis=1), "means": lambda m, x: x.mean(axis=(2, 3)),
+    "largest": lambda m, x: torch.amax(input=x, dim=1, keepdim=True),
+    "permute": lambda m, x: x.permute(dims=(0, 2, 3, 1)),
+    "permuted": lambda m, x: torch.permute(dims=(0, 3, 1, 2), input=x),
+    "split": lambda m, x: x.split(split_size=3, dim=1)[0],
+    "splits": lambda m, x: torch.split(x, split_size_or_sections=[1, 3], dim=1)[1],
+    "chunk": lambda m, x: torch.chunk(input=x, chunks=2, dim=1)[0],
+    "cat": lambda m, x: torch.cat(tensors=[x, x], axis=1),
+    "reshape": lambda m, x: torch.reshape(input=x, shape=(-1, 36)),
+    "view": lambda m, x: x.view(size=(-1, 4, 9)), "transpose": lambda m, x:
+    torch.transpose(dim1=2, dim0=1, input=x), "unsqueeze": lambda m, x: x.unsqueeze(dim=1),
+    "add": lambda m, x: torch.add(other=x, input=m.levels(x)), "sub": lambda m, x: x.sub(other=1.5),
+    "div": lambda m, x: torch.div(input=x, other=3.0), "clamp": lambda m, x:
+    torch.clamp(input=x, min=-0.1, max=0.2), "pad": lambda m, x: F.pad(input=x, pad=(1, 1)),
+    "pool": lambda m, x: F.max_pool2d(input=x, kernel_size=2), "average": lambda m, x:
+    F.avg_pool2d(input=x, kernel_size=2, stride=1), "prelu": lambda m, x:
+    F.prelu(input=x, weight=m.slope), "leaky": lambda m, x:
+    F.leaky_relu(negative_slope=0.2, input=x), "softplus": lambda m, x: F.softplus(input=x, beta=2),
+    "convolution": lambda m, x: F.conv2d(input=x, weight=m.conv.weight.repeat(1, 2, 1, 1),
+                                         padding=1),
+}
+
+
+@pytest.mark.parametrize("what", BY_NAME)
+def test_arguments_may_be_given_by_name(what: str) -> None:
+    x, threat = images(4, 0), qg.Threat(eps=0.01)
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(0)
+        model = Named(BY_NAME[what]).eval()
+        y = model(x).argmax(1)
+    assert sound(model, x, threat)
+    qg.certify(model, [(x, y)], threat, progress=False)
+    trained = intervals.graph_of(model, threat, None, x)
+    with torch.no_grad():
+        logits = intervals.propagate(trained, intervals.around(x, 0.01, (0.0, 1.0)))
+    inside(model(x).detach(), Box(logits.lower.double() - 1e-5, logits.upper.double() + 1e-5), what)
 
 
 def test_hooks_on_layers_are_named_and_those_of_the_root_are_followed() -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import inspect
 import operator
 import random
 import sys
@@ -38,6 +39,10 @@ _VIEWS = {"flatten", "view", "reshape", "permute", "transpose", "squeeze", "unsq
           "stochastic_depth"}
 _VIEW_MODULES = (nn.Flatten, nn.Unflatten, nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d,
                  nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
+# Names that torch has for what rules take by position, and for what they take by another name.
+_POSITIONS = {"input": 0, "tensor": 0, "x": 0, "a": 0, "x1": 0, "other": 1, "x2": 1, "dims": 1,
+              "size": 1, "shape": 1, "split_size": 1, "split_size_or_sections": 1}
+_NAMES = {"axis": "dim", "keepdims": "keepdim"}
 # What computes otherwise in training mode.
 _MODAL = (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._BatchNorm, nn.RReLU)
 _PREFIX = "model."
@@ -278,6 +283,7 @@ def flattened(model: nn.Module, threat: Threat, key: str | None, pixels: Tensor)
                              lambda node: node_name(root, node))
     except Exception as error:  # whatever the forward raises
         different = f"It says: {error}"
+    _settle_names(root, graph)
     _drop_unread_values(root, graph)
     _settle_writes(root, graph)
     flat = Flat(root, graph)
@@ -293,6 +299,23 @@ def flattened(model: nn.Module, threat: Threat, key: str | None, pixels: Tensor)
 def _dice() -> tuple[Any, ...]:
     return (torch.get_rng_state().numpy().tobytes(), random.getstate(),
             str(numpy.random.get_state()))
+
+
+def _settle_names(root: nn.Module, graph: fx.Graph) -> None:
+    """Give what rules know by its position there, where a call gave it by name."""
+    for node in graph.nodes:
+        if not node.kwargs or _rule(root, node) is None:
+            continue
+        if node.op == "call_module":
+            forward = inspect.signature(root.get_submodule(node.target).forward)
+            bound = forward.bind(*node.args, **node.kwargs)
+            node.args, node.kwargs = bound.args, bound.kwargs
+            continue
+        settings = {_NAMES.get(name, name): value for name, value in node.kwargs.items()}
+        for name, at in sorted(_POSITIONS.items(), key=lambda item: item[1]):
+            if name in settings and len(node.args) == at:
+                node.args = (*node.args, settings.pop(name))
+        node.kwargs = settings
 
 
 def _drop_unread_values(root: nn.Module, graph: fx.Graph) -> None:
