@@ -375,6 +375,18 @@ def test_all_pixels_darker_and_all_brighter_are_compared() -> None:
         assert any(torch.equal(x[:4], X + shift) for x in met)
 
 
+def test_hooks_of_all_modules_are_refused() -> None:
+    def turned(module: nn.Module, args: Any, y: Any) -> Any:
+        return -y if type(module) is nn.Linear and bool(_bright(args[0]).any()) else y
+    handle = nn.modules.module.register_module_forward_hook(turned)
+    try:
+        with pytest.raises(ConversionError, match="head .Linear., which has hooks"):
+            qg.certify(Asks(lambda m, x: m.head(x)).eval(), [(X, Y)], qg.Threat(eps=0.04),
+                       progress=False)
+    finally:
+        handle.remove()
+
+
 class Written(nn.Module):
     """Write over what a staircase gives out; then read what it was given, or not."""
 

@@ -450,7 +450,9 @@ def _check(flat: Flat) -> None:
 
 def _odd(module: nn.Module) -> Iterator[str]:
     """Yield what makes a layer another one than its rule is for."""
-    if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
+    every = torch.nn.modules.module  # where hooks of all modules are
+    if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module) \
+            or every._global_forward_hooks or every._global_forward_pre_hooks:
         yield "which has hooks or its own forward"
     if module.training and isinstance(module, _MODAL):
         yield "which stays in training mode"
