@@ -365,6 +365,15 @@ def test_a_forward_may_ask_for_shapes_and_look_at_constants() -> None:
                       progress=False).certified.all()
 
 
+def test_a_forward_that_fails_where_its_graph_does_not_is_refused() -> None:
+    def fails(m: Asks, x: Any) -> Any:
+        if isinstance(x, Tensor) and len(x) < 4:
+            raise RuntimeError("too few\nof them")
+        return m.head(x)
+    with pytest.raises(ConversionError, match="compute what its graph says\nIt says: too few\nA"):
+        qg.certify(Asks(fails).eval(), [(X, Y)], qg.Threat(eps=0.1), progress=False)
+
+
 def test_all_pixels_darker_and_all_brighter_are_compared() -> None:
     met: list[Tensor] = []
     model = Asks(lambda m, x: m.head(x)).eval()

@@ -282,7 +282,8 @@ def flattened(model: nn.Module, threat: Threat, key: str | None, pixels: Tensor)
         different = compared(whole, root, graph, pixels[:_WATCHED],
                              lambda node: node_name(root, node))
     except Exception as error:  # whatever the forward raises
-        different = f"It says: {error}"
+        said = str(error).strip().splitlines() or [type(error).__name__]
+        different = f"It says: {said[0]}"
     _settle_names(root, graph)
     _drop_unread_values(root, graph)
     _settle_writes(root, graph)
