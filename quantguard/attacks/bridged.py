@@ -27,9 +27,10 @@ from .noise import image_noise, seed_of
 _TOGETHER = 128
 # Random images tried as a start, and points on the way from there to the image.
 _STARTS, _BLENDS = 1024, 50
-# By how much of the image's own margin a point must be beyond the boundary: rounding differs from
-# one size of batch to another, and must not turn it back.
-_CLEAR = 1e-5
+# By how much of the image's own margin a point must be beyond the boundary, and by how many units
+# in the last place of its largest logit at least: rounding differs from one size of batch to
+# another (by 5 units on some CPUs), and must not turn it back.
+_CLEAR, _UNITS = 1e-5, 16
 
 
 class _Spent(Exception):
@@ -67,7 +68,10 @@ class _Watched(fb.models.Model):
         self.left, self.calls, self.asking = limit, 0, False
         self.clear = torch.zeros_like(self.distance)
         with torch.no_grad():
-            self.clear = _CLEAR * margin(self(self.unit), labels).abs()
+            logits = self(self.unit)
+            self.clear = torch.maximum(
+                _CLEAR * margin(logits, labels).abs(),
+                _UNITS * torch.finfo(logits.dtype).eps * logits.abs().amax(1))
 
     @property
     def bounds(self) -> Any:
