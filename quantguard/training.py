@@ -75,7 +75,8 @@ class Trainer:
         start = hashlib.blake2b(b"".join(
             v.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
             for v in self.best.values()), digest_size=16).hexdigest()
-        data = [] if run_dir is None else [f"{k}: {v}" for k, v in source.described().items()]
+        data = [] if run_dir is None else self.world.agreed(  # the labels are of process 0's part
+            [f"{k}: {v}" for k, v in source.described().items()])
         self.directory = RunDir(run_dir, {
             "threat": threat.to_dict(), "recipe": recipe.to_dict(), "epochs": epochs,
             "train": train, "seed": seed, "weights at the start": start, "data": data,
@@ -193,8 +194,10 @@ class Trainer:
         for batch in self.source.epoch(self.epoch, self.number):
             pixels, labels = self.batches(batch, self.number)
             most = max(most, len(pixels))
-            if len(pixels) == 1 < most:
-                continue  # the rest of a loader that is not ours: no variance for BatchNorm
+            # the rest of a loader that is not ours has no variance for BatchNorm; of our own
+            # batches every process takes its part, and its step
+            if len(pixels) == 1 < most and not self.source.resumable:
+                continue
             loss = self._step(pixels, labels)
             if not math.isfinite(loss):
                 self._go_back(self._not_finite(loss))
