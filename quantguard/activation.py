@@ -31,8 +31,9 @@ class _State(NamedTuple):
     action: str = "quantize"
     sharpness: float = 0.0
     surrogate: Surrogate = Surrogate()
-    # Is told what a staircase put out, which one, and what it was given (pooling.py).
-    noted: Callable[[Tensor, QuantActivation, Tensor], None] | None = None
+    # Answers in a staircase's place, where results are not written into what it is given
+    # (pooling.py).
+    answers: Callable[[QuantActivation, Tensor], Tensor] | None = None
     bits: int | None = None  # other than its own
 
 
@@ -225,24 +226,23 @@ class QuantActivation(nn.Module):
                 z = self._float(x) if value is None else value
             if self._listener is not None:
                 self._listener(z)
-            y = self.quantized(z)
-            if self._state.noted is not None and not self.inplace:
-                self._state.noted(y, self, z)
+            answers = None if self.inplace else self._state.answers
+            y = self.quantized(z) if answers is None else answers(self, z)
         return x.copy_(y) if self.inplace else y
 
-    def quantized(self, z: Tensor) -> Tensor:
-        """Return q(z), or its twin's value inside :func:`soften`."""
+    def quantized(self, z: Tensor, state: _State | None = None) -> Tensor:
+        """Return q(z), or its twin's value inside :func:`soften`; state: that of before."""
         with unwatched(z):
-            return self._quantized(z)
+            return self._quantized(z, self._state if state is None else state)
 
-    def _quantized(self, z: Tensor) -> Tensor:
+    def _quantized(self, z: Tensor, state: _State) -> Tensor:
         t, step, zero, axis = self.thresholds, self.step, self.zero_level, self.axis
         window = self._window(t)
-        if self._state.bits is not None:
-            t, step, zero, window = resampled(t, step, zero, window, 2**self._state.bits - 1)
-        if self._state.action == "soften":
-            return soft_staircase(z, t, step, window, zero, self._state.sharpness, axis)
-        return staircase(z, t, step, window, zero, self._state.surrogate, self.gate, axis)
+        if state.bits is not None:
+            t, step, zero, window = resampled(t, step, zero, window, 2**state.bits - 1)
+        if state.action == "soften":
+            return soft_staircase(z, t, step, window, zero, state.sharpness, axis)
+        return staircase(z, t, step, window, zero, state.surrogate, self.gate, axis)
 
     @torch.no_grad()
     def levels(self, z: Tensor) -> Tensor:

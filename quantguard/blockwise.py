@@ -16,6 +16,8 @@ _COMPARE_UP_TO = 31
 # Thresholds in one cell of a grid: more, and a binary search is faster.
 _FULLEST = 6
 _TINY = 1e-30
+# A sigmoid is 1 long before, and exp(-FAR) is still no denormal number, on which a CPU is slow.
+FAR = 80.0
 # A sigmoid this far from its threshold, times sharpness, is 0 or 1 to float32.
 _REACH = 17.0
 # Elements per block: most of what is between its operations stays in the cache, and each operation
@@ -108,7 +110,7 @@ def bell(x: Tensor, t: Tensor, sharpness: Tensor, step: Tensor, zero: Tensor, ha
                 value.add_(s)
                 if ss:
                     # rounded after each operation, as compiled code does
-                    bells.add_((s - s * s).mul_(sharp))
+                    bells.add_((1 - s).mul_(s).mul_(sharp))
             for steep in ss:
                 steep.copy_(bells.mul_(one_step))
         if hard:
@@ -127,7 +129,7 @@ def bell_gradients(grad: Tensor, x: Tensor, t: Tensor, sharpness: Tensor, step: 
         total, value, below = (torch.zeros_like(wide) for _ in range(3))
         steep = up * one_step
         for i, s, sharp in _sigmoids(wide, t, sharpness, axis, below):
-            part = (s - s * s).mul_(sharp).mul_(steep)  # as compiled: each operation rounds
+            part = (1 - s).mul_(s).mul_(sharp).mul_(steep)  # as compiled: each operation rounds
             if isinstance(i, int):
                 shares[..., i] -= sum_to(part, axis)
             else:  # those off either end are zero
@@ -137,6 +139,42 @@ def bell_gradients(grad: Tensor, x: Tensor, t: Tensor, sharpness: Tensor, step: 
         outs.copy_(total)
         level = _count(wide, t, axis) if hard else value.add_(below)
         by_level += sum_to(level.sub_(zero).mul_(up), axis)
+
+
+def near(z: Tensor, t: Tensor, sharpness: Tensor, slope: Tensor, total: Tensor) -> None:
+    """Do what ``fused.near`` does, to the last element."""
+    for zs, slopes in _blocks(z, slope, axis=None):
+        wide = zs if zs.dtype == torch.float64 else zs.float()
+        steep = torch.zeros_like(wide)
+        for center, sharp in zip(_spread(t, wide, None), _spread(sharpness, wide, None),
+                                 strict=True):
+            p = torch.sub(wide, center).mul_(sharp).clamp_(max=FAR).sigmoid_()
+            bell = (1 - p).mul_(p)
+            total += bell.sum(dtype=torch.float64)
+            steep.add_(bell.mul_(p.mul_(-2).add_(1)).mul_(sharp))
+        slopes.copy_(steep)
+
+
+def dense(x: Tensor) -> Tensor:
+    """Return x with gapless strides, in its own memory order where it has one."""
+    order = sorted(range(x.dim()), key=x.stride, reverse=True)
+    return x if x.permute(order).is_contiguous() else x.contiguous()
+
+
+def without_denormals(x: Tensor) -> Tensor:
+    """Return x with zeros for denormal numbers, on a CPU.
+
+    Slopes far from a threshold make them, and where one number in twenty is denormal a convolution
+    takes ten times as long.
+    """
+    return torch.hardshrink(x, torch.finfo(x.dtype).tiny) if x.device.type == "cpu" else x
+
+
+def left(done: int, *tensors: Tensor) -> list[Any]:
+    """Return what is left of tensors of one gapless layout after so many elements of memory."""
+    if not done:
+        return list(tensors)
+    return [v.reshape(-1)[done:] for v in in_memory_order(*tensors)]
 
 
 def in_memory_order(*tensors: Tensor) -> list[Tensor]:
@@ -303,7 +341,7 @@ def _sigmoids(wide: Tensor, t: Tensor, sharpness: Tensor, axis: int | None,
     if m <= 4 * reach + 2:
         for i, (center, sharp) in enumerate(zip(_spread(t, wide, axis),
                                                 _spread(sharpness, wide, axis), strict=True)):
-            yield i, torch.sub(wide, center).mul_(sharp).sigmoid_(), sharp
+            yield i, torch.sub(wide, center).mul_(sharp).clamp_(max=FAR).sigmoid_(), sharp
         return
     end = t.new_full((reach,), math.inf)
     centers = torch.cat([end, t, end])
@@ -318,7 +356,7 @@ def _sigmoids(wide: Tensor, t: Tensor, sharpness: Tensor, axis: int | None,
         index = first + offset
         sharp = sharps.index_select(0, index).reshape(wide.shape)
         center = centers.index_select(0, index).reshape(wide.shape)
-        s = torch.where(center.isinf(), 0.0, (inside - center) * sharp).sigmoid_()
+        s = torch.where(center.isinf(), 0.0, (inside - center) * sharp).clamp_(max=FAR).sigmoid_()
         s.masked_fill_(center.isinf(), 0.0)
         yield index - reach, s, sharp
 
@@ -331,6 +369,6 @@ def _sigmoids_computed(wide: Tensor, m: int, sharpness: Tensor, step: Tensor, ze
     torch.sub(first, reach, out=below).clamp_(0, m)
     for offset in range(1 - reach, reach + 1):
         i = first + offset
-        s = (wide - (i - 0.5 - level).mul_(size)).mul_(sharp).sigmoid_()
+        s = (wide - (i - 0.5 - level).mul_(size)).mul_(sharp).clamp_(max=FAR).sigmoid_()
         # beyond either end there is none; NaN stays NaN
         yield i, s.mul_((i > 0).logical_and_(i <= m).logical_or_(i != i)), sharp

@@ -17,6 +17,7 @@ from .attacks import PixelModel
 from .attacks.losses import ascend, project
 from .contexts import listening, soften
 from .fewchannels import eats_few_channels
+from .nearness import nearness
 from .pooling import pools_first
 from .recipes import Recipe
 from .running import evaluating, frozen
@@ -213,9 +214,8 @@ def perturbed(model: nn.Module, share: float, loss: Callable[[], Tensor]) -> Ite
 def stability_term(model: nn.Module, weight: float) -> Iterator[Callable[[], Tensor | float]]:
     """Collect how near the thresholds pre-activations are, during a forward inside the context.
 
-    ``mean 4 p (1 - p)``, p = sigma(8 (z - t_i) / step), over elements, thresholds and sites (above
-    4 bits of the nearest threshold alone): a pre-activation off every threshold does not change its
-    level when the image moves a little.
+    The mean of :func:`nearness` over sites: a pre-activation off every threshold does not change
+    its level when the image moves a little.
     """
     terms: list[Tensor] = []
     modules = staircases(model)
@@ -224,20 +224,7 @@ def stability_term(model: nn.Module, weight: float) -> Iterator[Callable[[], Ten
         module = modules[name]
 
         def listen(z: Tensor) -> None:
-            z = z.float() if z.dtype == torch.bfloat16 else z
-            t, step = module.thresholds.detach(), module.step.detach()
-            m = t.shape[-1]
-            if module.axis is not None:
-                z, step = z.movedim(module.axis, -1).flatten(0, -2), step.unsqueeze(0)
-            if m <= 15 or module.axis is not None:
-                centers: list[Tensor] = list(t.unbind(-1))
-            else:  # from one threshold to the next p (1 - p) falls to a thousandth
-                centers = [t[torch.bucketize(z.detach(), (t[1:] + t[:-1]) / 2)]]
-            total = torch.zeros((), device=z.device)
-            for center in centers:
-                p = torch.sigmoid((z - center) * (8 / step))
-                total = total + (p * (1 - p)).mean()
-            terms.append(4 / m * total)
+            terms.append(nearness(z, module.thresholds, module.step, module.axis))
         return listen
 
     if not weight or not modules:

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import blockwise
+
 # Smaller tensors take too little time for what compiling takes: seconds, once a machine.
 WORTH = 1 << 20
 # From here on what has been compiled already is faster than block by block.
@@ -116,6 +118,20 @@ def bell_gradients(grad: Tensor, x: Tensor, t: Tensor, sharpness: Tensor, step: 
     """
     return _by_vectors(_bell_gradients, x, (grad, x, out), (t, sharpness, step, zero), hard,
                        shares, _row(by_level))
+
+
+def near(z: Tensor, t: Tensor, sharpness: Tensor, slope: Tensor, total: Tensor) -> int:
+    """Add the sum of p (1 - p), p = sigma(sharpness (z - t_i)), to total; write its slope in z.
+
+    Args:
+        z, slope: of one shape and one gapless memory order.
+        t, sharpness: (m,); total: (), float64.
+
+    Returns:
+        How many elements were done, as :func:`bell` does.
+    """
+    return 0 if z.dtype == torch.float64 else \
+        _by_vectors(_near, z, (z, slope), (t, sharpness), False, _row(total))
 
 
 def _by_vectors(function: Callable[..., Any], x: Tensor, tensors: tuple[Tensor | None, ...],
@@ -237,14 +253,18 @@ def _encode_computed(x: Tensor, out: Tensor, code: Tensor, ends: Tensor, step: T
     code.copy_(torch.where(wide != wide, 0.0, 2 * count + (wide > edge).float()))
 
 
+def _sigmoid(u: Tensor) -> Tensor:
+    return torch.sigmoid(u.clamp(max=blockwise.FAR))
+
+
 def _bell(x: Tensor, out: Tensor, slope: Tensor | None, t: Tensor, sharpness: Tensor,
           step: Tensor, zero: Tensor, hard: bool) -> None:
     wide = x.float()
     value, total, count = (torch.zeros_like(wide) for _ in range(3))
     for i in range(t.shape[-1]):
-        s = torch.sigmoid((wide - t[i]) * sharpness[i])
+        s = _sigmoid((wide - t[i]) * sharpness[i])
         value = value + s
-        total = total + (s - s * s) * sharpness[i]
+        total = total + s * (1 - s) * sharpness[i]
         count = count + (wide > t[i]).float()
     if slope is not None:
         slope.copy_(total * step)
@@ -262,10 +282,10 @@ def _bell_computed(x: Tensor, out: Tensor, slope: Tensor | None, sharpness: Tens
     value, total = torch.zeros_like(wide), torch.zeros_like(wide)
     for offset in range(1 - reach, reach + 1):
         i = first + offset
-        s = torch.sigmoid((wide - step * (i - 0.5 - zero)) * sharpness[0])
+        s = _sigmoid((wide - step * (i - 0.5 - zero)) * sharpness[0])
         s = torch.where((i > 0) & (i <= m), s, 0.0)
         value = value + s
-        total = total + (s - s * s) * sharpness[0]
+        total = total + s * (1 - s) * sharpness[0]
     if slope is not None:
         slope.copy_(torch.where(wide != wide, wide, total * step))
     if hard:
@@ -281,14 +301,27 @@ def _bell_gradients(grad: Tensor, x: Tensor, out: Tensor, t: Tensor, sharpness: 
     wide, up, sums = x.float(), grad.float(), []
     total, value = torch.zeros_like(wide), torch.zeros_like(wide)
     for i in range(t.shape[-1]):
-        s = torch.sigmoid((wide - t[i]) * sharpness[i])
-        part = (s - s * s) * sharpness[i] * (up * step)
+        s = _sigmoid((wide - t[i]) * sharpness[i])
+        part = s * (1 - s) * sharpness[i] * (up * step)
         sums.append(part.double().sum())
         total = total + part
         value = value + ((wide > t[i]).float() if hard else s)
     out.copy_(total)
     shares.sub_(torch.stack(sums))
     by_level.add_((up * (value - zero)).double().sum())
+
+
+def _near(z: Tensor, slope: Tensor, t: Tensor, sharpness: Tensor, _hard: bool,
+          total: Tensor) -> None:
+    wide = z.float()
+    bells, steep = torch.zeros_like(wide), torch.zeros_like(wide)
+    for i in range(t.shape[-1]):
+        p = _sigmoid((wide - t[i]) * sharpness[i])
+        bell = p * (1 - p)
+        bells = bells + bell
+        steep = steep + bell * (1 - 2 * p) * sharpness[i]
+    slope.copy_(steep)
+    total.add_(bells.double().sum())
 
 
 def _decode(grad: Tensor, code: Tensor, table: Tensor, zero: Tensor, sums: tuple[int, ...],

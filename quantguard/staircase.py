@@ -46,7 +46,7 @@ def staircase(x: Tensor, t: Tensor, step: Tensor, width: Tensor, zero: Tensor,
         gate: (lo, hi) outside which the derivative of an absorbed f is 0 (mode ``parent``).
         axis: the channel dimension of x where thresholds are per channel.
     """
-    if _spelled_out():
+    if spelled_out():
         edges, widths = windows(t, width)
         wide, rows = x.float(), None if axis is None else axis % x.dim()
         if surrogate.mode == "sigmoid":
@@ -66,7 +66,7 @@ def soft_staircase(x: Tensor, t: Tensor, step: Tensor, width: Tensor, zero: Tens
     sigma is the logistic function; w_i is held constant; k grows from 2 (smooth) towards infinity
     (q itself). Arguments as in :func:`staircase`.
     """
-    if _spelled_out():
+    if spelled_out():
         rows = None if axis is None else axis % x.dim()
         return plain.soft(x.float(), t, step, windows(t, width).widths, zero, k, rows).to(x.dtype)
     return _apply(_Bell, x, t, step, width, zero, k, False, axis)
@@ -77,12 +77,12 @@ def unwatched(x: Tensor) -> AbstractContextManager[Any]:
 
     A subclass of Tensor keeps its own functions.
     """
-    if _spelled_out() or type(x) not in (Tensor, nn.Parameter):
+    if spelled_out() or type(x) not in (Tensor, nn.Parameter):
         return nullcontext()
     return torch._C.DisableTorchFunction()
 
 
-def _spelled_out() -> bool:
+def spelled_out() -> bool:
     """Return whether plain operations are needed: torch.compile reads, torch.func maps them."""
     return torch.compiler.is_compiling() or \
         torch._C._functorch.peek_interpreter_stack() is not None
@@ -104,7 +104,7 @@ class _Windowed(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, t: Tensor, step: Tensor, width: Tensor, zero: Tensor,
                 mode: str, gate: tuple[float, float] | None, axis: int | None) -> Tensor:
-        x = _dense(x)
+        x = blockwise.dense(x)
         out = torch.empty_like(x)
         around = placed(t, step, width, zero, mode)
         code = None
@@ -151,7 +151,7 @@ class _Bell(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, t: Tensor, step: Tensor, width: Tensor, zero: Tensor,
                 k: float, hard: bool, axis: int | None) -> Tensor:
-        x = _dense(x)
+        x = blockwise.dense(x)
         out = torch.empty_like(x)
         around = placed(t, step, width, zero, "ramp")
         widths = around.widths
@@ -164,7 +164,8 @@ class _Bell(torch.autograd.Function):
             reach = next((r for r in _REACHES if r >= _SATURATED / k + 2), None)
         done = 0 if axis is not None else fused.bell(x, t, sharpness, step, zero, hard, reach, out,
                                                      slope)
-        rest = _left(done, x, out) + ([None] if slope is None else _left(done, slope))
+        rest = [*blockwise.left(done, x, out),
+                *([None] if slope is None else blockwise.left(done, slope))]
         blockwise.bell(rest[0], t, sharpness, step, zero, hard, axis, reach, *rest[1:])
         # a copy: callers may overwrite what they gave
         ctx.save_for_backward(slope, x.clone() if learned else None, t, step, widths)
@@ -175,30 +176,18 @@ class _Bell(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         slope, x, t, step, widths = ctx.saved_tensors
         if slope is not None:
-            return (_like(grads[0], slope) * slope, *[None] * 7)
+            return (blockwise.without_denormals(_like(grads[0], slope) * slope), *[None] * 7)
         grad, axis, sharpness = _like(grads[0], x), ctx.axis, ctx.k / widths
         grad_x = torch.empty_like(grad)
         shares, by_level = (torch.zeros_like(v, dtype=torch.float64) for v in (t, step))
         done = 0 if axis is not None else fused.bell_gradients(
             grad, x, t, sharpness, step, ctx.zero, ctx.hard, grad_x, shares, by_level)
-        left, xs, outs = _left(done, grad, x, grad_x)
+        left, xs, outs = blockwise.left(done, grad, x, grad_x)
         blockwise.bell_gradients(left, xs, t, sharpness, step, ctx.zero, ctx.hard, axis, outs,
                                  shares, by_level)
         # autograd leaves out what nobody asked for
-        return (grad_x, shares.to(t.dtype), by_level.to(step.dtype), *[None] * 5)
-
-
-def _left(done: int, *tensors: Tensor) -> list[Any]:
-    """Return what is left of tensors of one gapless layout after so many elements of memory."""
-    if not done:
-        return list(tensors)
-    return [v.reshape(-1)[done:] for v in blockwise.in_memory_order(*tensors)]
-
-
-def _dense(x: Tensor) -> Tensor:
-    """Return x with gapless strides, in its own memory order where it has one."""
-    order = sorted(range(x.dim()), key=x.stride, reverse=True)
-    return x if x.permute(order).is_contiguous() else x.contiguous()
+        return (blockwise.without_denormals(grad_x), shares.to(t.dtype), by_level.to(step.dtype),
+                *[None] * 5)
 
 
 def _like(x: Tensor, layout: Tensor) -> Tensor:

@@ -120,6 +120,33 @@ def test_bells_are_the_same_numbers_as_block_by_block(
     assert found[0][1].stride() == x.stride()
 
 
+@pytest.mark.parametrize("worth", [2, sys.maxsize], ids=["compiled", "eager"])
+@pytest.mark.parametrize("learned", [False, True])
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+def test_no_gradient_is_denormal_and_the_others_are_those_of_float64(
+        calls: list[tuple[str, bool]], bits: int, learned: bool, worth: int) -> None:
+    """A convolution of a few denormal numbers takes ten times as long."""
+    fused.WORTH = worth
+    t, step, zero = numbers(bits, None)
+    # below all thresholds: above them 1 - s is 0 in float32
+    x = torch.linspace(float(t[0]) - 24, float(t[0]), 4 * 64 * 64).reshape(4, 64, 64)
+    leaves = [v.clone().requires_grad_(i == 0 or learned) for i, v in enumerate((x, t, step))]
+    soft_staircase(leaves[0], leaves[1], leaves[2], step, zero, 8.0).backward(
+        torch.full_like(x, 1e-6))
+    exact = x.double().requires_grad_()
+    widths = windows(t, step).widths.double()
+    value = torch.sigmoid((exact[..., None] - t.double()) * (8 / widths)).sum(-1)
+    ((value - zero) * step.double()).backward(torch.full_like(exact, 1e-6))
+    found, expected = leaves[0].grad, exact.grad
+    assert found is not None and expected is not None
+    tiny = torch.finfo(torch.float32).tiny
+    assert ((expected.abs() < tiny) & (expected != 0)).sum() > 50  # there would be some
+    assert ((found == 0) | (found.abs() >= tiny)).all()
+    near = expected.abs() > 1e-33  # where float32 still has all its digits
+    torch.testing.assert_close(found[near], expected[near].float(), rtol=2e-4, atol=0)
+    assert (found[expected.abs() < tiny / 2] == 0).all()
+
+
 @pytest.mark.parametrize("soft", [True, False])
 @pytest.mark.parametrize(("bits", "k", "dtype"), [(8, 2.0, FULL), (8, 64.0, FULL), (4, 8.0, FULL),
                                                   (6, 4.0, HALF)])

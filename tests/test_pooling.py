@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from quantguard import convert
+from quantguard import convert, pooling
 from quantguard.activation import QuantActivation, staircases
 from quantguard.contexts import backward, bypass, soften
 from quantguard.pooling import pools_first
@@ -123,5 +123,168 @@ def test_the_context_leaves_nothing_behind() -> None:
     net = made(nn.MaxPool2d(2), 2)
     with pytest.raises(ZeroDivisionError), pools_first(net):
         raise ZeroDivisionError
-    assert [m._state.noted for m in staircases(net).values()] == [None]
+    assert [m._state.answers for m in staircases(net).values()] == [None]
     assert isinstance(net.activation, QuantActivation)
+
+
+# --- results that a pool alone reads are not computed ---
+
+
+class Branches(nn.Module):
+    """A net whose activation is read by a pool, and from the second forward on by somebody else."""
+
+    def __init__(self, reads: Any, relu: Any = None) -> None:
+        super().__init__()
+        self.conv, self.reads, self.forwards = nn.Conv2d(1, 4, 3, padding=1), reads, 0
+        self.activation, self.head = relu or nn.ReLU(), nn.Linear(36, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.forwards += 1
+        y = self.activation(self.conv(x))
+        before = self.reads(y) if self.forwards > 1 else 0.0
+        out: Tensor = self.head(F.max_pool2d(y, 2).flatten(1))
+        return out + before
+
+
+class Twice(torch.autograd.Function):
+    """Double, which torch functions do not see."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return 2 * grads[0]
+
+
+@torch.no_grad()
+def unseen_mean(y: Tensor) -> Tensor:
+    return y.mean()
+
+
+SCRIPT = torch.jit.CompilationUnit("def read(y):\n    return (y * y).mean()\n")  # no Python there
+READS = {
+    "function": lambda y: y.mean(), "Function": lambda y: Twice.apply(y).mean(),
+    "no_grad": unseen_mean, "both": lambda y: unseen_mean(y) + y.std(),
+    "script": lambda y: SCRIPT.read(y),
+    "list": lambda y: torch.cat([y, y], 1).mean(), "written": lambda y: y.mul_(2).sum() * 0,
+    "shape": lambda y: float(y.shape[1] + y.dim()), "indexed": lambda y: y[0, 0, 1, 1]}
+
+
+def everything(net: nn.Module, x: Tensor) -> list[Tensor]:
+    leaf = x.clone().requires_grad_()
+    weights = [p for p in net.parameters() if p.requires_grad]
+    y = net(leaf)
+    return [y.detach(), *torch.autograd.grad(y.square().sum(), [leaf, *weights])]
+
+
+# autograd does not let a ReLU's result be written to
+@pytest.mark.parametrize(("name", "dynamic"), [
+    (name, dynamic) for name in READS for dynamic in (None, False, True)
+    if (name, dynamic) != ("written", None)])
+def test_who_reads_a_stand_in_gets_the_result_and_its_gradient(name: str, dynamic: bool | None
+                                                               ) -> None:
+    torch.manual_seed(0)
+    net, x = Branches(READS[name]), example(2)
+    if dynamic is not None:
+        net = convert(net, 2, dynamic=dynamic, example=x)
+    net.forwards = 0
+    found = []
+    for _ in range(2):  # in a context of its own each, in which nothing is put off
+        pooling._known.clear()
+        with pools_first(net):
+            found.append(everything(net, x))
+    net.forwards = 0
+    pooling._known.clear()
+    with pools_first(net):
+        for expected in found:
+            for got, want in zip(everything(net, x), expected, strict=True):
+                torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("activation", [nn.ReLU(), F.relu, torch.relu, lambda z: z.relu()])
+@pytest.mark.parametrize("name", POOLS)
+def test_a_relu_behind_a_pool_gives_the_same_bits_and_gradients(name: str, activation: Any) -> None:
+    pool, dim = POOLS[name]
+    torch.manual_seed(0)
+    net, x = Net(pool, activation, dim), example(dim)
+    net(x)
+    expected = everything(net, x)
+    with pools_first(net):
+        for _ in range(3):
+            assert all(map(torch.equal, everything(net, x), expected))
+    assert pooling._known[net][0]
+
+
+@pytest.mark.parametrize("converted", [False, True])
+def test_what_a_pool_alone_reads_is_computed_behind_the_pool_from_the_second_forward_on(
+        monkeypatch: pytest.MonkeyPatch, converted: bool) -> None:
+    net = made(nn.MaxPool2d(2), 2) if converted else Net(nn.MaxPool2d(2))
+    net(x := example(2))
+    sizes: list[int] = []
+    if converted:
+        quantize = QuantActivation._quantized
+
+        def quantized(self: QuantActivation, z: Tensor, state: Any) -> Tensor:
+            sizes.append(z.shape[-1])
+            return quantize(self, z, state)
+        monkeypatch.setattr(QuantActivation, "_quantized", quantized)
+    else:
+        rectify = pooling._relu
+
+        def rectified(z: Tensor) -> Tensor:
+            sizes.append(z.shape[-1])
+            return rectify(z)
+        monkeypatch.setattr(pooling, "_relu", rectified)
+    for _ in range(2):  # of two contexts the second knows
+        with pools_first(net):
+            net(x)
+            net(x)
+    assert sizes == [7, 3, 3, 3, 3]
+    net.pool = nn.AvgPool2d(2)
+    with pools_first(net):
+        net(x)  # read by another: computed as it is, here and from now on
+        net(x)
+    assert sizes[5:] == [7, 7] and pooling._known[net] == {0: False}
+
+
+def test_a_relu_that_no_pool_reads_or_that_writes_is_left_alone() -> None:
+    torch.manual_seed(0)
+    for activation, pool, known in ((nn.ReLU(), nn.AvgPool2d(2), {0: False}),
+                                    (nn.ReLU(inplace=True), nn.MaxPool2d(2), {})):
+        net = Net(pool, activation)
+        net(x := example(2))
+        expected = everything(net, x)
+        with pools_first(net):
+            for _ in range(3):
+                assert all(map(torch.equal, everything(net, x), expected))
+        assert pooling._known[net] == known
+
+
+def test_a_result_that_is_kept_can_be_read_afterwards() -> None:
+    net, kept = made(nn.MaxPool2d(2), 2), list[Tensor]()
+    net.activation.register_forward_hook(lambda _m, _i, y: kept.append(y))  # type: ignore[operator]
+    with pools_first(net), torch.no_grad():
+        net(x := example(2))
+        net(x)
+    assert type(kept[1]) is not Tensor and kept[1].shape == kept[0].shape
+    assert torch.equal(kept[1] + 0, kept[0])
+
+
+def test_what_was_written_to_before_its_result_is_read_is_said() -> None:
+    kept: list[Tensor] = []
+
+    class Late(nn.Module):
+        def forward(self, z: Tensor) -> Tensor:
+            y = F.relu(z)
+            out = F.max_pool2d(y, 2)
+            if kept:
+                z.mul_(2)
+                out = out + y.mean()
+            kept.append(z)
+            return out
+    with pools_first(late := Late()), torch.no_grad():
+        late(x := example(2))
+        with pytest.raises(RuntimeError, match="written to before its result was read"):
+            late(x)

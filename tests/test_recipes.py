@@ -13,11 +13,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from quantguard import fused
 from quantguard.activation import QuantActivation, staircases
 from quantguard.attacks import PixelModel
 from quantguard.conversion import convert
 from quantguard.crafting import craft, stability_term
 from quantguard.errors import SpecError
+from quantguard.nearness import nearness
 from quantguard.recipes import Recipe, recipe_of
 from quantguard.spec import QuantSpec, Threat
 
@@ -194,6 +196,28 @@ def test_stability_term_per_channel_uses_each_channels_thresholds() -> None:
         value = term()
     expected = sum(plain_term(x[:, c], t[c], steps[c]) for c in range(2)) / 2
     assert float(value) == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 6])
+@pytest.mark.parametrize("size", [7, 96], ids=["eager", "compiled"])
+def test_the_stability_terms_gradient_is_that_of_the_formula_and_never_denormal(
+        monkeypatch: pytest.MonkeyPatch, size: int, bits: int) -> None:
+    monkeypatch.setattr(fused, "WORTH", 2)
+    t = torch.arange(2**bits - 1) * 0.4 + 0.2
+    x = torch.linspace(-6, 30, 2 * size * size).reshape(2, 1, size, size).requires_grad_()
+    value = nearness(x, t, torch.tensor(0.4))
+    (gradient,) = torch.autograd.grad(value, x)
+    exact = x.detach().double().requires_grad_()
+    centers = t.double() if bits <= 4 else \
+        t.double()[torch.bucketize(exact.detach(), (t[1:] + t[:-1]).double() / 2)][..., None]
+    p = torch.sigmoid((exact[..., None] - centers) * (8 / 0.4))
+    expected = (4 * p * (1 - p)).sum() / (x.numel() * len(t))
+    assert float(value.detach()) == pytest.approx(float(expected.detach()), rel=1e-5)
+    (slope,) = torch.autograd.grad(expected, exact)
+    torch.testing.assert_close(gradient.double(), slope, rtol=1e-3,
+                               atol=1e-5 * float(slope.abs().max()))
+    if bits <= 4:
+        assert ((gradient == 0) | (gradient.abs() >= torch.finfo(torch.float32).tiny)).all()
 
 
 def test_stability_term_falls_when_preactivations_leave_the_thresholds() -> None:

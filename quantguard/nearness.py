@@ -1,0 +1,67 @@
+"""How near to its thresholds a staircase's input is, and its gradient, in one pass over memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import blockwise, fused
+from .staircase import spelled_out, unwatched
+
+# More thresholds than this are not looked at one by one: only the nearest counts.
+_MOST = 15
+# Steepness of a bell, over the step.
+_SHARPNESS = 8.0
+
+
+def nearness(z: Tensor, t: Tensor, step: Tensor, axis: int | None = None) -> Tensor:
+    """Return ``mean 4 p (1 - p)``, p = sigma(8 (z - t_i) / step), over elements and thresholds.
+
+    Above 4 bits all but the nearest threshold count as 0. Thresholds and step get no gradient.
+
+    Args:
+        z: any shape, floating point.
+        t: (m,) thresholds, ascending; (C, m) per channel.
+        step: () or (C,), positive.
+        axis: the channel dimension of z where thresholds are per channel.
+    """
+    t, step = t.detach(), step.detach()
+    m = t.shape[-1]
+    z = z.float() if z.dtype == torch.bfloat16 else z
+    if axis is None and m <= _MOST and z.numel() and not spelled_out():
+        with unwatched(z):
+            total: Tensor = _Near.apply(z, t, (_SHARPNESS / step).expand(m))
+            return total * (4 / (m * z.numel()))
+    if axis is not None:
+        z, step = z.movedim(axis, -1).flatten(0, -2), step.unsqueeze(0)
+    if m <= _MOST or axis is not None:
+        centers: list[Tensor] = list(t.unbind(-1))
+    else:  # from one threshold to the next p (1 - p) falls to a thousandth
+        centers = [t[torch.bucketize(z.detach(), (t[1:] + t[:-1]) / 2)]]
+    mean = torch.zeros((), device=z.device)
+    for center in centers:
+        p = torch.sigmoid((z - center) * (_SHARPNESS / step))
+        mean = mean + (p * (1 - p)).mean()
+    return 4 / m * mean
+
+
+class _Near(torch.autograd.Function):
+    """Sum p (1 - p) over elements and thresholds; the slope is kept, not one p for each."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, t: Tensor, sharpness: Tensor) -> Tensor:
+        z = blockwise.dense(z)
+        slope = torch.empty_like(z)
+        total = torch.zeros((), dtype=torch.float64, device=z.device)
+        done = fused.near(z, t, sharpness, slope, total)
+        rest, slopes = blockwise.left(done, z, slope)
+        blockwise.near(rest, t, sharpness, slopes, total)
+        ctx.save_for_backward(slope)
+        return total.to(z.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (slope,) = ctx.saved_tensors
+        return blockwise.without_denormals(slope * grads[0]), None, None
