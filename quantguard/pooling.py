@@ -21,6 +21,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
@@ -42,7 +43,7 @@ class _Call:
     def __init__(self, z: Tensor, compute: Callable[[Tensor], Tensor],
                  read: Callable[[], None]) -> None:
         self.z, self.compute, self._read = z, compute, read
-        self.before = z._version
+        self.before, self.differentiated = z._version, torch.is_grad_enabled()
         self.value: tuple[Tensor, int] | None = None  # the result, and its version
 
     def note(self, y: Tensor) -> Tensor:
@@ -64,7 +65,7 @@ class _Call:
         self._read()
         if self.value is None:
             self._check()
-            if self.z.requires_grad and not torch.is_grad_enabled():
+            if self.differentiated and not torch.is_grad_enabled():
                 return self.compute(self.z)  # there may be readers with a gradient still
             self.note(self.compute(self.z))
         assert self.value is not None
@@ -125,6 +126,7 @@ class _Deferred(torch.autograd.Function):
         return _Later(call)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         return None, *ctx.call.gradients(grads[0], ctx.parameters)
 
@@ -134,12 +136,12 @@ class _PoolsFirst(TorchFunctionMode):
 
     Args:
         known: of the n-th activation of a forward, whether a pool alone reads its result; what is
-            found out is written there.
+            found out is written there. None: nothing is put off, and ReLUs are left alone.
     """
 
-    def __init__(self, known: dict[int, bool]) -> None:
+    def __init__(self, known: dict[int, bool] | None) -> None:
         super().__init__()
-        self._known = known
+        self._puts_off, self._known = known is not None, {} if known is None else known
         self._number = 0
         self._latest: deque[tuple[int, _Call]] = deque(maxlen=_LATEST)
 
@@ -164,13 +166,13 @@ class _PoolsFirst(TorchFunctionMode):
             return compute(z)  # there are no ties that a pool would have to come before
         call = _Call(z, compute, lambda: self._known.__setitem__(number, False))
         self._latest.append((number, call))
-        if self._known.get(number):
+        if self._puts_off and self._known.get(number):
             return _Deferred.apply(call, z, *parameters)  # type: ignore[no-any-return]
         return call.note(compute(z))
 
     def __torch_function__(self, func: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func in _RELUS and len(args) == 1 and type(args[0]) is Tensor \
+        if self._puts_off and func in _RELUS and len(args) == 1 and type(args[0]) is Tensor \
                 and not kwargs.get("inplace") and not args[0].is_inference():
             return self._activated(args[0], _relu)
         if getattr(func, "__name__", "") in _POOLS and not kwargs.get("return_indices") and args:
@@ -193,7 +195,7 @@ def pools_first(model: nn.Module) -> Iterator[nn.Module]:
     Staircases, and ReLUs that do not write into what they are given. What model computes does not
     change, but for pools that return indices, which stay where they are.
     """
-    mode = _PoolsFirst({} if is_compiled(model) else _known.setdefault(model, {}))
+    mode = _PoolsFirst(None if is_compiled(model) else _known.setdefault(model, {}))
     handle = model.register_forward_pre_hook(lambda *_: mode.begin())
     try:
         with switched(model, {"answers": mode.quantized}), mode:

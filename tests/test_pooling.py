@@ -288,3 +288,18 @@ def test_what_was_written_to_before_its_result_is_read_is_said() -> None:
         late(x := example(2))
         with pytest.raises(RuntimeError, match="written to before its result was read"):
             late(x)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # torch.compile looks at it
+@pytest.mark.parametrize("converted", [False, True])
+def test_of_a_compiled_model_nothing_is_put_off(converted: bool) -> None:
+    net = made(nn.MaxPool2d(2), 2) if converted else Net(nn.MaxPool2d(2))
+    net(x := example(2))
+    with pools_first(net):
+        expected = input_gradient(net, x)
+    compiled: Any = torch.compile(net, backend="aot_eager")
+    with pools_first(compiled):
+        for _ in range(3):
+            for got, want in zip(input_gradient(compiled, x), expected, strict=True):
+                torch.testing.assert_close(got, want)
+    torch.compiler.reset()
