@@ -104,8 +104,9 @@ class RunDir:
                             fix="Use another run directory, or delete this one.")
         return told
 
-    def write(self, state: dict[str, Any], rows: list[dict[str, Any]]) -> None:
-        """Replace what is kept: the state, and ``metrics.jsonl``, a line for each of rows.
+    def write(self, state: dict[str, Any], rows: list[dict[str, Any]],
+              record: dict[str, Any]) -> None:
+        """Replace what is kept: the state, and what :meth:`tell` writes.
 
         Raises:
             WriteError: the disk is full, say; what was kept before is kept still.
@@ -118,7 +119,21 @@ class RunDir:
             file.seek(0)
             seal = hashlib.file_digest(file, _digest).digest()
             file.write(seal)  # at the end, where torch.load does not look
+        self.tell(rows, record)
+
+    def tell(self, rows: list[dict[str, Any]], record: dict[str, Any]) -> None:
+        """Write what people read: ``metrics.jsonl``, a line for each of rows, and ``run.json``.
+
+        That has the settings that the run began with, and record.
+
+        Raises:
+            WriteError: as :meth:`write`.
+        """
+        if self.path is None:
+            return
         write_text(self.path / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+        write_text(self.path / "run.json", json.dumps({"settings": self.settings, **record},
+                                                      indent=1) + "\n")
 
 
 def _check_seal(path: Path) -> None:

@@ -7,7 +7,7 @@ import os
 import re
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -208,7 +208,10 @@ def ablate(model: nn.Module, train_loader: Iterable[Any], test_loader: Iterable[
             print(row, flush=True, file=_stderr())
         made = hardened(
             model, train_loader, threat, bits=row_bits,
-            dynamic=None if row_bits == FLOAT_BITS else dynamic, recipe=chosen, epochs=epochs,
+            dynamic=None if row_bits == FLOAT_BITS else dynamic, epochs=epochs,
+            # settings of weights are the float row's where thresholds alone are trained
+            recipe=chosen if row_train == "all" else replace(
+                chosen, lr=None, weight_decay=None, awp=0.0),
             train=row_train, val=val, seed=seed, device=device, progress=progress,
             run_dir=None if where is None else where / row.replace(" ", "-"))
         rows[row], training[row] = made.model, made.to_dict()

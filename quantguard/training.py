@@ -39,7 +39,7 @@ from .probing import (
 )
 from .progress import Progress
 from .recipes import Recipe
-from .running import modes_kept, seeded, true_float32, uninterrupted
+from .running import environment, modes_kept, seeded, true_float32, uninterrupted
 from .spec import Threat
 from .world import world
 
@@ -107,9 +107,21 @@ class Trainer:
             raise self._interrupted() from None
         self.bar.note = self._said().lstrip(", ") + f", kept epoch {self.chosen}"
         self.bar.close()
+        if self.world.first:
+            self.directory.tell(*self._record(levels))
+        return self._history(levels)
+
+    def _history(self, levels: dict[str, int]) -> History:
         kind = torch.bfloat16 if self.gradients.objective.low else self.pixel_model.dtype
         return History(tuple(self.history), self.chosen, self.lr, levels, tuple(self.events),
                        str(kind).removeprefix("torch."))
+
+    def _record(self, levels: dict[str, int]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+        """Return what people read of a run: a row for each epoch, and what is true of them all."""
+        found = self._history(levels).to_dict()
+        return found.pop("epochs"), {
+            "recipe": self.recipe.to_dict(), "finished": self.epoch >= self.epochs, **found,
+            "environment": environment(self.batches.device)}
 
     def _digits(self) -> AbstractContextManager[Any]:
         """Return how float32 is multiplied: intervals that TF32 has rounded train much worse."""
@@ -205,8 +217,6 @@ class Trainer:
             interrupt()
             if self.source.resumable and time.monotonic() - self.saved > _SAVE_EVERY:
                 self._write()
-        # each process has seen other images
-        self.world.average([*self.model.buffers(), *self.average.values.values()])
         last = copied(self.model)
         try:
             self.model.load_state_dict(self.average.values)
@@ -233,6 +243,9 @@ class Trainer:
         value = self.gradients(pixels, labels, self.parameters)
         if not math.isfinite(value):
             return value
+        # each process has seen other images; so all have one state, which process 0 can write
+        self.world.average(b for m in self.model.modules() if not isinstance(m, QuantActivation)
+                           for b in m.buffers(recurse=False))
         nn.utils.clip_grad_norm_(self.parameters, 5.0)
         self.optimizer.step()
         self.schedule.step()
@@ -351,7 +364,7 @@ class Trainer:
             "average_count": self.average.count, "history": [vars(e) for e in self.history],
             "recipe": self.recipe.to_dict(), "rng": self.rng, "parts": self.gradients.parts,
             "low": self.gradients.objective.low,
-            **{name: getattr(self, name) for name in _KEPT}}, [vars(e) for e in self.history])
+            **{name: getattr(self, name) for name in _KEPT}}, *self._record({}))
 
     def _resume(self, told: dict[str, Any]) -> None:
         for name in _KEPT:

@@ -91,9 +91,13 @@ class World:
     @torch.no_grad()
     def average(self, tensors: Iterable[Tensor]) -> None:
         """Replace floating tensors by their means over processes, in place."""
-        for tensor in tensors if self.size > 1 else ():
-            if tensor.is_floating_point():
-                tensor.copy_(self.total(tensor.detach()) / self.size)
+        floating = [t for t in tensors if t.is_floating_point()] if self.size > 1 else []
+        for kind in {t.dtype: None for t in floating}:  # many small sums would each wait
+            some = [t for t in floating if t.dtype == kind]
+            means = self.total(torch.cat([t.reshape(-1) for t in some])) / self.size
+            parts = torch.tensor_split(means, np.cumsum([t.numel() for t in some]).tolist()[:-1])
+            for tensor, mean in zip(some, parts, strict=True):
+                tensor.copy_(mean.view_as(tensor))
 
     @torch.no_grad()
     def same(self, model: nn.Module) -> None:

@@ -150,7 +150,7 @@ def test_harden_converts_trains_and_writes(model: str, data: str) -> None:
     loaded = qg.load("model.hardened.qg")
     assert {(name == "input_staircase.staircase", m.spec.bits, m.spec.dynamic)
             for name, m in staircases(loaded).items()} == {(True, 8, False), (False, 2, True)}
-    assert sorted(os.listdir("run")) == [".lock", "metrics.jsonl", "training.pt"]
+    assert sorted(os.listdir("run")) == [".lock", "metrics.jsonl", "run.json", "training.pt"]
     succeeds("harden", "model.hardened.qg", "--data", data, *HARDEN, "--train", "thresholds",
              "-o", "again.qg", "--recipe", "nfgsm", "--augment")
     control = "harden", model, "--data", data, *HARDEN, "--bits", "32", "-o", "control.qg"

@@ -53,11 +53,11 @@ def no_room() -> Iterator[None]:
 def test_without_room_what_was_kept_is_kept_and_nothing_else(
         tmp_path: Path, request: pytest.FixtureRequest) -> None:
     directory = opened(tmp_path)
-    directory.write(STATE, [{"epoch": 0}])
+    directory.write(STATE, [{"epoch": 0}], {})
     before = {name: (tmp_path / name).read_bytes() for name in names(tmp_path)}
     request.getfixturevalue("no_room")
     with pytest.raises(WriteError, match=r"training.pt cannot be written\nFile too l") as caught:
-        directory.write({"model": torch.zeros(100_000)}, [{"epoch": 0}, {"epoch": 1}])
+        directory.write({"model": torch.zeros(100_000)}, [{"epoch": 0}, {"epoch": 1}], {})
     assert isinstance(caught.value, OSError) and caught.value.fix
     assert {name: (tmp_path / name).read_bytes() for name in names(tmp_path)} == before
 
@@ -97,7 +97,7 @@ def foreign(state: object) -> bytes:
     ids=["flipped", "half", "last byte", "empty", "garbage", "longer", "another", "no parts"])
 def test_what_is_not_what_was_written_is_not_taken_up(damage: Callable[[bytes], bytes],
                                                       tmp_path: Path) -> None:
-    opened(tmp_path).write(STATE, [])
+    opened(tmp_path).write(STATE, [], {})
     file = tmp_path / "training.pt"
     told = RunDir(tmp_path, {"epochs": 2}).read(CPU)
     assert told is not None and torch.equal(told["model"]["weight"], STATE["model"]["weight"])
@@ -161,7 +161,7 @@ def test_a_second_process_is_refused_until_the_first_is_gone(
     held.kill()
     held.wait()
     qg.harden(cnn, loader, run_dir=tmp_path / "run", progress=False, recipe=fast, epochs=1)
-    assert names(tmp_path / "run") == [".lock", "metrics.jsonl", "training.pt"]
+    assert names(tmp_path / "run") == [".lock", "metrics.jsonl", "run.json", "training.pt"]
 
 
 def test_a_run_that_ended_or_failed_leaves_its_directory_free(tmp_path: Path) -> None:

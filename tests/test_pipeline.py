@@ -173,6 +173,15 @@ def test_32_bits_are_the_float_control(cnn: nn.Module, loader: DataLoader[Any]) 
         hardened(cnn, loader, dynamic=False, train="thresholds")
 
 
+@pytest.mark.parametrize("settings", [{"lr": 1e-3}, {"weight_decay": 0.0}, {"awp": 0.01}])
+def test_settings_of_weights_are_refused_where_thresholds_alone_are_trained(
+        settings: dict[str, float], cnn: nn.Module, loader: DataLoader[Any]) -> None:
+    recipe = Recipe("clean", **settings)  # type: ignore[arg-type]
+    with pytest.raises(SpecError, match=f"train='thresholds' has no {next(iter(settings))}: .*\n"
+                                        ".*threshold_lr"):
+        hardened(cnn, loader, dynamic=True, recipe=recipe, train="thresholds")
+
+
 def test_wrappers_are_taken_off(cnn: nn.Module, loader: DataLoader[Any]) -> None:
     assert same_state(hardened(nn.DataParallel(cnn), loader, bits=32),
                       hardened(cnn, loader, bits=32))

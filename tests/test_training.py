@@ -160,7 +160,12 @@ def test_a_finished_run_is_read_and_not_run_again(quantized: nn.Module, small: T
     whole = trained(quantized, loader_of(small), run_dir=tmp_path)
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [row["epoch"] for row in rows] == [0, 1, 2]
-    assert sorted(p.name for p in tmp_path.iterdir()) == [".lock", "metrics.jsonl", "training.pt"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".lock", "metrics.jsonl", "run.json",
+                                                          "training.pt"]
+    told = json.loads((tmp_path / "run.json").read_text())
+    assert told["finished"] and told["settings"]["epochs"] == 2
+    assert told["chosen"] == whole[1].chosen and told["levels"] == whole[1].levels
+    assert told["recipe"] == told["settings"]["recipe"] and told["environment"]["torch"]
     monkeypatch.setattr(Objective, "__call__", None)
     assert_same_run(trained(quantized, loader_of(small), run_dir=tmp_path), whole)
 

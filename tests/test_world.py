@@ -39,6 +39,39 @@ for recipe in ("clean", "pgd"):
     fit(model, loader, qg.Threat(eps=0.1), settings, epochs=1, seed=3, progress=False)
     torch.save(model.state_dict(), f"{out}-{recipe}-{world().rank}-of-{world().size}.pt")
 """
+RESUME = """
+import sys, torch
+from torch.utils.data import DataLoader, TensorDataset
+import quantguard as qg
+from quantguard.data import load_data
+from quantguard.demo import small_cnn
+from quantguard.errors import Interrupted
+from quantguard.gradients import Gradients
+from quantguard.world import world
+torch.set_num_threads(1)
+out, run_dir, at = sys.argv[1:]
+whole = load_data("digits", "train", batch_size=32).dataset
+x, y = next(iter(DataLoader(whole, batch_size=400)))
+calls, compute = 0, Gradients.__call__
+def counted(self, *args):
+    global calls
+    calls += 1
+    if calls == int(at):
+        raise KeyboardInterrupt
+    return compute(self, *args)
+Gradients.__call__ = counted
+torch.manual_seed(0)
+model = small_cnn()
+recipe = qg.Recipe("pgd", steps=1, batch_size=50)
+try:
+    made = qg.harden(model, DataLoader(TensorDataset(x, y), batch_size=50), qg.Threat(eps=0.1),
+                     recipe=recipe, epochs=2, seed=3, progress=False,
+                     run_dir=None if run_dir == "none" else run_dir)
+except Interrupted as error:
+    assert "saved in" in str(error)
+else:
+    torch.save(made.state_dict(), f"{out}-{world().rank}.pt")
+"""
 EVALUATE = """
 import sys, torch, numpy as np
 import quantguard as qg
@@ -82,6 +115,24 @@ def test_two_processes_train_what_one_trains(tmp_path: Path) -> None:
             assert value.dtype == torch.float64
             assert torch.equal(two[0][name], two[1][name])
             assert float((value - two[0][name]).abs().max()) < 1e-5
+
+
+@pytest.mark.slow
+def test_two_processes_that_are_stopped_go_on_to_the_same_bits(tmp_path: Path) -> None:
+    script = tmp_path / "resume.py"
+    script.write_text(RESUME)
+    launched(script, 2, str(tmp_path / "whole"), "none", "0")
+    for stop in (4, 6):  # in the first epoch, and in the second
+        launched(script, 2, str(tmp_path / "resumed"), str(tmp_path / "run"), str(stop))
+        assert not list(tmp_path.glob("resumed*"))
+    launched(script, 2, str(tmp_path / "resumed"), str(tmp_path / "run"), "0")
+    one = torch.load(tmp_path / "whole-0.pt")
+    for rank in (0, 1):
+        two = torch.load(tmp_path / f"resumed-{rank}.pt")
+        assert one.keys() == two.keys()
+        assert all(torch.equal(value, two[name]) for name, value in one.items())
+    told = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert told["finished"]
 
 
 @pytest.mark.slow
