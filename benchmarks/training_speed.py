@@ -8,8 +8,9 @@ the loss on attacked images alone), on random images and weights: a LeNet (28x28
 and torchvision's ResNet-18 (32x32, batches of 64). ART is its AdversarialTrainerMadryPGD. The plain
 loop calls .backward() while crafting, as is often written: parameters get gradients nobody needs.
 Ours is `qg.harden` whole, with its checks, average of weights and probe (of two images), in float32
-and in bfloat16 (`auto` takes the faster one), over twelve batches. Machines on which that is
-float32 write a JSON of their own. All on one thread; seconds are CPU seconds of this process,
+and in bfloat16 (`auto` takes the faster one), over twelve batches; and of 2 bits, through the twin
+and with the stability term, in float32. Machines on which float32 is the faster one write a JSON of
+their own. All on one thread; seconds are CPU seconds of this process,
 medians of repeats that take turns.
 """
 
@@ -77,12 +78,12 @@ def art(model: nn.Module, x: Tensor, y: Tensor, batch: int) -> None:
     trainer.fit(x.numpy(), y.numpy())
 
 
-def ours(precision: str) -> Callable[[nn.Module, Tensor, Tensor, int], None]:
+def ours(precision: str, bits: int = 32) -> Callable[[nn.Module, Tensor, Tensor, int], None]:
     def train(model: nn.Module, x: Tensor, y: Tensor, batch: int) -> None:
         recipe = qg.Recipe("pgd", lr=LR, steps=STEPS, rel_step=STEP / EPS, walk=(),
                            precision=precision)
         qg.harden(model, DataLoader(TensorDataset(x, y), batch_size=batch), qg.Threat(eps=EPS),
-                  bits=32, recipe=recipe, epochs=1, val=[(x[:2], y[:2])], progress=False)
+                  bits=bits, recipe=recipe, epochs=1, val=[(x[:2], y[:2])], progress=False)
     return train
 
 
@@ -92,7 +93,8 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     trainers = {"ART, Madry's trainer": art, "plain .backward() loop": plain,
-                "ours, float32": ours("float32"), "ours, bfloat16": ours("bfloat16")}
+                "ours, float32": ours("float32"), "ours, bfloat16": ours("bfloat16"),
+                "ours, 2 bits, float32": ours("float32", 2)}
     rows = {}
     for net, (make, shape, batch, batches) in NETS.items():
         torch.manual_seed(0)

@@ -129,8 +129,6 @@ def hardened(model: nn.Module, loader: Iterable[Any], threat: Threat, *,
     if threat.eps == 0 and (chosen.attacks or chosen.certifies):
         raise SpecError(f"eps=0 leaves recipe {chosen.name} nothing to train against",
                         fix="Use recipe clean, or an eps above 0.")
-    if train == "thresholds":
-        _check_thresholds_only(chosen)
     if isinstance(bits, Mapping):
         bits = _table(model, bits)
     if device is not None:
@@ -308,20 +306,6 @@ class Walk:
         if self.run_dir is not None and len(self.stages) > 1 and world().first:
             write_text(self.run_dir / "walk.json", json.dumps(
                 [stage.to_dict() for stage in self.stages], indent=1))
-
-
-def _check_thresholds_only(recipe: Recipe) -> None:
-    """Refuse settings of weights where no weight is trained.
-
-    Raises:
-        SpecError: there are some.
-    """
-    usual = Recipe(recipe.name)
-    unused = [name for name in ("lr", "weight_decay", "awp")
-              if getattr(recipe, name) != getattr(usual, name)]
-    if unused:
-        raise SpecError(f"train='thresholds' has no {', '.join(unused)}: weights are not trained",
-                        fix="Set threshold_lr, or use train='all' (--train all).")
 
 
 def _table(model: nn.Module, bits: Mapping[str, int]) -> int | Mapping[str, int]:

@@ -17,12 +17,22 @@ _MERGED = 1.5 * GAP_FLOOR
 
 def parameter_groups(model: nn.Module, recipe: Recipe, lr: float,
                      train: str) -> list[dict[str, Any]]:
-    """Return the optimizer's groups: weights, those without decay, and thresholds with steps."""
+    """Return the optimizer's groups: weights, those without decay, and thresholds with steps.
+
+    Raises:
+        SpecError: there is nothing to train, or settings of weights and none are trained.
+    """
     thresholds = {id(p): p for m in staircases(model).values() for p in m.parameters(recurse=False)}
     if train == "thresholds" and not thresholds:
         raise SpecError("train='thresholds', but the model has no learnable thresholds",
                         why="Its staircases are fixed, or it has none.",
                         fix="Use dynamic=True (--dynamic), or train='all' (--train all).")
+    usual = Recipe(recipe.name)
+    unused = [name for name in ("lr", "weight_decay", "awp")
+              if train == "thresholds" and getattr(recipe, name) != getattr(usual, name)]
+    if unused:
+        raise SpecError(f"train='thresholds' has no {', '.join(unused)}: weights are not trained",
+                        fix="Set threshold_lr, or use train='all' (--train all).")
     weights = [p for p in model.parameters()
                if p.requires_grad and id(p) not in thresholds and train == "all"]
     groups = [group for group in (

@@ -151,8 +151,10 @@ def test_harden_converts_trains_and_writes(model: str, data: str) -> None:
     assert {(name == "input_staircase.staircase", m.spec.bits, m.spec.dynamic)
             for name, m in staircases(loaded).items()} == {(True, 8, False), (False, 2, True)}
     assert sorted(os.listdir("run")) == [".lock", "metrics.jsonl", "run.json", "training.pt"]
-    succeeds("harden", "model.hardened.qg", "--data", data, *HARDEN, "--train", "thresholds",
-             "-o", "again.qg", "--recipe", "nfgsm", "--augment")
+    again = "harden", "model.hardened.qg", "--data", data, "--train", "thresholds", "-o", \
+        "again.qg", "--recipe", "nfgsm", "--augment", "--epochs", "1", "--eps", "0.1"
+    assert "has no lr: weights are not trained" in fails(*again, "--set", "lr=1e-3")
+    succeeds(*again)
     control = "harden", model, "--data", data, *HARDEN, "--bits", "32", "-o", "control.qg"
     assert "a staircase of 8 bits stands on the input" in succeeds(*control)
     assert list(staircases(qg.load("control.qg"))) == ["input_staircase.staircase"]

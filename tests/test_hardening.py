@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -212,8 +213,9 @@ def test_training_starts_from_statistics_of_what_is_trained(cnn: nn.Module,
                                                             loader: DataLoader[Any]) -> None:
     """Behind a staircase on the input those that came with the weights are of other images."""
     def start(bits: int, train: str) -> float | None:
+        recipe = dataclasses.replace(FAST, lr=None if train == "thresholds" else FAST.lr)
         return walked(cnn, loader, bits=bits, dynamic=None if bits == 32 else True, epochs=1,
-                      train=train).stages[0].history.epochs[0].clean
+                      recipe=recipe, train=train).stages[0].history.epochs[0].clean
     frozen, renewed, control = start(2, "thresholds"), start(2, "all"), start(32, "all")
     assert frozen and renewed and control
     print(frozen, renewed, control)
