@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from . import blockwise, fused
 from .staircase import spelled_out, unwatched
@@ -29,7 +30,7 @@ def nearness(z: Tensor, t: Tensor, step: Tensor, axis: int | None = None) -> Ten
     """
     t, step = t.detach(), step.detach()
     m = t.shape[-1]
-    z = z.float() if z.dtype == torch.bfloat16 else z
+    z = z.float() if z.dtype in (torch.bfloat16, torch.float16) else z
     if axis is None and m <= _MOST and z.numel() and not spelled_out():
         with unwatched(z):
             total: Tensor = _Near.apply(z, t, (_SHARPNESS / step).expand(m))
@@ -62,6 +63,7 @@ class _Near(torch.autograd.Function):
         return total.to(z.dtype)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (slope,) = ctx.saved_tensors
         return blockwise.without_denormals(slope * grads[0]), None, None

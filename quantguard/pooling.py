@@ -5,9 +5,10 @@ whichever comes first: it says little about where the image should move. A stair
 so ``pool(q(z)) = q(pool(z))``, and there the largest z gets the gradient. A ReLU has no such ties
 (what is tied has no gradient), and there only the work is less: a quarter, behind a pool of 2x2.
 
-``q(z)`` is not computed where a pool alone reads it. Nobody knows that beforehand: the first time
-it is computed, and where a pool took it the next forward gets a stand-in, which computes ``q(z)``
-as soon as anybody else reads it; from then on it is computed again.
+``q(z)`` is not computed where a pool alone reads it. Nobody knows that beforehand: in the first
+forward it is computed, and where a pool took it and nobody else touched it the next forward gets a
+stand-in, which computes ``q(z)`` as soon as anybody else reads it; from then on it is computed
+again. All that such a reader can tell is the type: a stand-in is a subclass of Tensor.
 """
 
 from __future__ import annotations
@@ -21,13 +22,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from .activation import QuantActivation
 from .contexts import switched
 from .layout import is_compiled
+from .staircase import spelled_out
 
 _POOLS = {f"{kind}max_pool{d}d" for kind in ("", "adaptive_") for d in (1, 2, 3)}
 _RELUS = (F.relu, torch.relu, Tensor.relu)
@@ -43,48 +44,61 @@ class _Call:
     def __init__(self, z: Tensor, compute: Callable[[Tensor], Tensor],
                  read: Callable[[], None]) -> None:
         self.z, self.compute, self._read = z, compute, read
-        self.before, self.differentiated = z._version, torch.is_grad_enabled()
-        self.value: tuple[Tensor, int] | None = None  # the result, and its version
+        self._before, self._differentiated = z._version, torch.is_grad_enabled()
+        self.value: Tensor | None = None
+        self._version = 0
+        self.touched = False  # by anybody but a pool
 
     def note(self, y: Tensor) -> Tensor:
         """Remember the result; written to later, neither it nor z is what it was."""
-        self.value = y, y._version
+        self.value, self._version = y, y._version
         return y
 
-    def made(self, y: Tensor) -> bool:
-        """Return whether y is the result, as it was, or its stand-in."""
-        if self.z._version != self.before:
-            return False
-        if self.value is not None and self.value[0]._version != self.value[1]:
-            return False
-        return y.call is self if type(y) is _Later else \
-            self.value is not None and y is self.value[0]
+    def unchanged(self) -> bool:
+        """Return whether nobody has written to z, or to the result."""
+        return self.z._version == self._before and (
+            self.value is None or self.value._version == self._version)
+
+    def made(self, y: Any) -> bool:
+        """Return whether y is the result, as it was, or its stand-in, to be read as it was made."""
+        mine = y.call is self if type(y) is _Later else y is not None and y is self.value
+        return mine and self._differentiated == torch.is_grad_enabled() and self.unchanged()
 
     def result(self) -> Tensor:
         """Return what the activation makes of z, for a reader that is no pool."""
         self._read()
         if self.value is None:
             self._check()
-            if self.differentiated and not torch.is_grad_enabled():
-                return self.compute(self.z)  # there may be readers with a gradient still
-            self.note(self.compute(self.z))
+            with torch.set_grad_enabled(self._differentiated):
+                self.note(self.compute(self.z))
         assert self.value is not None
-        return self.value[0]
+        return self.value
+
+    def numbers(self) -> Tensor:
+        """Return the result without its graph, for what reads it below autograd."""
+        self._read()
+        if self.value is not None:
+            return self.value.detach()
+        self._check()
+        with torch.no_grad():
+            return self.compute(self.z)
 
     def _check(self) -> None:
-        if self.z._version != self.before:
+        if self.z._version != self._before:
             raise RuntimeError("what an activation was given has been written to before its result "
                                "was read, in this forward and not in the one before")
 
     def gradients(self, gradient: Tensor,
                   parameters: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
-        """Return the gradients in z and in parameters."""
+        """Return the gradients in z and in parameters, with a graph where one is wanted."""
         self._check()
+        again = torch.is_grad_enabled()
         with torch.enable_grad():
-            z = self.z.detach().requires_grad_()
-            wanted = [z, *(p for p in parameters if p.requires_grad)]
-            found = iter(torch.autograd.grad(self.compute(z), wanted, gradient, allow_unused=True))
-            return next(found), *(next(found) if p.requires_grad else None for p in parameters)
+            z = self.z.view_as(self.z) if again else self.z.detach().requires_grad_()
+            wanted = [v for v in (z, *parameters) if v.requires_grad]
+            found = iter(torch.autograd.grad(self.compute(z), wanted, gradient, allow_unused=True,
+                                             create_graph=again))
+            return tuple(next(found) if v.requires_grad else None for v in (z, *parameters))
 
 
 class _Later(Tensor):
@@ -108,13 +122,18 @@ class _Later(Tensor):
     def __torch_dispatch__(cls, func: Any, types: Iterable[type],  # type: ignore[override]
                            args: Any = (), kwargs: Any = None) -> Any:
         # what reads it unseen by torch functions takes its gradient through _Deferred
-        with torch.no_grad():
-            args, kwargs = tree_map(_read, args), tree_map(_read, kwargs or {})
-        return func(*args, **kwargs)
+        if func._schema.is_mutable and args and type(args[0]) is cls:
+            raise RuntimeError(f"{func} writes to the result of an activation, in this forward and "
+                               "not in the one before")
+        return func(*tree_map(_numbers, args), **tree_map(_numbers, kwargs or {}))
 
 
 def _read(value: Any) -> Any:
     return value.call.result() if type(value) is _Later else value
+
+
+def _numbers(value: Any) -> Any:
+    return value.call.numbers() if type(value) is _Later else value
 
 
 class _Deferred(torch.autograd.Function):
@@ -126,7 +145,6 @@ class _Deferred(torch.autograd.Function):
         return _Later(call)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         return None, *ctx.call.gradients(grads[0], ctx.parameters)
 
@@ -144,43 +162,88 @@ class _PoolsFirst(TorchFunctionMode):
         self._puts_off, self._known = known is not None, {} if known is None else known
         self._number = 0
         self._latest: deque[tuple[int, _Call]] = deque(maxlen=_LATEST)
+        self._taken: dict[int, _Call] = {}  # by pools, of those that nothing is known of
+        self._given: list[weakref.ref[_Later]] = []
 
     def begin(self) -> None:
-        """Begin a forward: results that no pool took in the one before are not waited for again."""
-        for number in range(self._number):
+        """End a forward, and begin the next one."""
+        taken, given, count = self._taken, self._given, self._number
+        self.forget()
+        for number, call in taken.items():
+            self._known.setdefault(number, not call.touched and call.unchanged())
+        for number in range(count):
             self._known.setdefault(number, False)
-        self._number = 0
+        for reference in given:  # who has kept it reads it when thresholds have moved
+            _read(reference())
+
+    def forget(self) -> None:
+        """Hold on to nothing of a forward."""
+        self._taken, self._given, self._number = {}, [], 0
         self._latest.clear()
 
     def quantized(self, staircase: QuantActivation, z: Tensor) -> Tensor:
         """Return what a staircase makes of z, or a stand-in for it."""
         z, state = _read(z), staircase._state
-        if type(z) is not Tensor or z.is_inference():
+        if type(z) is not Tensor or torch.is_inference_mode_enabled() or z.is_inference() \
+                or _replayed():
             return staircase.quantized(z)
         return self._activated(z, lambda v: staircase.quantized(v, state), *staircase.parameters())
 
     def _activated(self, z: Tensor, compute: Callable[[Tensor], Tensor],
                    *parameters: Tensor) -> Tensor:
         number, self._number = self._number, self._number + 1
-        if compute is _relu and not self._known.get(number, True):
+        known = self._known.get(number) if self._puts_off and not spelled_out() else False
+        if compute is _relu and known is False:
             return compute(z)  # there are no ties that a pool would have to come before
         call = _Call(z, compute, lambda: self._known.__setitem__(number, False))
         self._latest.append((number, call))
-        if self._puts_off and self._known.get(number):
-            return _Deferred.apply(call, z, *parameters)  # type: ignore[no-any-return]
-        return call.note(compute(z))
+        if not known:
+            return call.note(compute(z))
+        later: Tensor = _Deferred.apply(call, z, *parameters)
+        self._given.append(weakref.ref(later))  # type: ignore[arg-type]
+        return later
 
     def __torch_function__(self, func: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if self._puts_off and torch.compiler.is_compiling():
+            return func(*args, **kwargs)  # of a function that the model's forward calls
         if self._puts_off and func in _RELUS and len(args) == 1 and type(args[0]) is Tensor \
-                and not kwargs.get("inplace") and not args[0].is_inference():
+                and not (kwargs.get("inplace") or torch.is_inference_mode_enabled()
+                         or args[0].is_inference() or _replayed()):
             return self._activated(args[0], _relu)
-        if getattr(func, "__name__", "") in _POOLS and not kwargs.get("return_indices") and args:
+        if getattr(func, "__name__", "") in _POOLS and args and _plain(args, kwargs):
             for number, call in self._latest:
                 if call.made(args[0]):
-                    self._known.setdefault(number, True)
-                    return call.compute(func(call.z, *args[1:], **kwargs))
+                    pooled = self._pooled(number, call, func, args, kwargs)
+                    if pooled is not None:
+                        return pooled
+        if self._puts_off and len(self._known) < self._number:  # of some nothing is known yet
+            read = {id(v) for v in tree_leaves((args, kwargs)) if isinstance(v, Tensor)}
+            for _, call in [*self._latest, *self._taken.items()]:
+                call.touched |= id(call.value) in read
         return func(*args, **kwargs)
+
+    def _pooled(self, number: int, call: _Call, func: Any, args: Any, kwargs: Any) -> Any:
+        """Return the activation of the pool; None where another tensor is to be pooled."""
+        if number not in self._known:
+            self._taken[number] = call
+        if call.compute is _relu and call.value is not None:
+            return func(call.value, *args[1:], **kwargs)
+        found = func(call.z, *args[1:], **kwargs)
+        return call.compute(found) if isinstance(found, Tensor) else None
+
+
+def _plain(args: Any, kwargs: Any) -> bool:
+    """Return whether a pool puts out maxima alone, each of one element at least."""
+    dilation = kwargs.get("dilation", args[4] if len(args) > 4 else 1)
+    return not kwargs.get("return_indices") and all(
+        d == 1 for d in (dilation if isinstance(dilation, (tuple, list)) else [dilation]))
+
+
+def _replayed() -> bool:
+    """Return whether checkpointing, say, counts on the same operations outside of this mode."""
+    return not torch.compiler.is_compiling() and \
+        torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
 
 
 def _relu(z: Tensor) -> Tensor:
@@ -200,6 +263,7 @@ def pools_first(model: nn.Module) -> Iterator[nn.Module]:
     try:
         with switched(model, {"answers": mode.quantized}), mode:
             yield model
-    finally:
         mode.begin()
+    finally:
+        mode.forget()
         handle.remove()

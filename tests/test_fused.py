@@ -147,6 +147,14 @@ def test_no_gradient_is_denormal_and_the_others_are_those_of_float64(
     assert (found[expected.abs() < tiny / 2] == 0).all()
 
 
+def test_small_gradients_of_half_precision_are_kept() -> None:
+    """Of float16 denormal numbers are many: as zeros they would mask a gradient."""
+    t, step, zero = numbers(2, None)
+    x = torch.linspace(-2, 2, 1000, dtype=torch.float16).requires_grad_()
+    soft_staircase(x, t, step, step, zero, 2.0).backward(torch.full_like(x, 1e-5))
+    assert x.grad is not None and (x.grad != 0).float().mean() > 0.5
+
+
 @pytest.mark.parametrize("soft", [True, False])
 @pytest.mark.parametrize(("bits", "k", "dtype"), [(8, 2.0, FULL), (8, 64.0, FULL), (4, 8.0, FULL),
                                                   (6, 4.0, HALF)])

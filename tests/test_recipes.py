@@ -220,6 +220,18 @@ def test_the_stability_terms_gradient_is_that_of_the_formula_and_never_denormal(
         assert ((gradient == 0) | (gradient.abs() >= torch.finfo(torch.float32).tiny)).all()
 
 
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16, torch.float64])
+def test_the_stability_term_of_other_types_is_that_of_float32(kind: torch.dtype) -> None:
+    x = torch.linspace(-1, 3, 2**17).to(kind)
+    t, step = torch.tensor([0.5, 1.5, 2.5]), torch.tensor(1.0)
+    values, gradients = [], []
+    for z in (x, x.float()):
+        values.append(float((value := nearness(z.requires_grad_(), t, step)).detach()))
+        gradients.append(torch.autograd.grad(value * 1e4, z)[0].float())
+    assert values[0] == pytest.approx(values[1], rel=1e-5)
+    torch.testing.assert_close(*gradients, rtol=1e-2, atol=1e-5)
+
+
 def test_stability_term_falls_when_preactivations_leave_the_thresholds() -> None:
     model = nn.Sequential(QuantActivation.from_thresholds([0.5, 1.5, 2.5], 1.0))
     values = []
