@@ -55,6 +55,9 @@ CELLS = ["lenet-32",
          "lenet-32-ibp", "lenet-4-fixed-ibp", "lenet-2-fixed-ibp", "lenet-1-fixed-ibp",
          "wide-32", "wide-2-fixed", "resnet-32", "resnet-2-fixed", "resnet-2-dynamic",
          "resnet-2-fixed-walk"]
+# Rows of before BatchNorm statistics were estimated anew at the start: they cannot be had again.
+BEFORE = ["resnet-32-given-statistics", "resnet-2-fixed-given-statistics",
+          "resnet-2-dynamic-given-statistics"]
 
 
 class Block(nn.Module):
@@ -172,17 +175,17 @@ def attempt(cell: str, seed: int, settings: dict[str, str], device: str | None,
 def table() -> None:
     print(f"Fashion-MNIST, Linf eps {EPS}, first test images, standard suite; per cent: mean (each "
           "seed); attacked figures are upper bounds")
-    for cell in CELLS:
+    for cell in (*CELLS, *BEFORE):
         rows = [json.loads(f.read_text()) for f in sorted(HERE.glob(f"{cell}-seed*.json"))]
         found = [qg.Evaluation.from_dict(row["evaluation"]) for row in rows]
         if not found:
-            print(f"{cell:20} missing")
+            print(f"{cell:34} missing")
             continue
         clean, robust = ([100 * getattr(e, f"{kind}_accuracy") for e in found]
                          for kind in ("clean", "robust"))
         low, high = (100 * v for v in found[0].interval)
         proven = [f"{e.certificate.certified_accuracy:.1%}" for e in found if e.certificate]
-        print(f"{cell:20} clean {statistics.mean(clean):5.1f}  robust "
+        print(f"{cell:34} clean {statistics.mean(clean):5.1f}  robust "
               f"{statistics.mean(robust):5.1f}  ({', '.join(f'{v:.1f}' for v in robust)}; 95 % of "
               f"the first {low:.1f}-{high:.1f}; {', '.join(e.verdict for e in found)})"
               + f"  proven {', '.join(proven)}" * bool(proven))

@@ -212,7 +212,8 @@ def test_a_run_dir_of_other_settings_is_refused(change: str, said: str, cnn: nn.
 def test_thresholds_only_changes_staircases_and_nothing_else(
         quantized: nn.Module, small: TensorDataset, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(training, "probe", lambda *_: Probed(None, None, 0))  # keeps the last
-    model, _ = trained(quantized, loader_of(small), train="thresholds")
+    model, _ = trained(quantized, loader_of(small), recipe=Recipe("pgd", steps=1),
+                       train="thresholds")
     own = {f"{name}.{p}" for name, m in staircases(model).items() for p, _ in m.named_parameters()}
     before, after = quantized.state_dict(), model.state_dict()
     assert {k for k in before if not torch.equal(before[k], after[k])} == own
