@@ -164,8 +164,8 @@ def dense(x: Tensor) -> Tensor:
 def without_denormals(x: Tensor) -> Tensor:
     """Return x with zeros for denormal numbers, on a CPU.
 
-    Slopes far from a threshold make them, and where one number in twenty is denormal a convolution
-    takes ten times as long.
+    Slopes far from a threshold make them, and a convolution takes far longer even where few numbers
+    are denormal.
     """
     if x.device.type != "cpu" or x.dtype == torch.float16:  # of which many are, and count
         return x

@@ -184,8 +184,7 @@ class _PoolsFirst(TorchFunctionMode):
     def quantized(self, staircase: QuantActivation, z: Tensor) -> Tensor:
         """Return what a staircase makes of z, or a stand-in for it."""
         z, state = _read(z), staircase._state
-        if type(z) is not Tensor or torch.is_inference_mode_enabled() or z.is_inference() \
-                or _replayed():
+        if not _usual(z):
             return staircase.quantized(z)
         return self._activated(z, lambda v: staircase.quantized(v, state), *staircase.parameters())
 
@@ -207,9 +206,8 @@ class _PoolsFirst(TorchFunctionMode):
         kwargs = kwargs or {}
         if self._puts_off and torch.compiler.is_compiling():
             return func(*args, **kwargs)  # of a function that the model's forward calls
-        if self._puts_off and func in _RELUS and len(args) == 1 and type(args[0]) is Tensor \
-                and not (kwargs.get("inplace") or torch.is_inference_mode_enabled()
-                         or args[0].is_inference() or _replayed()):
+        if self._puts_off and func in _RELUS and len(args) == 1 and not kwargs.get("inplace") \
+                and _usual(args[0]):
             return self._activated(args[0], _relu)
         if getattr(func, "__name__", "") in _POOLS and args and _plain(args, kwargs):
             for number, call in self._latest:
@@ -240,10 +238,15 @@ def _plain(args: Any, kwargs: Any) -> bool:
         d == 1 for d in (dilation if isinstance(dilation, (tuple, list)) else [dilation]))
 
 
-def _replayed() -> bool:
-    """Return whether checkpointing, say, counts on the same operations outside of this mode."""
-    return not torch.compiler.is_compiling() and \
-        torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+def _usual(z: Any) -> bool:
+    """Return whether z is a plain tensor with a version, which nobody computes with again.
+
+    Checkpointing, say, counts on the same operations outside of this mode.
+    """
+    if type(z) is not Tensor or torch.is_inference_mode_enabled() or z.is_inference():
+        return False
+    return torch.compiler.is_compiling() or \
+        torch._C._autograd._top_saved_tensors_default_hooks(True) is None
 
 
 def _relu(z: Tensor) -> Tensor:

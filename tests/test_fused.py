@@ -125,7 +125,7 @@ def test_bells_are_the_same_numbers_as_block_by_block(
 @pytest.mark.parametrize("bits", [1, 2, 4, 8])
 def test_no_gradient_is_denormal_and_the_others_are_those_of_float64(
         calls: list[tuple[str, bool]], bits: int, learned: bool, worth: int) -> None:
-    """A convolution of a few denormal numbers takes ten times as long."""
+    """A convolution takes far longer where a few numbers are denormal."""
     fused.WORTH = worth
     t, step, zero = numbers(bits, None)
     # below all thresholds: above them 1 - s is 0 in float32
