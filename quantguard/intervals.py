@@ -18,7 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from .bounds.flat import Flat, asked, flattened, node_name
+from .bounds.flat import Flat, flattened
+from .bounds.nodes import asked, node_name
 from .errors import ConversionError
 from .interval_rules import (
     FUNCTIONS,

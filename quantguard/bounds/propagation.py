@@ -12,7 +12,8 @@ from torch import Tensor, fx
 from ..errors import ConversionError
 from ..spec import Threat
 from .boxes import Ball, Box, U, narrowed
-from .flat import Flat, asked, attribute, node_name, rule_of
+from .flat import Flat, rule_of
+from .nodes import asked, attribute, node_name
 from .rules import apply
 from .steps import dot
 
