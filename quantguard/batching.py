@@ -6,7 +6,7 @@ import copy
 import hashlib
 import random
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,9 +25,13 @@ from torch.utils.data import (
 )
 
 from .batches import require_reiterable, unpack
+from .data import ImageSet
 from .errors import DataError
-from .running import seeded
+from .running import changed, seeded, tensors_in
 from .world import world
+
+# Held-out images that are attacked: where there are more, so many of them stand for all.
+SOME = 512
 
 
 class SeededBatches(BatchSampler):
@@ -80,12 +84,22 @@ class _Items(Dataset[Any]):
 
 @dataclass
 class Source:
-    """Hold the training batches, and the held-out slice for the probe."""
+    """Hold the training batches, and the held-out slice for the probe.
+
+    Attributes:
+        loader: the training batches.
+        sampler: their order, where it is ours.
+        val: the held-out slice, all of it.
+        some: of it what is attacked, the same images each time; the first 512 of them are as good
+            as any, whatever the order that the slice came in.
+        batches: how many the loader says that it has; None: it does not say.
+    """
 
     loader: Iterable[Any]
     sampler: SeededBatches | None
     val: Iterable[Any] | None
     batches: int | None
+    some: Iterable[Any] | None = None
 
     @property
     def resumable(self) -> bool:
@@ -112,18 +126,70 @@ class Source:
 
     def described(self) -> dict[str, Any]:
         """Return what tells these batches from others: a run directory is of one data set."""
+        told: dict[str, Any] = {"first batch": _digest(lambda: self.epoch(0, 0))}
+        if self.val is not None:
+            told["held-out images"] = _digest(lambda: self.val or ())
         if self.sampler is None:
-            return {}
-        with seeded(0):
-            labels = next((unpack(batch)[1] for batch in self.epoch(0, 0)), None)
-        told = "none" if labels is None else hashlib.blake2b(
-            labels.cpu().contiguous().numpy().tobytes(), digest_size=8).hexdigest()
+            return told
         items: Any = self.loader
         while hasattr(items, "dataset") or isinstance(items, _Items):
             items = items.items if isinstance(items, _Items) else items.dataset
-        return {"images": self.sampler.size, "batch size": self.sampler.batch,
-                "labels of the first batch": told,
-                "augmentation": bool(getattr(items, "augment", False))}
+        return {"images": self.sampler.size, "batch size": self.sampler.batch, **told,
+                "augmentation": isinstance(items, ImageSet) and items.augment}
+
+
+def _digest(batches: Callable[[], Iterable[Any]]) -> str:
+    """Return a hash of a loader's first batch; of its labels where its images are drawn anew."""
+    def first() -> tuple[str, str]:
+        with seeded(0):
+            batch = next(iter(batches()), None)
+        inputs, labels = (None, None) if batch is None else unpack(batch)
+        return _hash(inputs), _hash(labels)
+    one, other = first(), first()
+    return " ".join(a if a == b else "drawn at random" for a, b in zip(one, other, strict=True))
+
+
+def _hash(value: Any) -> str:
+    found = hashlib.blake2b(digest_size=8)
+    for tensor in tensors_in(value):
+        plain = tensor.detach().cpu().contiguous().reshape(-1)
+        found.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+        found.update(plain.view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
+
+
+class _Spread:
+    """Give 512 of the images of a loader whose order is not ours, spread over all of it.
+
+    The first that stand in a loader may all be of one class. They are read once, and kept.
+    """
+
+    def __init__(self, loader: Iterable[Any]) -> None:
+        self.loader = loader
+        self.kept: list[Any] | None = None
+
+    def __iter__(self) -> Iterator[Any]:
+        if self.kept is None:
+            with seeded(0):
+                count = sum(_images_in(batch) for batch in self.loader)
+            wanted = {i * count // SOME for i in range(SOME)} if count > SOME else set(range(count))
+            self.kept, before = [], 0
+            with seeded(0):
+                for batch in self.loader:
+                    size = _images_in(batch)
+                    rows = [i for i in range(size) if before + i in wanted]
+                    if rows:
+                        self.kept.append(_rows_of(batch, rows, size))
+                    before += size
+        return iter(self.kept)
+
+
+def _rows_of(batch: Any, rows: list[int], size: int) -> Any:
+    return changed(batch, lambda x: x[rows] if x.dim() and len(x) == size else x)
+
+
+def _images_in(batch: Any) -> int:
+    return len(next(tensors_in(unpack(batch)[0])))
 
 
 def hold_out(loader: Iterable[Any], val: Iterable[Any] | None, batch: int | None,
@@ -139,18 +205,20 @@ def hold_out(loader: Iterable[Any], val: Iterable[Any] | None, batch: int | None
     require_reiterable(loader, "the loader")
     if val is not None:
         require_reiterable(val, "val")
+        val = _reordered(val, seed)
     images = _images(loader)
     if images is None or not isinstance(loader, DataLoader):
         if val is None:
-            kind = "has a sampler of its own" if _is_map_style(loader) else \
-                "is no map-style DataLoader"
+            kind = "is no map-style DataLoader" if not _is_map_style(loader) else \
+                "is a DataLoader whose __iter__ is its own" if not _is_plain(loader) else \
+                "has a sampler of its own"
             warnings.warn(f"the loader {kind}, so nothing can be held out of "
                           "it: no probe picks the best epoch. Pass val= to have one.", stacklevel=3)
         try:
             batches = len(loader)  # type: ignore[arg-type]
         except TypeError:
             batches = None
-        return Source(loader, None, val, batches)
+        return Source(loader, None, val, batches, _some(val))
     dataset: Any = loader.dataset
     size = len(images)
     if size == 0:
@@ -161,10 +229,8 @@ def hold_out(loader: Iterable[Any], val: Iterable[Any] | None, batch: int | None
     if val is None:
         held = min(max(round(0.05 * size), 256), size // 5)
         if held:
-            plain = copy.copy(dataset)
-            if hasattr(plain, "augment"):
-                plain.augment = False
-            val = DataLoader(Subset(plain, sorted(order[:held])), batch_size=128,
+            # in the order as it was drawn: the first of a sorted data set would be of one class
+            val = DataLoader(Subset(_unaugmented(dataset), order[:held]), batch_size=128,
                              collate_fn=loader.collate_fn,
                              generator=torch.Generator().manual_seed(seed))
         else:
@@ -181,21 +247,59 @@ def hold_out(loader: Iterable[Any], val: Iterable[Any] | None, batch: int | None
                               # its own: a loader draws from it whenever it starts, and a
                               # resumed epoch starts once more than an undisturbed one
                               generator=torch.Generator()),
-                   sampler, val, len(sampler))
+                   sampler, val, len(sampler), _some(val))
+
+
+def _reordered(val: Iterable[Any], seed: int) -> Iterable[Any]:
+    """Return the batches of a map-style DataLoader in a seeded order, the same each time."""
+    images = _images(val)
+    if images is None or not isinstance(val, DataLoader) or not len(images):
+        return val
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed)).tolist()
+    return DataLoader(Subset(val.dataset, [images[i] for i in order]), batch_size=val.batch_size,
+                      collate_fn=val.collate_fn, num_workers=val.num_workers,
+                      pin_memory=val.pin_memory, worker_init_fn=val.worker_init_fn,
+                      multiprocessing_context=val.multiprocessing_context,
+                      generator=torch.Generator().manual_seed(seed))
+
+
+def _some(val: Iterable[Any] | None) -> Iterable[Any] | None:
+    return val if val is None or _images(val) is not None else _Spread(val)
+
+
+def _unaugmented(dataset: Any) -> Any:
+    """Return a data set of ours, or subsets of one, without augmentation."""
+    if isinstance(dataset, ImageSet) and dataset.augment:
+        dataset = copy.copy(dataset)
+        dataset.augment = False
+    elif isinstance(dataset, Subset):
+        inner = _unaugmented(dataset.dataset)
+        if inner is not dataset.dataset:
+            dataset = copy.copy(dataset)
+            dataset.dataset = inner
+    return dataset
 
 
 def _is_map_style(loader: Iterable[Any]) -> bool:
     return isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset)
 
 
+def _is_plain(loader: Any) -> bool:
+    """Return whether a loader's batches are what its data set and its collate_fn make."""
+    return type(loader).__iter__ is DataLoader.__iter__ \
+        and type(loader)._get_iterator is DataLoader._get_iterator
+
+
 def _images(loader: Iterable[Any]) -> list[int] | range | None:
     """Return which images of its data set a loader goes through, each once; None: not known."""
-    if not isinstance(loader, DataLoader) or not _is_map_style(loader) or loader.batch_size is None:
+    if not isinstance(loader, DataLoader) or not _is_map_style(loader) \
+            or not _is_plain(loader) or loader.batch_size is None:
         return None
-    dataset: Any = loader.dataset
-    every, sampler = range(len(dataset)), loader.sampler
+    sampler: Any = loader.sampler
     if type(sampler) is SequentialSampler:
-        return every
+        return range(len(sampler.data_source))
     if type(sampler) is RandomSampler:
+        every = range(len(sampler.data_source))
         return every if not sampler.replacement and sampler.num_samples == len(every) else None
-    return list(sampler.indices) if type(sampler) is SubsetRandomSampler else None
+    indices = list(sampler.indices) if type(sampler) is SubsetRandomSampler else None
+    return indices if indices is not None and len(set(indices)) == len(indices) else None

@@ -61,15 +61,16 @@ class InputStaircase(nn.Module):
             return inner(x) + low  # type: ignore[no-any-return]
         with torch.no_grad():
             y = inner(x) if inner.spec.bits <= _FEW_BITS else \
-                inner.levels(x) * inner.step.reshape(low.shape)
+                inner.levels(x) * inner.step.reshape(low.shape).to(low.dtype)
         return y + low + (x - x.detach())
 
     def _low(self, x: Tensor) -> Tensor:
         """Return the lowest level as it goes with x: (N, C), (N, C, L), (N, C, H, W) or more."""
         if isinstance(x, Tensor) and x.dim() != self.dims:  # a Proxy does not know
             self.dims = x.dim()
-        return self.low if self.dims == 4 or self.low.dim() == 1 else \
+        low = self.low if self.dims == 4 or self.low.dim() == 1 else \
             self.low.reshape(-1, *[1] * (self.dims - 2))
+        return low.to(x.dtype) if isinstance(x, Tensor) and x.dtype != low.dtype else low
 
 
 def is_input(name: str) -> bool:

@@ -20,16 +20,17 @@ from torch import nn
 
 from . import masking
 from .attacks import PixelModel, build_suite
+from .attacks.suites import check_suite
 from .batches import check_labels
 from .certification import certificate_of
-from .curve import accuracy_over_eps
+from .curve import LABEL, Curve, accuracy_over_eps
 from .errors import DataError, Interrupted, SpecError
 from .evidence import all_flags, are_probabilities, fidelity, flags_of_attacks, predict, saturated
 from .images import batch_size, gather
 from .keeping import locked
 from .masking import Flag
 from .progress import Progress
-from .results import CurvePoint, Evaluation
+from .results import AttackResult, Evaluation
 from .running import (
     check_model,
     device_of,
@@ -90,6 +91,7 @@ def evaluate(model: nn.Module, loader: Iterable[Any], threat: Threat = Threat(),
     check_model(model)
     check_threat(threat)
     check_seed(seed)
+    check_suite(suite)
     limit = None if budget is None else seconds_of(budget)
     before, device = device_of(model), device or world().device
     if device is not None:
@@ -131,7 +133,7 @@ def _evaluate(model: nn.Module, loader: Iterable[Any], threat: Threat, suite: st
                          saturated=saturated(logits, data.labels), fidelity=faithful)
     if replay is not None:
         known = {e.label for e in chosen.every}
-        known |= {f"{label}{OTHERS}" for label in known}
+        known |= {LABEL, *(f"{label}{OTHERS}" for label in known)}
         gone = [r.label for r in replay.attacks if r.label not in known]
         if gone:
             raise SpecError(f"the evaluation that is to be replayed ran {gone[0]}"
@@ -158,21 +160,25 @@ def _evaluate(model: nn.Module, loader: Iterable[Any], threat: Threat, suite: st
     if replay is not None:  # what it had no time for is missing here, too
         schedule.skipped = list(replay.skipped)
 
-    def result(flags: tuple[Flag, ...], curve: tuple[CurvePoint, ...]) -> Evaluation:
+    def result(flags: tuple[Flag, ...], curve: Curve) -> Evaluation:
         broken = (correct & ~state.survived).reshape(-1, *[1] * (data.pixels.dim() - 1))
         adversarials = np.where(broken, state.adversarials, data.pixels.cpu().numpy())
+        results, survived = _with(curve, state)
+        for row in np.flatnonzero(state.survived & ~survived):
+            adversarials[row] = curve.adversarials[int(row)]
         return Evaluation(
-            correct, state.survived, tuple(state.results),
+            correct, survived, tuple(results),
             (*flags, masking.left_out(schedule.skipped)), adversarials, data.labels.cpu().numpy(),
             threat, suite if isinstance(suite, str) else "list", seed,
-            environment(data.pixels.device), digest, time.monotonic() - start, faithful, curve,
-            tuple(schedule.skipped), certificate)
+            environment(data.pixels.device), digest, time.monotonic() - start, faithful,
+            curve.points, tuple(schedule.skipped), certificate)
     try:
         schedule.run(chosen)
-        curve, masks = accuracy_over_eps(pixel_model, data, threat, batch, seed, correct,
-                                         state.survived, chosen.curve)
-        flags = all_flags(pixel_model, data, threat, batch, seed, correct, state.survived, proven,
-                          state.results, len(chosen.rounds), masks)
+        curve = accuracy_over_eps(pixel_model, data, threat, batch, seed, correct,
+                                  state.survived, chosen.curve)
+        results, survived = _with(curve, state)
+        flags = all_flags(pixel_model, data, threat, batch, seed, correct, survived, proven,
+                          results, len(chosen.rounds), list(curve.masks))
     except KeyboardInterrupt:
         bar.close()
         many = f"{len(certain)} attacks" + " or more" * bool(chosen.rounds)
@@ -184,8 +190,15 @@ def _evaluate(model: nn.Module, loader: Iterable[Any], threat: Threat, suite: st
         schedule.skipped = [e.label for e in certain if e.label not in ran]
         partial = path.with_name("partial.json")
         result(flags_of_attacks(state.results, correct, state.survived, proven,
-                                pixel_model.quantized, 0), ()).save(partial)
+                                pixel_model.quantized, 0), Curve()).save(partial)
         raise Interrupted(f"{done}; saved in {path.parent}, what is known in {partial.name}",
                           fix="Run the same command again to go on.") from None
     bar.close()
     return result(flags, curve)
+
+
+def _with(curve: Curve, state: State) -> tuple[list[AttackResult], np.ndarray]:
+    """Return what all attacks did, and what survived them, that of the curve among them."""
+    if curve.result is None:
+        return state.results, state.survived
+    return [*state.results, curve.result], state.survived & ~curve.result.broke

@@ -21,6 +21,7 @@ from .crafting import (
     trains_in_bfloat16,
 )
 from .errors import DataError, SpecError
+from .probing import is_frozen
 from .recipes import Recipe
 from .running import duplicate, evaluating, seeded
 from .spec import Threat
@@ -55,9 +56,8 @@ class Gradients:
         if isinstance(self.objective, Objective) and recipe.distill:
             self.objective.teacher = self._teacher(threat)
         self.parts = 1
-        self.frozen_norms = [
-            m for m in model.modules() if isinstance(m, _BatchNorm) and m.affine
-            and not any(p.requires_grad for p in m.parameters())]
+        self.frozen_norms = [m for m in model.modules()
+                             if isinstance(m, _BatchNorm) and is_frozen(m)]
 
     def look(self, pixels: Tensor) -> None:
         """Stay with float32 where the model does not run on pixels in bfloat16.

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +17,7 @@ from torch import nn
 
 from .activation import staircases
 from .attacks import PixelModel
-from .batching import hold_out
+from .batching import Source, hold_out
 from .certifying import check
 from .conversion import inspect, restore, unwrap
 from .entrance import is_input
@@ -25,14 +27,14 @@ from .history import History
 from .preparing import prepare
 from .probing import PixelBatches, parent_accuracy
 from .recipes import Recipe, recipe_of, stages
-from .running import check_model, device_of, duplicate, usable_device
+from .running import check_model, device_of, duplicate, seeded, usable_device
 from .sensitive import costs
 from .spec import FLOAT_BITS, Threat, check_seed, check_threat
-from .training import fit
+from .training import check_effort, fit
 from .world import world
 
 # The bits that a goal is looked for at, one after the other.
-_LADDER = (FLOAT_BITS, 8, 4, 3, 2)
+_LADDER = (8, 4, 3, 2)
 # Below this share of the clean accuracy that a model came with a user should know.
 _BEHIND = 0.85
 
@@ -91,9 +93,9 @@ def harden(model: nn.Module, loader: Iterable[Any], threat: Threat = Threat(), *
         epochs: passes over the loader, in all stages together.
         train: ``all``, or ``thresholds`` for thresholds and steps only.
         val: batches for the probe instead of a held-out slice; never the test set.
-        max_clean_drop: walk down from float over 8, 4, 3 to ``bits``, each with ``epochs``, while
-            held-out clean accuracy is at most so much (0 to 1) below float's with the same
-            fine-tune, and return the lowest that holds.
+        max_clean_drop: fine-tune in float for ``epochs``, and from there for as many again in
+            float and, one after the other, in 8, 4, 3 bits and ``bits``, while held-out clean
+            accuracy is at most so much (0 to 1) below that float's; return the lowest that holds.
         run_dir: keeps metrics and state; the same call again goes on from there.
         seed: of order, random starts and the held-out slice.
         device: where to train; None: where the model is.
@@ -133,8 +135,7 @@ def hardened(model: nn.Module, loader: Iterable[Any], threat: Threat, *,
         bits = _table(model, bits)
     if device is not None:
         usable_device(device)  # before any work
-    if not isinstance(epochs, int) or epochs < 1:
-        raise SpecError(f"epochs={epochs!r} must be an integer, 1 or more")
+    check_effort(epochs, train)
     walk = Walk(model, loader, threat, dynamic, chosen, train, val,
                 None if run_dir is None else Path(run_dir), seed, device, progress)
     if max_clean_drop is not None:
@@ -159,8 +160,9 @@ class Walk:
 
     def to_bits(self, bits: int | Mapping[str, int] | None, epochs: int) -> Hardened:
         """Go through the recipe's own walk."""
+        there = [m.spec.bits for name, m in staircases(self.model).items() if not is_input(name)]
         wanted = min(bits.values(), default=2) if isinstance(bits, Mapping) else \
-            2 if bits is None else bits
+            min(there, default=2) if bits is None else bits
         plan = [(wanted, epochs)]
         if not staircases(self.model) and self.train == "all":
             plan = stages(self.recipe, wanted, epochs)
@@ -189,8 +191,8 @@ class Walk:
         if staircases(self.model):
             raise SpecError("max_clean_drop starts from a float model, and this one is converted",
                             fix="quantguard.restore(model) gives the float one.")
-        if not 0 <= drop <= 1:
-            raise SpecError(f"max_clean_drop={drop} must be from 0 to 1")
+        if not isinstance(drop, (int, float)) or not 0 <= drop <= 1:
+            raise SpecError(f"max_clean_drop={drop!r} must be from 0 to 1")
         if not isinstance(lowest, int) or not 1 <= lowest <= 8:
             raise SpecError(f"max_clean_drop walks down in bits, and bits={lowest!r} is none of "
                             "them", fix="Use bits=1 to 8.")
@@ -199,62 +201,76 @@ class Walk:
                             "nothing to train there", fix="Use train='all'.")
         if self.recipe.walk:
             raise SpecError("max_clean_drop has a walk of its own", fix="Leave walk= out.")
-        ladder = [b for b in _LADDER if b > lowest] + [lowest]
-        kept = self.model
-        least = 0.0
-        for bits in ladder:
-            model, history = self._stage(kept, bits, epochs, _name(bits).replace(" ", "-"))
-            clean = history.kept.clean
-            if clean is None:
-                raise SpecError("max_clean_drop needs held-out images",
-                                fix="Give a map-style DataLoader, or val=.")
-            if bits == FLOAT_BITS:
-                least = clean - drop
-            holds = clean >= least
-            self.stages.append(Stage(_name(bits), bits, epochs, history, holds))
-            kind = "certified" if self.recipe.certifies else "attacked"
-            probed = f", {kind} {history.kept.probe:.1%}" if history.kept.probe is not None and \
-                (self.recipe.attacks or self.recipe.certifies) else ""
-            self._say(f"{_name(bits)}: held-out clean {clean:.1%}{probed}: "
-                      f"{'holds' if holds else 'too low'} (at least {least:.1%})")
-            if not holds:
-                kept = self._one_site_more(kept, model, bits, epochs, least)
+        if self._source().val is None:
+            raise SpecError("max_clean_drop needs held-out images",
+                            fix="Give a map-style DataLoader of some images, or val=.")
+        # each starts from the same weights and has the same epochs, so that bits alone differ
+        start = self.model
+        if self.recipe.init == "keep":
+            start = self._tried("float", start, FLOAT_BITS, epochs, None)[0]
+        kept, clean = self._tried("float control", start, FLOAT_BITS, epochs, None)
+        least = clean - drop
+        for bits in [b for b in _LADDER if b > lowest] + [lowest]:
+            model, clean = self._tried(_name(bits), start, bits, epochs, least)
+            if not self.stages[-1].holds:
+                table = self._one_site_more(kept, model, bits, least - clean)
+                if table is not None:
+                    site = list(table)[-1]
+                    name = f"{bits} bits, {site} {table[site]}"
+                    model, _ = self._tried(name, start, table, epochs, least)
+                    kept = model if self.stages[-1].holds else kept
                 break
             kept = model
-        if not staircases(kept):
+        if not any(not is_input(name) for name in staircases(kept)):
             self._say("no bits hold: the float model is returned")
         self._write()
         return Hardened(kept, tuple(self.stages))
 
-    def _one_site_more(self, kept: nn.Module, failed: nn.Module, bits: int, epochs: int,
-                       least: float) -> nn.Module:
-        """Where one site is what hurts, try again with its bits as they were before.
+    def _tried(self, name: str, start: nn.Module, bits: int | Mapping[str, int], epochs: int,
+               least: float | None) -> tuple[nn.Module, float]:
+        """Train a stage of the way to a goal, and say whether it holds; return it, and how clean.
+
+        Args:
+            least: the clean accuracy that is asked; None: what others are held against.
+        """
+        folder = re.sub(r"[^0-9A-Za-z.]+", "-", name)
+        model, history = self._stage(start, bits, epochs, folder)
+        clean = history.kept.clean or 0.0
+        holds = least is None or clean >= least - 1e-9  # 0.7 - 0.01 is above 0.69
+        lowest = min(bits.values()) if isinstance(bits, Mapping) else bits
+        self.stages.append(Stage(name, lowest, epochs, history, holds))
+        kind = "certified" if self.recipe.certifies else "attacked"
+        probed = f", {kind} {history.kept.probe:.1%}" if history.kept.probe is not None and \
+            (self.recipe.attacks or self.recipe.certifies) else ""
+        asked = "" if least is None else \
+            f": {'holds' if holds else 'too low'} (at least {least:.1%})"
+        self._say(f"{name}: held-out clean {clean:.1%}{probed}{asked}")
+        return model, clean
+
+    def _one_site_more(self, kept: nn.Module, failed: nn.Module, bits: int,
+                       lacking: float) -> dict[str, int] | None:
+        """Return bits by site where one site is what hurts: its bits as they were before.
 
         Args:
             kept: the last model that holds.
-            failed: the one that does not.
-
-        Returns:
-            The new model where it holds, else kept.
+            failed: the one that does not, for want of so much clean accuracy.
         """
         before = {name: m.spec.bits for name, m in staircases(kept).items() if not is_input(name)}
-        val = hold_out(self.loader, self.val, self.recipe.batch_size, self.seed).val
-        found = costs(failed, val or self.loader, self.threat, self.seed)
+        found = costs(failed, self._source().some or (), self.threat, self.seed,
+                      self.recipe.distill > 0)
         site = max((name for name in found if not is_input(name)),
                    key=lambda name: found[name][1])  # by attacked accuracy
-        clean = self.stages[-1].history.kept.clean or 0.0
-        if not before or len(before) < 2 or 2 * found[site][0] < least - clean:
+        if len(before) < 2 or 2 * found[site][0] < lacking:
             self._say("no single site is what hurts")
-            return kept
-        more = before.get(site, 8)
-        name = f"{bits} bits, {site} {more}"
-        model, history = self._stage(kept, {"*": bits, site: more}, epochs,
-                                     f"{bits}-bit-{site}-{more}")
-        now = history.kept.clean or 0.0
-        self.stages.append(Stage(name, bits, epochs, history, now >= least))
-        self._say(f"{name}: held-out clean {now:.1%}: "
-                  f"{'holds' if now >= least else 'too low'}")
-        return model if now >= least else kept
+            return None
+        # each by its own name: a site may be called as a kind of them is
+        return {**{name: bits for name in before if name != site}, site: before[site]}
+
+    def _source(self) -> Source:
+        """Return what trains and what is held out, as every stage has it."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # training says what there is to say of the loader
+            return hold_out(self.loader, self.val, self.recipe.batch_size, self.seed)
 
     def _stage(self, model: nn.Module, bits: int | Mapping[str, int] | None, epochs: int,
                name: str | None) -> tuple[nn.Module, History]:
@@ -270,7 +286,9 @@ class Walk:
         there = model
         if where is not None and before != usable_device(where):  # calibration is faster there, too
             there = duplicate(model).to(where)
-        result = prepare(there, self.loader, bits, dynamic, self.recipe, self.threat, self.seed,
+        # in an order of ours, where it can be: a sorted data set begins with one class
+        images = self._source().epoch(0, 0)
+        result = prepare(there, images, bits, dynamic, self.recipe, self.threat, self.seed,
                          anew=model is not self.model)
         if not self.stages and any(map(is_input, staircases(result))) \
                 and not any(map(is_input, staircases(model))):
@@ -291,9 +309,9 @@ class Walk:
 
     def _compare(self, model: nn.Module, clean: float) -> None:
         """Say so where a model that was trained afresh is far behind the one that came."""
-        held = hold_out(self.loader, self.val, self.recipe.batch_size, self.seed).val
         asked = PixelModel(model, self.threat)
-        came = parent_accuracy(asked, held, PixelBatches(asked, self.threat))
+        with seeded(self.seed):
+            came = parent_accuracy(asked, self._source().val, PixelBatches(asked, self.threat))
         if came is not None and clean < _BEHIND * came:
             self._say(f"warning: held-out clean accuracy is {clean:.1%}, and the model came with "
                       f"{came:.1%}: train longer, or for a smaller eps")

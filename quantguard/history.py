@@ -10,7 +10,8 @@ from typing import Any
 class Epoch:
     """Hold what one epoch did: mean loss, and accuracies on the held-out slice (None: no slice).
 
-    ``probe`` is the attacked one, or what intervals certify where the recipe is ``ibp``.
+    ``probe`` is the attacked one, or what intervals certify where the recipe is ``ibp``, or the
+    clean one where it attacks nothing.
     """
 
     epoch: int

@@ -21,6 +21,8 @@ WITHHELD = ("random forward", "depends on its batch")
 
 # Images of which none speaks that are enough: 0.98^149 is below 5 %.
 ENOUGH = 149
+# Attacks without time that one reason names.
+_NAMED = 3
 # How a reason ends where nothing speaks but how few images there are.
 TOO_FEW = ": too few images to tell. Evaluate more images."
 
@@ -226,9 +228,11 @@ def refuted(broken: int, certified: int) -> Flag:
 
 def left_out(skipped: Sequence[str]) -> Flag:
     """Say that attacks were left out for lack of time."""
+    several = ", ".join(skipped[:_NAMED]) + \
+        f" and {len(skipped) - _NAMED} more attacks" * (len(skipped) > _NAMED)
     return Flag("attacks left out", "undecided", bool(skipped), float(len(skipped)), 0.0,
                 "all attacks of the suite ran",
-                f"No time was left for {', '.join(skipped)}. Give a larger budget." if skipped else
+                f"No time was left for {several}. Give a larger budget." if skipped else
                 "All attacks ran.")
 
 
@@ -317,8 +321,9 @@ def unseen(quantized: bool, groups: set[str]) -> Flag:
     missing = not needed & groups
     reason = "The suite holds the attack that decides."
     if missing and quantized:
-        reason = ("The suite does not attack through the softened twin: surrogate gradients alone "
-                  "overstate staircases. Use a named suite, or add attacks.PGD(twin=(2, 16)).")
+        reason = ("No attack went through the softened twin: surrogate gradients alone overstate "
+                  "staircases. Give more time, use a named suite, or add "
+                  "attacks.PGD(twin=(2, 16)).")
     elif missing:
         reason = "The suite holds no PGD. Use a named suite, or add attacks.PGD()."
     return Flag("the attack that decides is missing", "undecided", missing, 0.0, 0.0,

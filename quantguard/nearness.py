@@ -40,6 +40,7 @@ def nearness(z: Tensor, t: Tensor, step: Tensor, axis: int | None = None) -> Ten
     if m <= _MOST or axis is not None:
         centers: list[Tensor] = list(t.unbind(-1))
     else:  # from one threshold to the next p (1 - p) falls to a thousandth
+        z = z.contiguous()  # a search warns of anything else
         centers = [t[torch.bucketize(z.detach(), (t[1:] + t[:-1]) / 2)]]
     mean = torch.zeros((), device=z.device)
     for center in centers:

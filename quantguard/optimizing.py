@@ -22,11 +22,14 @@ def parameter_groups(model: nn.Module, recipe: Recipe, lr: float,
     Raises:
         SpecError: there is nothing to train, or settings of weights and none are trained.
     """
-    thresholds = {id(p): p for m in staircases(model).values() for p in m.parameters(recurse=False)}
+    learned = {id(p): p for m in staircases(model).values() for p in m.parameters(recurse=False)}
+    thresholds = [p for p in learned.values() if p.requires_grad]
     if train == "thresholds" and not thresholds:
         raise SpecError("train='thresholds', but the model has no learnable thresholds",
-                        why="Its staircases are fixed, or it has none.",
-                        fix="Use dynamic=True (--dynamic), or train='all' (--train all).")
+                        why="They are frozen." if learned else
+                        "Its staircases are fixed, or it has none.",
+                        fix=("Let them train (requires_grad_(True))" if learned else
+                             "Use dynamic=True (--dynamic)") + ", or train='all' (--train all).")
     usual = Recipe(recipe.name)
     unused = [name for name in ("lr", "weight_decay", "awp")
               if train == "thresholds" and getattr(recipe, name) != getattr(usual, name)]
@@ -34,12 +37,12 @@ def parameter_groups(model: nn.Module, recipe: Recipe, lr: float,
         raise SpecError(f"train='thresholds' has no {', '.join(unused)}: weights are not trained",
                         fix="Set threshold_lr, or use train='all' (--train all).")
     weights = [p for p in model.parameters()
-               if p.requires_grad and id(p) not in thresholds and train == "all"]
+               if p.requires_grad and id(p) not in learned and train == "all"]
     groups = [group for group in (
         {"params": [p for p in weights if p.dim() > 1], "lr": lr,
          "weight_decay": recipe.weight_decay},
         {"params": [p for p in weights if p.dim() <= 1], "lr": lr, "weight_decay": 0.0},
-        {"params": list(thresholds.values()), "lr": recipe.threshold_lr, "weight_decay": 0.0},
+        {"params": thresholds, "lr": recipe.threshold_lr, "weight_decay": 0.0},
     ) if group["params"]]
     if not groups:
         raise SpecError("nothing to train: every parameter is frozen",

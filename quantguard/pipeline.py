@@ -15,21 +15,25 @@ import torch
 from torch import nn
 
 from .activation import staircases
-from .batches import unpack
+from .attacks.suites import check_suite
+from .batches import require_reiterable, unpack
 from .batching import hold_out
 from .conversion import conversion_of, unwrap
 from .crossed import crossed
+from .entrance import is_input
 from .errors import ConversionError, DataError, SpecError
 from .evaluation import evaluate
 from .files import write_text
 from .hardening import hardened
-from .images import image_tensor
+from .images import check_count, image_tensor
 from .masking import mcnemar
+from .optimizing import parameter_groups
 from .preparing import prepare
 from .recipes import Recipe, recipe_of
-from .results import Evaluation
-from .running import check_model, frozen, seconds_of
+from .results import Evaluation, same_images
+from .running import check_model, frozen, seconds_of, seeded
 from .spec import FLOAT_BITS, Threat, check_seed
+from .training import check_effort
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,15 +137,12 @@ def compare(models: Mapping[str, nn.Module], loader: Iterable[Any], threat: Thre
                                   certify=certify, budget=budget)
         except ConversionError as error:
             raise ConversionError(f"{name}: {error.what}", error.why, error.fix) from error
-    if len({e.image_hash for e in rows.values()}) > 1:
-        raise DataError("the loader gives each model other images",
-                        why="It shuffles by a generator of its own.",
-                        fix="Give a loader that does not shuffle.")
-    key, _ = image_tensor(unpack(next(iter(loader)))[0], "batch 0 of the loader")
+    same_images(rows.values())
+    with seeded(seed):  # a loader that shuffles draws
+        key, _ = image_tensor(unpack(next(iter(loader)))[0], "batch 0 of the loader")
     rows = crossed(models, rows, key)
-    quantized = [name for name, model in models.items() if staircases(model)]
     notes = []
-    if quantized and len(quantized) == len(models):
+    if all(any(not is_input(name) for name in staircases(model)) for model in models.values()):
         notes.append("no float control among the rows")
     return Comparison(rows, tuple(notes), {}, dict(models))
 
@@ -157,13 +158,13 @@ def _stderr() -> Any:
 
 
 def ablate(model: nn.Module, train_loader: Iterable[Any], test_loader: Iterable[Any],
-           threat: Threat = Threat(), *, bits: int | None = None, dynamic: bool | None = None,
-           recipe: str | Recipe = "pgd", epochs: int = 3, train: str = "all",
-           val: Iterable[Any] | None = None, suite: str | Sequence[Any] = "standard",
-           images: int | None = None, run_dir: str | os.PathLike[str] | None = None,
-           seed: int = 0, device: str | torch.device | None = None,
-           progress: bool = True, certify: bool = False,
-           budget: float | str | None = None) -> Comparison:
+           threat: Threat = Threat(), *, bits: int | Mapping[str, int] | None = None,
+           dynamic: bool | None = None, recipe: str | Recipe = "pgd", epochs: int = 3,
+           train: str = "all", val: Iterable[Any] | None = None,
+           suite: str | Sequence[Any] = "standard", images: int | None = None,
+           run_dir: str | os.PathLike[str] | None = None, seed: int = 0,
+           device: str | torch.device | None = None, progress: bool = True,
+           certify: bool = False, budget: float | str | None = None) -> Comparison:
     """Return the four-way table: float; float + the fine-tune; converted; converted + the same.
 
     What quantization gives is the last row against the second, never against the first.
@@ -193,44 +194,58 @@ def ablate(model: nn.Module, train_loader: Iterable[Any], test_loader: Iterable[
     with frozen(model):  # raises before any work where the model could not be measured
         pass
     chosen = recipe_of(recipe)
+    # what the evaluation would refuse, too, before the fine-tunes
+    check_effort(epochs, train)
+    check_suite(suite)
+    check_count(images)
+    require_reiterable(test_loader, "the test loader")
     if budget is not None:
-        seconds_of(budget)  # before any work
+        seconds_of(budget)
     where = None if run_dir is None else Path(run_dir)
     rows: dict[str, nn.Module] = {"float": model}
     training: dict[str, Any] = {}
-    converted = prepare(model, train_loader, bits, dynamic, Recipe("clean"), threat, seed)
-    spec = next(iter(staircases(converted).values())).spec
-    name = f"{spec.bits}-bit {'dynamic' if spec.dynamic else 'fixed'}"
-    plans: tuple[tuple[str, int | None, str], ...] = (
-        ("float + fine-tune", FLOAT_BITS, "all"), (f"{name} + fine-tune", bits, train))
-    for row, row_bits, row_train in plans:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # training says what there is to say of the loader
+        source = hold_out(train_loader, val, chosen.batch_size, seed)
+    converted = prepare(model, source.epoch(0, 0), bits, dynamic, Recipe("clean"), threat, seed)
+    # settings of weights are the float row's where thresholds alone are trained
+    own = chosen if train == "all" else replace(chosen, lr=None, weight_decay=None, awp=0.0)
+    parameter_groups(converted, own, 1.0, train)  # raises where there is nothing to train
+    table = {site: module.spec for site, module in staircases(converted).items()}
+    widths = sorted({spec.bits for spec in table.values()})
+    kinds = "dynamic" if any(spec.dynamic for spec in table.values()) else "fixed"
+    name = f"{'-to-'.join(str(b) for b in {widths[0]: 0, widths[-1]: 0})}-bit {kinds}"
+    plans: tuple[tuple[str, int | Mapping[str, int] | None, Recipe, str], ...] = (
+        ("float + fine-tune", FLOAT_BITS, chosen, "all"),
+        (f"{name} + fine-tune", bits, own, train))
+    for row, row_bits, row_recipe, row_train in plans:
         if progress:
             print(row, flush=True, file=_stderr())
         made = hardened(
             model, train_loader, threat, bits=row_bits,
             dynamic=None if row_bits == FLOAT_BITS else dynamic, epochs=epochs,
-            # settings of weights are the float row's where thresholds alone are trained
-            recipe=chosen if row_train == "all" else replace(
-                chosen, lr=None, weight_decay=None, awp=0.0),
-            train=row_train, val=val, seed=seed, device=device, progress=progress,
-            run_dir=None if where is None else where / row.replace(" ", "-"))
+            recipe=row_recipe, train=row_train, val=val, seed=seed, device=device,
+            progress=progress, run_dir=None if where is None else where / row.replace(" ", "-"))
         rows[row], training[row] = made.model, made.to_dict()
     ordered = {"float": rows["float"], "float + fine-tune": rows["float + fine-tune"],
                name: converted, f"{name} + fine-tune": rows[f"{name} + fine-tune"]}
-    table = compare(ordered, test_loader, threat, suite=suite, images=images,
+    rated = compare(ordered, test_loader, threat, suite=suite, images=images,
                     run_dir=None if where is None else where / "evaluation", seed=seed,
                     device=device, progress=progress, certify=certify, budget=budget)
-    settings = {"bits": spec.bits, "dynamic": spec.dynamic, "recipe": chosen.to_dict(),
-                "epochs": epochs, "train": train, "seed": seed,
-                **_images_of(train_loader, val, chosen, seed), "training": training}
-    return Comparison(table.rows, table.notes, settings, ordered)
+    sampler = source.sampler
+    settings = {"bits": dict(bits) if isinstance(bits, Mapping) else widths[0],
+                "sites": {site: spec.bits for site, spec in table.items()},
+                "dynamic": kinds == "dynamic", "recipe": chosen.to_dict(), "epochs": epochs,
+                "train": train, "seed": seed, "val given": val is not None,
+                **({} if sampler is None else {"batch_size": sampler.batch,
+                                               "training_images": sampler.size}),
+                "training": training}
+    return Comparison(rated.rows, (*rated.notes, *_rates(training)), settings, ordered)
 
 
-def _images_of(loader: Iterable[Any], val: Iterable[Any] | None, recipe: Recipe,
-               seed: int) -> dict[str, Any]:
-    """Return how many images trained and how many a batch, where that is ours to choose."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # training has said what there is to say of the loader
-        batches = hold_out(loader, val, recipe.batch_size, seed).sampler
-    return {} if batches is None else {"batch_size": batches.batch,
-                                       "training_images": batches.size}
+def _rates(training: Mapping[str, Any]) -> list[str]:
+    """Say so where fine-tunes found different learning rates of their own."""
+    found = {row: f"{made['stages'][-1]['lr']:.2g}" for row, made in training.items()}
+    return [] if len(set(found.values())) == 1 else [
+        "peak learning rates, each from its model's own gradients: "
+        + ", ".join(f"{row} {lr}" for row, lr in found.items())]

@@ -25,7 +25,7 @@ def _rows(values: Tensor, x: Tensor, axis: int | None) -> Tensor:
 def count_by_search(x: Tensor, bounds: Tensor, axis: int | None) -> Tensor:
     """Return how many of many ascending bounds are < x, by a binary search an element."""
     if axis is None:
-        return torch.bucketize(x, bounds).float()
+        return torch.bucketize(x.contiguous(), bounds).float()  # it warns of anything else
     rows = x.movedim(axis, 0)
     counts = torch.searchsorted(bounds, rows.reshape(rows.shape[0], -1).contiguous())
     return counts.reshape(rows.shape).movedim(0, axis).float()

@@ -17,7 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from .activation import staircases
 from .attacks import PGD, FoolboxModel, PixelModel
 from .batches import check_images, check_labels, to_pixels, unpack
-from .batching import Source
+from .batching import SOME, Source
 from .contexts import bypass, listening
 from .errors import DataError, SpecError
 from .evidence import predict
@@ -35,7 +35,6 @@ from .running import (
 from .spec import Threat
 from .world import World
 
-_PROBE_IMAGES = 512
 # Batches that BatchNorm statistics are estimated from.
 _STATISTICS = 32
 # One sign step of this size may change the loss by so much to first order: what a LeNet's
@@ -126,6 +125,8 @@ def probe(model: PixelModel, val: Iterable[Any] | None, batches: PixelBatches, t
         for number, batch in enumerate(val):
             x, y = batches(batch, number, "val")
             x, y = x[y >= 0], y[y >= 0]
+            if not len(x):
+                continue  # no label among them
             with torch.no_grad():
                 standing = (model(x).argmax(1) == y).nonzero().flatten()
             total += len(x)
@@ -136,7 +137,7 @@ def probe(model: PixelModel, val: Iterable[Any] | None, batches: PixelBatches, t
                                               epsilons=threat.eps)
                     standing = standing[~fooled]
             robust += len(standing)
-            if attacked and total >= _PROBE_IMAGES:
+            if attacked and total >= SOME:
                 break
     if not total:
         raise DataError("val is empty", fix="Give at least one batch, or leave val= out.")
@@ -151,11 +152,13 @@ def accuracy_under(attack: Callable[[Tensor, Tensor], Tensor], model: PixelModel
         for number, batch in enumerate(val):
             x, y = batches(batch, number, "val")
             x, y = x[y >= 0], y[y >= 0]
+            if not len(x):
+                continue
             with torch.no_grad():
                 moved = attack(x, y)
                 right += int((model(moved).argmax(1) == y).sum())
             total += len(x)
-            if total >= _PROBE_IMAGES:
+            if total >= SOME:
                 break
     return right / max(total, 1)
 
@@ -186,7 +189,7 @@ def levels_used(model: PixelModel, val: Iterable[Any], batches: PixelBatches) ->
             x, _ = batches(batch, number, "val")
             model(x)
             total += len(x)
-            if total >= _PROBE_IMAGES:
+            if total >= SOME:
                 break
     return {name: int(levels.sum()) for name, levels in seen.items()}
 
@@ -214,12 +217,19 @@ def auto_lr(model: nn.Module, source: Source, batches: PixelBatches,
     return min(max(_TRUST * count / max(norm, 1e-12), low), high)
 
 
+def is_frozen(norm: nn.Module) -> bool:
+    """Return whether a BatchNorm has weights, none of which may change: nor do its statistics."""
+    weights = list(norm.parameters())
+    return bool(weights) and not any(p.requires_grad for p in weights)
+
+
 def reestimate(model: nn.Module, loader: Iterable[Any]) -> None:
     """Estimate BatchNorm statistics anew, from a loader's first images.
 
-    Those that came with the weights are of other activations.
+    Those that came with the weights are of other activations. What is frozen keeps its own.
     """
-    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats
+             and not is_frozen(m)]
     if not norms:
         return
     momenta = [norm.momentum for norm in norms]

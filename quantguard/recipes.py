@@ -13,6 +13,8 @@ from .spec import FLOAT_BITS
 # Fields that are numbers of something, and those that are several numbers.
 _INTEGERS, _LISTS = ("steps", "batch_size", "input_bits"), ("sharpness", "walk", "growth")
 _WORDS = ("precision", "init")
+_NUMBERS = ("lr", "threshold_lr", "weight_decay", "rel_step", "noise", "stability", "ema",
+            "range_factor", "mix", "beta", "awp", "distill", "box")
 PRECISIONS, INITS = ("auto", "float32", "bfloat16"), ("keep", "interval")
 # What makes no sense where the loss is that of worst-case logits.
 _NOT_CERTIFIED = ("stability", "mix", "beta", "awp", "distill")
@@ -130,6 +132,11 @@ class Recipe:
             raise SpecError(f"recipe {self.name!r} is unknown",
                             fix=f"Use one of {', '.join(_DEFAULTS)}"
                             + (f"; did you mean {near[0]!r}?" if near else "."))
+        for name in _NUMBERS:
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))
+                                      or not math.isfinite(value)):
+                raise SpecError(f"recipe {self.name}: {name}={value!r} must be a finite number")
         if not 0 < self.box <= 1:
             raise SpecError(f"recipe {self.name}: box={self.box!r} must be above 0, and 1 at most")
         small = _SMALL_BOX if self.certifies and self.box < 1 else {}
@@ -146,7 +153,7 @@ class Recipe:
                                 "numbers") from None
         for name in _INTEGERS:
             value = getattr(self, name)
-            if value is not None and not isinstance(value, int):
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
                 raise SpecError(f"recipe {self.name}: {name}={value!r} must be an integer")
         for name in ("lr", "threshold_lr", "batch_size", "range_factor"):
             value = getattr(self, name)
@@ -206,8 +213,12 @@ class Recipe:
                 (bool(self.beta and self.mix) and "mix", "TRADES' loss has the clean images' in "
                  "it, and beta says how much they count."),
                 (self.name == "clean" and ", ".join(
-                    n for n in ("rel_step", "noise", "sharpness") if getattr(self, n)),
+                    n for n in ("steps", "rel_step", "noise", "sharpness") if getattr(self, n)),
                  "It attacks nothing."),
+                (self.init == "interval" and ", ".join(n for n in ("walk", "distill")
+                                                       if getattr(self, n)),
+                 "init=interval draws weights anew in each stage: nothing that was learned "
+                 "before is left, of the float parent neither."),
                 (not self.certifies and self.growth != Recipe.growth and "growth",
                  "Only ibp's eps grows."),
                 (self.certifies and not self.steps and self.precision == "bfloat16"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -254,3 +255,15 @@ class Evaluation:
                             why=f"It has no {error}.") from None
         except TypeError as error:
             raise DataError("this is no evaluation JSON of quantguard", why=str(error)) from None
+
+
+def same_images(evaluations: Iterable[Evaluation]) -> None:
+    """Refuse to hold evaluations against each other that saw other images.
+
+    Raises:
+        DataError: they did.
+    """
+    if len({e.image_hash for e in evaluations}) > 1:
+        raise DataError("the loader gives each model other images",
+                        why="It shuffles by a generator of its own.",
+                        fix="Give a loader that does not shuffle.")

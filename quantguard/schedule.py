@@ -29,6 +29,11 @@ from .world import world
 _WARMING = ("noise", "fgsm")
 # Ends the label of a reseeded attack that is run once more, on what it has not been tried on.
 OTHERS = ", the others"
+# The share of a budget that is kept for what sees no gradient: on staircases other attacks break
+# more.
+_KEPT = 0.25
+# By so much of a budget the last attacks may be late: how long they take is an estimate.
+_LATE = 0.1
 # Survivors that are enough to see whether another seed would break more.
 _RESEEDED = 64
 
@@ -98,6 +103,7 @@ class Schedule:
         self.correct, self.certified, self.state, self.bar = correct, certified, state, bar
         self.replay = None if replay is None else set(replay)
         spent = sum(result.seconds for result in state.results)
+        self.budget = budget or 0.0
         self.deadline = None if budget is None else time.monotonic() + budget - spent
         self.skipped: list[str] = []
         self._number = 0
@@ -137,7 +143,7 @@ class Schedule:
         Args:
             entry: the attack.
             mask: (N,) the images; None: those that stand, or all correct ones.
-            reserved: what must have time afterwards; None: this is what time was kept for.
+            reserved: what should have time afterwards; None: this is what time was kept for.
         """
         state, every = self.state, int(self.correct.sum())
         if self._number < len(state.results):
@@ -167,12 +173,11 @@ class Schedule:
             return entry.label in self.replay
         if self.deadline is None or not self._work:
             return True
-        left = self.deadline - time.monotonic()
-        if reserved is not None:
-            standing = int(self.standing.sum())
-            work = entry.cost * images + sum(other.cost for other in reserved) * standing
-            left -= work * self._seconds / self._work
-        return bool(world().agreed(left > 0))
+        rate, standing = self._seconds / self._work, int(self.standing.sum())
+        kept = sum(other.cost for other in reserved or ()) * standing * rate
+        left = self.deadline - time.monotonic() - entry.cost * images * rate
+        least = min(kept, _KEPT * self.budget) if reserved is not None else -_LATE * self.budget
+        return bool(world().agreed(left > least))
 
     def _left_out(self, entry: Entry) -> None:
         if self.replay is None:

@@ -20,8 +20,8 @@ from .errors import SpecError
 from .evaluation import evaluate
 from .masking import mcnemar
 from .probing import PixelBatches, probe
-from .results import Evaluation
-from .running import check_model, duplicate
+from .results import Evaluation, same_images
+from .running import check_model, duplicate, seeded
 from .spec import Threat
 
 
@@ -114,17 +114,23 @@ def sensitivity(model: nn.Module, loader: Iterable[Any], threat: Threat = Threat
     for number, name in enumerate(names, 1):
         with one_float(copy, name):
             sites[name] = measured(name, number)
+    same_images([whole, *sites.values()])
     return Sensitivity(whole, sites)
 
 
-def costs(model: nn.Module, val: Iterable[Any], threat: Threat,
-          seed: int) -> dict[str, tuple[float, float]]:
-    """Return by site what making it float gains, clean and attacked, by the probe of training."""
+def costs(model: nn.Module, val: Iterable[Any], threat: Threat, seed: int,
+          unlabelled: bool = False) -> dict[str, tuple[float, float]]:
+    """Return by site what making it float gains, clean and attacked, by the probe of training.
+
+    Args:
+        unlabelled: whether images may come without a label; these are left out.
+    """
     pixel_model = PixelModel(model, threat)
-    batches = PixelBatches(pixel_model, threat)
+    batches = PixelBatches(pixel_model, threat, unlabelled)
 
     def probed() -> tuple[float, float]:
-        clean, attacked, _ = probe(pixel_model, val, batches, threat, True, seed)
+        with seeded(seed):
+            clean, attacked, _ = probe(pixel_model, val, batches, threat, True, seed)
         return clean or 0.0, attacked or 0.0
     whole, found = probed(), {}
     for name in staircases(model):

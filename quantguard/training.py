@@ -132,9 +132,9 @@ class Trainer:
         for name in merging(self.model):
             self._event(f"thresholds of {name} have merged: fix them (--fixed), or lower "
                         "threshold_lr")
-        if self.source.val is None:
+        if self.source.some is None:
             return {}
-        used = levels_used(self.pixel_model, self.source.val, self.batches)
+        used = levels_used(self.pixel_model, self.source.some, self.batches)
         for name, module in staircases(self.model).items():
             if is_input(name):
                 continue  # its bits cost nothing
@@ -159,6 +159,10 @@ class Trainer:
                 order_weights(self.pixel_model, torch.channels_last)
             self.gradients.look(pixels)
             break
+        if self.recipe.distill and self.source.val is not None and not self._labelled():
+            self.source.val = self.source.some = None
+            self._event("no held-out image has a label: no probe picks the best epoch. Pass val= "
+                        "with labels to have one")
         if not told:
             self.parent_clean = parent_accuracy(self.pixel_model, self.source.val, self.batches)
         if self.renew:
@@ -174,6 +178,12 @@ class Trainer:
         self._keep()
         self.rng = torch.get_rng_state()
         self.started = True
+
+    def _labelled(self) -> bool:
+        """Return whether any held-out image has a label, or there is none at all."""
+        every = [self.batches(batch, number, "val")[1]
+                 for number, batch in enumerate(self.source.val or ())]
+        return not every or any(bool((labels >= 0).any()) for labels in every)
 
     def _own_lr(self, pixels: Tensor) -> float:
         if self.recipe.certifies:
@@ -202,13 +212,14 @@ class Trainer:
 
     def _train_epoch(self, interrupt: Callable[[], None]) -> None:
         begin = time.monotonic()
-        most = 0
+        most = left = 0
         for batch in self.source.epoch(self.epoch, self.number):
             pixels, labels = self.batches(batch, self.number)
             most = max(most, len(pixels))
             # the rest of a loader that is not ours has no variance for BatchNorm; of our own
             # batches every process takes its part, and its step
             if len(pixels) == 1 < most and not self.source.resumable:
+                left += 1
                 continue
             loss = self._step(pixels, labels)
             if not math.isfinite(loss):
@@ -231,14 +242,19 @@ class Trainer:
             self.history.pop()
             self._go_back(found)
             return
+        if self.number + left != self.per_epoch and self.epoch == self.cycle:
+            self._event(f"an epoch had {self.number + left} batches, and the loader says that it "
+                        f"has {self.per_epoch}: the learning rate falls as for these")
         self.epoch, self.number, self.total_loss = self.epoch + 1, 0, 0.0
+        self._lower(self.epoch * self.per_epoch)
         self.rng = torch.get_rng_state()  # the held-out images may have drawn, too
         self._warn()
 
     def _step(self, pixels: Tensor, labels: Tensor) -> float:
         """Take one step, and return the loss; where that is not finite, take none."""
         self.optimizer.zero_grad(set_to_none=True)
-        done = self.epoch * self.per_epoch + self.number
+        # an epoch counts as many steps as the loader says that it has batches
+        done = self.epoch * self.per_epoch + min(self.number, self.per_epoch - 1)
         self.gradients.objective.at(done / max(self.epochs * self.per_epoch, 1))
         value = self.gradients(pixels, labels, self.parameters)
         if not math.isfinite(value):
@@ -248,7 +264,7 @@ class Trainer:
                            for b in m.buffers(recurse=False))
         nn.utils.clip_grad_norm_(self.parameters, 5.0)
         self.optimizer.step()
-        self.schedule.step()
+        self._lower(done + 1)
         self.average.update(self.model)
         self.total_loss += value
         self.number += 1
@@ -257,13 +273,23 @@ class Trainer:
                             f"loss {self.total_loss / self.number:.3f}{self._said()}")
         return value
 
+    def _lower(self, done: int) -> None:
+        """Take the learning rate to where it is after so many steps of all.
+
+        An epoch has as many as the loader said; one that has more stays at its end, and one that
+        has fewer goes there at last.
+        """
+        while self.schedule.last_epoch < done - self.cycle * self.per_epoch:
+            self.schedule.step()
+
     def _note(self, epoch: int, loss: float | None, seconds: float) -> None:
         """Probe the model, and note the epoch."""
         objective = self.gradients.objective
+        attacks = self.recipe.attacks
         found = certified_probe(objective, self.source.val, self.batches) \
             if isinstance(objective, CertifiedObjective) else probe(
-                self.pixel_model, self.source.val, self.batches, self.threat, self.recipe.attacks,
-                self.seed)
+                self.pixel_model, self.source.some if attacks else self.source.val, self.batches,
+                self.threat, attacks, self.seed)
         clean, robust, self.probed = self.world.agreed(tuple(found))
         self.history.append(Epoch(epoch, loss, clean, robust, self.lr, seconds))
 
@@ -290,8 +316,8 @@ class Trainer:
         if found is not None:
             return found
         if one_step(self.recipe):
-            own = self.world.agreed(accuracy_under(self.gradients.crafted, self.pixel_model,
-                                                   self.source.val, self.batches))
+            own = self.world.agreed(accuracy_under(
+                self.gradients.crafted, self.pixel_model, self.source.some or (), self.batches))
         return remedy(self.recipe, self.history[0].clean, last.clean, last.probe, own,
                       first=last.epoch == self.cycle + 1 == 1)
 
@@ -387,6 +413,18 @@ class Trainer:
         self.bar.say(f"resumed from {self.directory.path} {where}")
 
 
+def check_effort(epochs: int, train: str) -> None:
+    """Refuse what no fine-tune can be told to do.
+
+    Raises:
+        SpecError: epochs that are no number of passes, or an unknown part of the model.
+    """
+    if train not in ("all", "thresholds"):
+        raise SpecError(f"train={train!r} is unknown", fix="Use all or thresholds.")
+    if not isinstance(epochs, int) or isinstance(epochs, bool) or epochs < 1:
+        raise SpecError(f"epochs={epochs!r} must be an integer, 1 or more")
+
+
 def fit(model: nn.Module, loader: Iterable[Any], threat: Threat, recipe: Recipe, *, epochs: int,
         train: str = "all", val: Iterable[Any] | None = None,
         run_dir: str | os.PathLike[str] | None = None, seed: int = 0,
@@ -401,10 +439,7 @@ def fit(model: nn.Module, loader: Iterable[Any], threat: Threat, recipe: Recipe,
         SpecError, DataError: as :func:`quantguard.harden`.
         Interrupted: Ctrl-C.
     """
-    if train not in ("all", "thresholds"):
-        raise SpecError(f"train={train!r} is unknown", fix="Use all or thresholds.")
-    if not isinstance(epochs, int) or epochs < 1:
-        raise SpecError(f"epochs={epochs!r} must be an integer, 1 or more")
+    check_effort(epochs, train)
     if recipe.certifies:
         check(threat, train)
     source = hold_out(loader, val, recipe.batch_size, seed)

@@ -28,6 +28,7 @@ from torch.utils.data import (
 
 from quantguard import gradients
 from quantguard.batching import SeededBatches, Source, hold_out
+from quantguard.data import load_data
 from quantguard.errors import Interrupted
 from quantguard.recipes import Recipe
 from quantguard.spec import Threat
@@ -67,16 +68,96 @@ def test_the_slice_is_seeded_and_independent_of_torchs_random_numbers() -> None:
 
 
 def test_with_val_nothing_is_held_out_and_augmentation_stays_out_of_the_slice() -> None:
-    class Augmented(TensorDataset):
-        augment = True
+    loader: Any = load_data("digits", "train", batch_size=10, augment=True)
+    dataset, size = loader.dataset, len(loader.dataset)
+    source = hold_out(loader, [1], None, 0)
+    assert source.val == [1] and source.batches == -(-size // 10)
 
-    dataset = Augmented(torch.arange(100))
-    source = hold_out(DataLoader(dataset, batch_size=10), [1], None, 0)
-    assert source.val == [1] and source.batches == 10
-    own = hold_out(DataLoader(dataset, batch_size=10), None, None, 0)
-    assert isinstance(own.val, DataLoader) and isinstance(own.val.dataset, Subset)
-    assert own.val.dataset.dataset.augment is False  # type: ignore[attr-defined]
+    def same(data: Any) -> bool:  # two passes over what is held out
+        val: Any = hold_out(DataLoader(data, batch_size=10), None, None, 0).val
+        return all(torch.equal(a[0], b[0]) for a, b in zip(val, val, strict=True))
+    assert same(dataset) and same(Subset(dataset, range(100)))
+    assert same(Subset(Subset(dataset, range(200)), range(100)))
     assert dataset.augment is True
+
+    class Own(TensorDataset):  # what others call by that name is theirs
+        augment = property(lambda self: pytest.fail("it was asked"))
+    assert hold_out(DataLoader(Own(torch.arange(100)), batch_size=10), None, None, 0).described()
+
+
+def of(batches: Any, count: int = 512) -> list[int]:
+    """Return the first numbers that come, as a probe takes them."""
+    found: list[int] = []
+    for batch in batches:
+        found += [int(i) for i in batch[0]]
+        if len(found) >= count:
+            break
+    return found
+
+
+SORTED = TensorDataset(torch.arange(20_000))  # by class, if class is number // 2000
+
+
+@pytest.mark.parametrize("val", [
+    None, DataLoader(SORTED, 128), DataLoader(SORTED, 128, shuffle=True),
+    [(batch,) for batch in torch.arange(20_000).split(100)]])
+def test_what_is_attacked_is_of_all_classes_and_the_same_each_time(val: Any) -> None:
+    source = hold_out(DataLoader(SORTED, 64), val, None, 0)
+    seen = of(source.some)
+    assert 512 <= len(seen) < 512 + 128 and len(set(seen)) == len(seen)
+    counts = [sum(i // 2000 == c for i in seen) for c in range(10)]
+    assert min(counts) > 25 and max(counts) < 90
+    torch.rand(1)
+    assert of(source.some) == seen == of(hold_out(DataLoader(SORTED, 64), val, None, 0).some)
+    # whoever wants all gets all
+    assert len(of(source.val, 10**6)) == (1000 if val is None else 20_000)
+
+
+def test_few_held_out_images_are_all_attacked() -> None:
+    val = [(torch.arange(100),), (torch.arange(100, 130), torch.zeros(30))]
+    assert of(hold_out(DataLoader(SORTED, 64), val, None, 0).some) == list(range(130))
+
+
+def test_batches_that_a_loader_makes_itself_are_taken_as_they_are() -> None:
+    class Doubled(DataLoader[Any]):
+        def __iter__(self) -> Any:
+            for batch in super().__iter__():
+                yield [2 * batch[0]]
+
+    class Plain(DataLoader[Any]):
+        pass
+    with pytest.warns(UserWarning, match="whose __iter__ is its own"):
+        source = hold_out(Doubled(NUMBERS, 50), None, None, 0)
+    assert not source.resumable and drawn(source) == list(range(0, 1200, 2))
+    assert hold_out(Plain(NUMBERS, 50), None, None, 0).resumable
+
+
+def test_other_images_and_other_held_out_images_are_other_data() -> None:
+    x, y = torch.rand(100, 1, 2, 2), torch.arange(100) % 2
+
+    def told(x: Tensor, val: Any = None, y: Tensor = y) -> Any:
+        loaders: list[Any] = [DataLoader(TensorDataset(x, y), 50)]
+        loaders.append([(x[:50], y[:50]), (x[50:], y[50:])])
+        return [hold_out(loader, val or [(x, y)], None, 0).described() for loader in loaders]
+    same, one = told(x), [(x, y)]
+    assert told(x) == same == told(x, one)
+    for other in (told(1 - x), told(x, y=1 - y), told(x, [(1 - x, y)]), told(x, [(x, 1 - y)])):
+        assert all(a != b for a, b in zip(other, same, strict=True))
+    # what is drawn anew each time is not held against itself
+    noisy = DataLoader(Fresh(), 50)
+    assert hold_out(noisy, one, None, 0).described() == hold_out(noisy, one, None, 0).described()
+
+
+class Fresh(Dataset[tuple[Tensor, Tensor]]):
+    """Draw images from random numbers that no seed of ours governs."""
+
+    generator = torch.Generator()
+
+    def __len__(self) -> int:
+        return 100
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        return torch.rand(1, 2, 2, generator=self.generator), torch.tensor(index % 2)
 
 
 def test_seeded_batches_are_an_order_that_can_be_entered_anywhere() -> None:
@@ -94,16 +175,19 @@ def test_seeded_batches_are_an_order_that_can_be_entered_anywhere() -> None:
 
 
 @pytest.mark.parametrize("sampler", [
-    SubsetRandomSampler(range(300)), SubsetRandomSampler(list(range(0, 600, 2)))])
-def test_a_subset_stays_a_subset(sampler: SubsetRandomSampler) -> None:
+    SubsetRandomSampler(range(300)), SubsetRandomSampler(list(range(0, 600, 2))),
+    SequentialSampler(range(300)), RandomSampler(range(300))])
+def test_a_subset_stays_a_subset(sampler: Any) -> None:
     source = hold_out(DataLoader(NUMBERS, 64, sampler=sampler), None, None, 0)
     assert source.resumable and source.val is not None
     kept, held = drawn(source), [int(i) for batch in source.val for i in batch[0]]
-    assert sorted(kept + held) == list(sampler.indices) and len(held) == 60
+    every = list(sampler.indices) if isinstance(sampler, SubsetRandomSampler) else range(300)
+    assert sorted(kept + held) == list(every) and len(held) == 60
 
 
 @pytest.mark.parametrize(("options", "ours"), [
     ({"sampler": SequentialSampler(NUMBERS)}, True), ({"shuffle": True}, True),
+    ({"sampler": SubsetRandomSampler([1, 2, 2])}, False),
     ({"sampler": RandomSampler(NUMBERS, num_samples=100)}, False),
     ({"sampler": RandomSampler(NUMBERS, replacement=True)}, False),
     ({"sampler": WeightedRandomSampler([1.0] * 60 + [0.0] * 540, 200)}, False),

@@ -61,9 +61,11 @@ def shorter(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def run(suite: Suite | list[Entry], monkeypatch: pytest.MonkeyPatch, n: int = 60,
         **options: Any) -> Evaluation:
+    asked: Any = suite
     if isinstance(suite, Suite):
         monkeypatch.setattr(evaluation, "build_suite", lambda *_, **__: suite)
-    return qg.evaluate(Bright(), dim(n), Threat(eps=0.2), suite=suite, progress=False, **options)
+        asked = suite.entries
+    return qg.evaluate(Bright(), dim(n), Threat(eps=0.2), suite=asked, progress=False, **options)
 
 
 def labels(result: Evaluation) -> list[str]:
@@ -210,6 +212,13 @@ def test_the_others_are_spared_where_no_seed_broke_anything(
     assert labels(result) == ["first", "again"]
 
 
+def test_a_budget_goes_to_what_climbs_before_what_is_blind(monkeypatch: pytest.MonkeyPatch) -> None:
+    suite = Suite([entry("first", seconds=0.1), entry("twin", "twin", seconds=0.1)],
+                  blind=[entry("Square", "query", seconds=3.0, steps=3000)])
+    result = run(suite, monkeypatch, 60, budget=1.0)
+    assert labels(result) == ["first", "twin"] and result.skipped == ("Square",)
+
+
 # --- curve ---
 
 
@@ -225,6 +234,35 @@ def test_accuracy_falls_from_clean_to_nothing(cnn: nn.Module, quantized: nn.Modu
         at = {point.eps: point.standing for point in result.curve}
         assert list(at)[:4] == [0.0, 0.025, 0.05, 0.1] and at[0.1] <= int(result.survived.sum())
         assert "Accuracy over eps" in str(result) and "<svg" in result._repr_html_()
+
+
+def test_what_the_curve_breaks_within_the_threat_counts(quantized: nn.Module, digits: Digits,
+                                                        monkeypatch: pytest.MonkeyPatch,
+                                                        tmp_path: Path) -> None:
+    # a suite that breaks nothing, as under a small budget: the curve's own attack does
+    suite = Suite([entry("first", breaks=2)], curve=40)
+    monkeypatch.setattr(evaluation, "build_suite", lambda *_, **__: suite)
+    loader = DataLoader(TensorDataset(digits[0][:60], digits[1][:60]), batch_size=30)
+
+    def measured(**options: Any) -> Evaluation:
+        return qg.evaluate(quantized, loader, Threat(eps=0.15), suite=suite.entries,
+                           progress=False, **options)
+    result = measured(run_dir=tmp_path)
+    last = result.attacks[-1]
+    assert last.label == curve.LABEL and last.broke[:40].sum() > 10 and not last.broke[40:].any()
+    at = {point.eps: point.standing for point in result.curve}
+    assert int(result.survived[:40].sum()) == at[0.15]
+    # and what is handed out as having broken an image has
+    x = torch.from_numpy(result.adversarials)
+    broken = result.correct & ~result.survived
+    with torch.no_grad():
+        wrong = (quantized(x).argmax(1) != digits[1][:60]).numpy()
+    assert wrong[broken & last.broke].all()
+    assert (x - digits[0][:60]).abs().max() <= 0.15 + 1e-6
+    # read again, and run again, it is the same
+    for other in (measured(run_dir=tmp_path),
+                  measured(replay=Evaluation.from_dict(result.to_dict()))):
+        assert np.array_equal(other.survived, result.survived) and labels(other) == labels(result)
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])

@@ -111,10 +111,10 @@ def undisturbed(quantized: nn.Module, noisy: DataLoader[Any]) -> tuple[nn.Module
 
 
 @pytest.mark.parametrize(("owner", "name", "calls", "action"), [
-    (Noisy, "__getitems__", 6, press),  # two calls are looks at the first batch, two the slice
+    (Noisy, "__getitems__", 9, press),  # eight calls are looks at what the data are
     (gradients, "craft", 8, press), (Progress, "advance", 5, press),
     (training, "probe", 2, press), (training, "probe", 3, press),
-    (Noisy, "__getitems__", 5, press_twice), (gradients, "craft", 3, press_twice),
+    (Noisy, "__getitems__", 8, press_twice), (gradients, "craft", 3, press_twice),
     (Progress, "advance", 2, press_twice), (training, "probe", 2, press_twice)],
     ids=lambda v: getattr(v, "__name__", str(v)))
 def test_an_interrupted_run_goes_on_to_the_same_bits(

@@ -264,23 +264,30 @@ def build_suite(suite: str | Sequence[Any], threat: Threat, *, seed: int, quanti
     Raises:
         SpecError: an unknown name, an empty list, or something that is no attack.
     """
+    check_suite(suite)
+    if isinstance(suite, str):
+        return _named(suite, threat, seed, quantized, saturated, fidelity or {})
+    return Suite([attack if isinstance(attack, Entry) else
+                  Entry(f"{type(attack).__name__} {number + 1}", attack, _group(attack), True)
+                  for number, attack in enumerate(suite)])
+
+
+def check_suite(suite: str | Sequence[Any]) -> None:
+    """Refuse what is no suite.
+
+    Raises:
+        SpecError: an unknown name, an empty list, or something that is no attack.
+    """
     if isinstance(suite, str):
         if suite not in _SUITES:
             near = difflib.get_close_matches(suite, _SUITES, 1, 0.3)
             raise SpecError(f"suite {suite!r} is unknown",
                             fix=f"Use one of {', '.join(_SUITES)}" +
                             (f"; did you mean {near[0]!r}?" if near else "."))
-        return _named(suite, threat, seed, quantized, saturated, fidelity or {})
-    entries = []
+        return
     for number, attack in enumerate(suite):
-        if isinstance(attack, Entry):
-            entries.append(attack)
-        elif isinstance(attack, fb.attacks.base.Attack):
-            entries.append(Entry(f"{type(attack).__name__} {number + 1}", attack,
-                                 _group(attack), True))
-        else:
+        if not isinstance(attack, (Entry, fb.attacks.base.Attack)):
             raise SpecError(f"attack {number + 1} of the suite is a {type(attack).__name__}",
                             fix="Give foolbox.attacks.Attack objects or a suite's name.")
-    if not entries:
+    if not len(suite):
         raise SpecError("the suite holds no attack")
-    return Suite(entries)
