@@ -142,6 +142,13 @@ def open_model(spec: str, *, arch: str | None = None, trust: bool = False) -> nn
     return load_model(spec, arch=arch, trust=trust)
 
 
+def rebuilds(path: str | os.PathLike[str]) -> bool:
+    """Return whether a file of ours can be read without the code that built its model."""
+    with zipfile.ZipFile(path) as file:
+        arch = json.loads(file.read("manifest.json"))["arch"] or ""
+        return arch.startswith(_SAFE_ARCHES) or "skeleton.pt" in file.namelist()
+
+
 def _unique(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Return the state dict without tensors that are there twice, and those by name."""
     first: dict[tuple[Any, ...], str] = {}
@@ -237,7 +244,7 @@ def _float_model(manifest: dict[str, Any], skeleton: bytes | None, model: nn.Mod
     made = f" It was built by {arch}; --arch {arch} would run that." if arch else ""
     raise LoadError(f"{where} holds a {manifest['class']}, which only your own code can build",
                     why="Loading a file never runs code that is not torch's, torchvision's, "
-                        "timm's or quantguard's." + made,
+                        "timm's or quantguard's; --trust is for pickles, and this is none." + made,
                     fix="In Python: quantguard.load(path, model=float_model); on the command "
                         "line: --arch package.module:factory.")
 

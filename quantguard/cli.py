@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,7 @@ def inspect(model: str, arch: str | None, trust: bool, bits: tuple[tuple[str, in
     """Show every activation of MODEL, converted or kept and why, without converting."""
     from .conversion import conversion_of
     from .conversion import inspect as plan_of
-    given.writable(json_file)
+    given.outputs([model], json=json_file)
     opened = given.opened(model, arch, trust)
     done = conversion_of(opened)
     if done is not None:
@@ -64,9 +65,7 @@ def inspect(model: str, arch: str | None, trust: bool, bits: tuple[tuple[str, in
     plan = plan_of(opened, given.bits_of(bits), dynamic, example=given.example_of(input_shape),
                    per_channel=per_channel, keep=keep, gates=gates, input_bits=input_bits,
                    input_range=given.pairs(input_range))
-    click.echo(str(done or plan))
-    if json_file:
-        write_text(json_file, json.dumps(plan.to_dict(), indent=1))
+    _tell(str(done or plan), (json_file, _json(plan)))
 
 
 @main.command()
@@ -84,7 +83,6 @@ def convert(model: str, arch: str | None, trust: bool, output: str | None, force
             input_shape: tuple[int, ...] | None, data: str | None, batch_size: int,
             size: int | None, mean: Any, std: Any, quiet: bool) -> None:
     """Swap every activation of MODEL for a low-bit staircase; needs no data."""
-    from .checkpoint import save
     from .conversion import conversion_of
     from .conversion import convert as carry_out
     target = given.output_of(model, output, ".qg", force)
@@ -93,7 +91,7 @@ def convert(model: str, arch: str | None, trust: bool, output: str | None, force
                           data=loader, example=given.example_of(input_shape),
                           per_channel=per_channel, keep=keep, gates=gates, input_bits=input_bits,
                           input_range=given.pairs(input_range))
-    save(converted, target, arch=given.arch_of(model, arch))
+    _save(converted, target, given.arch_of(model, arch))
     done = conversion_of(converted)
     if done is not None:
         if not quiet:
@@ -127,7 +125,6 @@ def harden(model: str, arch: str | None, trust: bool, data: str, output: str | N
            size: int | None, mean: Any, std: Any, seed: int, run_dir: str | None,
            device: str | None, quiet: bool) -> None:
     """Quantize MODEL where it is not yet, and fine-tune it adversarially."""
-    from .checkpoint import save
     from .hardening import harden as run
     chosen = given.recipe_of(recipe, settings)
     target = given.output_of(model, output, ".hardened.qg", force)
@@ -138,9 +135,7 @@ def harden(model: str, arch: str | None, trust: bool, data: str, output: str | N
                    bits=given.same_or_table(bits), dynamic=dynamic, recipe=chosen, epochs=epochs,
                    train=train, max_clean_drop=max_clean_drop, run_dir=run_dir, seed=seed,
                    device=device, progress=not quiet)
-    if given.is_first():
-        save(hardened, target, arch=given.arch_of(model, arch))
-        click.echo(f"wrote {target}")
+    _tell("", (target, lambda file: _save(hardened, file, given.arch_of(model, arch))))
 
 
 @main.command()
@@ -165,8 +160,8 @@ def evaluate(model: str, arch: str | None, trust: bool, data: str, eps: float, n
     from .evaluation import evaluate as run
     from .pipeline import Comparison
     from .results import Evaluation
-    for file in (report, json_file, adversarials):
-        given.writable(file)
+    given.outputs([model, *([replay] if replay else [])], report=report, json=json_file,
+                  adversarials=adversarials)
     given.keepable(run_dir)
     if adversarials and not adversarials.endswith(".npz"):
         raise SpecError(f"--adversarials {adversarials} must end in .npz")
@@ -181,13 +176,9 @@ def evaluate(model: str, arch: str | None, trust: bool, data: str, eps: float, n
                  run_dir=run_dir, seed=seed, device=device, progress=not quiet, budget=budget,
                  certify=certify, replay=again)
     if given.is_first():
-        click.echo(str(result))
-        if json_file:
-            result.save(json_file)
-        if adversarials:
-            result.save_adversarials(adversarials)
-        if report:
-            Comparison({Path(model).name: result}).save_page(report)
+        _fewer(images, result.images, data)
+    _tell(str(result), (json_file, result.save), (adversarials, result.save_adversarials),
+          (report, Comparison({Path(model).name: result}).save_page))
     if strict and not result.reliable:
         sys.exit(1)
 
@@ -214,13 +205,13 @@ def certify(model: str, arch: str | None, trust: bool, data: str, eps: float, no
             run_dir: str | None, device: str | None, quiet: bool) -> None:
     """Prove for how many images of DATA no attack on MODEL can succeed."""
     from .certification import certify as run
-    given.writable(json_file)
+    given.outputs([model], json=json_file)
     given.keepable(run_dir)
     threat = given.threat_of(eps, norm, mean, std)
     loader = given.loader_of(data, split, batch_size, size, mean, std)
     result = run(given.opened(model, arch, trust), loader, threat, method=method, images=images,
                  splits=splits, budget=budget, run_dir=run_dir, device=device, progress=not quiet)
-    _tell(result, json_file)
+    _tell(str(result), (json_file, _json(result)))
 
 
 @main.command()
@@ -238,8 +229,7 @@ def compare(models: tuple[str, ...], arch: str | None, trust: bool, data: str, e
             run_dir: str | None, device: str | None, quiet: bool) -> None:
     """Evaluate several models on the same images by the same attacks."""
     from .pipeline import compare as run
-    given.writable(report)
-    given.writable(json_file)
+    given.outputs(models, report=report, json=json_file)
     given.keepable(run_dir)
     if len(set(models)) < len(models):
         raise SpecError("a model is named twice", fix="Name each model once.")
@@ -274,11 +264,9 @@ def ablate(model: str, arch: str | None, trust: bool, data: str, output: str | N
            size: int | None, mean: Any, std: Any, seed: int, run_dir: str | None,
            device: str | None, quiet: bool) -> None:
     """Compare float, float + fine-tune, converted, and converted + the same fine-tune."""
-    from .checkpoint import save
     from .pipeline import ablate as run
     target = None if output is None else given.output_of(model, output, ".qg", force)
-    given.writable(report)
-    given.writable(json_file)
+    given.outputs([model], output=target, report=report, json=json_file)
     given.keepable(run_dir)
     chosen = given.recipe_of(recipe, settings)
     threat = given.threat_of(eps, norm, mean, std)
@@ -289,12 +277,8 @@ def ablate(model: str, arch: str | None, trust: bool, data: str, output: str | N
                  run_dir=run_dir, seed=seed, device=device, progress=not quiet,
                  certify=certify, budget=budget)
     result.settings.update(model=model, arch=arch, data=data, augment=augment, size=size)
-    try:
-        _show(result, report, json_file, strict)
-    finally:  # whatever one of them cannot write, the other is not lost
-        if target is not None and given.is_first():
-            save(list(result.models.values())[-1], target, arch=given.arch_of(model, arch))
-            click.echo(f"wrote {target}")
+    _show(result, report, json_file, strict, (target, lambda file: _save(
+        list(result.models.values())[-1], file, given.arch_of(model, arch))))
 
 
 @main.command()
@@ -316,13 +300,13 @@ def sensitivity(model: str, arch: str | None, trust: bool, data: str, eps: float
                 run_dir: str | None, device: str | None, quiet: bool) -> None:
     """Measure what the quantization of each site of MODEL costs, clean and attacked."""
     from .sensitive import sensitivity as run
-    given.writable(json_file)
+    given.outputs([model], json=json_file)
     given.keepable(run_dir)
     threat = given.threat_of(eps, norm, mean, std)
     loader = given.loader_of(data, split, batch_size, size, mean, std)
     result = run(given.opened(model, arch, trust), loader, threat, suite=suite, images=images,
                  run_dir=run_dir, seed=seed, device=device, progress=not quiet)
-    _tell(result, json_file)
+    _tell(str(result), (json_file, _json(result)))
 
 
 @main.command()
@@ -340,19 +324,53 @@ def demo(output: str, seed: int, quiet: bool) -> None:
                f"{output}/report.json and {output}/report.html")
 
 
-def _tell(result: Any, json_file: str | None) -> None:
+def _save(model: Any, target: Path, arch: str | None) -> None:
+    """Write a model, and say so where the command line could not read it again as it is."""
+    from .checkpoint import rebuilds, save
+    save(model, target, arch=arch)
+    if not rebuilds(target):
+        click.echo(f"note: {target} holds a {type(model).__name__}, which your own code builds: "
+                   "give --arch "
+                   f"{arch or 'package.module:factory'} to the commands that read it, or "
+                   "quantguard.load(path, model=...) in Python", err=True)
+
+
+def _fewer(asked: int | None, there: int, data: str) -> None:
+    if asked is not None and there < asked:
+        click.echo(f"note: --images {asked}, and {data} has {there}", err=True)
+
+
+def _json(result: Any) -> Callable[[Any], None]:
+    return lambda file: write_text(file, json.dumps(result.to_dict(), indent=1))
+
+
+def _tell(said: str, *files: tuple[Any, Callable[[Any], None]]) -> None:
+    """Write files, then say what there is to say; of several processes the first does.
+
+    In this order, so that who closes the output in the middle loses nothing; and where one of them
+    cannot be written, the others are, and all is said.
+    """
     if not given.is_first():
         return
-    click.echo(str(result))
-    if json_file:
-        write_text(json_file, json.dumps(result.to_dict(), indent=1))
-        click.echo(f"wrote {json_file}")
+    written, failed = [], None
+    for file, write in files:
+        if file is None:
+            continue
+        try:
+            write(file)
+            written.append(file)
+        except QuantguardError as error:
+            failed = failed or error
+    if said:
+        click.echo(said)
+    for file in written:
+        click.echo(f"wrote {file}")
+    if failed is not None:
+        raise failed
 
 
-def _show(result: Any, report: str | None, json_file: str | None, strict: bool) -> None:
-    _tell(result, json_file)
-    if report and given.is_first():
-        result.save_page(report)
-        click.echo(f"wrote {report}")
+def _show(result: Any, report: str | None, json_file: str | None, strict: bool,
+          *others: tuple[Any, Callable[[Any], None]]) -> None:
+    _tell(str(result), *others, (json_file, _json(result)), (report, result.save_page))
     if strict and not all(e.reliable for e in result.rows.values()):
         sys.exit(1)

@@ -229,7 +229,7 @@ def input_spec(bits: int | None, ends: Any) -> InputSpec | None:
         SpecError: one without the other, or no range.
     """
     if (bits is None) != (ends is None):
-        raise SpecError("input_bits and input_range go together",
+        raise SpecError("input_bits and input_range (--input-bits, --input-range) go together",
                         fix="input_range is (lowest, highest) of what the model eats.")
     if bits is None:
         return None

@@ -81,7 +81,9 @@ def load_data(spec: str, split: Split, *, batch_size: int = 128, size: int | Non
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise SpecError(f"{name}={value!r} must be an integer, 1 or more")
     kind, colon, argument = spec.partition(":")
-    if kind not in SOURCES or (colon and not argument):
+    if kind in SOURCES and colon and not argument:
+        raise SpecError(f"data {spec!r} names nothing after its colon", fix=f"Use {DATA_HELP}.")
+    if kind not in SOURCES:
         raise SpecError(f"data {spec!r} is unknown", why=_guess(spec), fix=f"Use {DATA_HELP}.")
     augment = augment and split == "train"
     source = SOURCES[kind](argument or None, split, size, augment)

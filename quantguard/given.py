@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from .errors import SpecError
+from .errors import LoadError, SpecError
 from .files import try_writing
 
 if TYPE_CHECKING:
@@ -17,7 +18,14 @@ if TYPE_CHECKING:
 
 
 def opened(model: str, arch: str | None, trust: bool) -> nn.Module:
-    """Return the model that MODEL names."""
+    """Return the model that MODEL names.
+
+    Raises:
+        LoadError: there is none.
+    """
+    if ":" not in model and not Path(model).exists():  # before torch is imported, for seconds
+        raise LoadError(f"{model} does not exist", fix="A model is a file, torchvision:NAME, "
+                                                       "timm:NAME or package.module:factory.")
     from .checkpoint import open_model
     return open_model(model, arch=arch, trust=trust)
 
@@ -30,12 +38,41 @@ def arch_of(model: str, arch: str | None) -> str | None:
 
 def output_of(model: str, output: str | None, suffix: str, force: bool) -> Path:
     """Return where to write, refusing a file that is there before any work is done."""
-    from .models import is_arch_spec
-    path = Path(output) if output else (
-        Path(model.partition(":")[2].replace(":", "-") + suffix) if is_arch_spec(model)
-        else Path(model).with_suffix(suffix))
+    if output:
+        path = Path(output)
+    else:
+        from .models import is_arch_spec
+        path = Path(model.partition(":")[2].replace(":", "-") + suffix) if is_arch_spec(model) \
+            else Path(model).with_suffix(suffix)
     writable(path, force)
     return path
+
+
+def outputs(inputs: Iterable[str], **files: str | Path | None) -> None:
+    """Refuse files that could not be written in the end, or that would take another's place.
+
+    Args:
+        inputs: MODEL, and what else is read.
+        files: what will be written, by its option.
+
+    Raises:
+        SpecError: one is an input, or two are the same.
+        WriteError: a folder takes no files.
+    """
+    taken: dict[Path, str] = {}
+    read = {Path(name).resolve() for name in inputs if Path(name).exists()}
+    for name, file in files.items():
+        if file is None:
+            continue
+        option, place = f"--{name}", Path(file).resolve()
+        if place in read:
+            raise SpecError(f"{option} {file} would be written over what is read",
+                            fix="Name another file.")
+        if place in taken:
+            raise SpecError(f"{option} and {taken[place]} name the same file, {file}",
+                            fix="Name two.")
+        taken[place] = option
+        writable(file)
 
 
 def writable(path: Path | str | None, force: bool = True) -> None:

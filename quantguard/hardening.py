@@ -293,13 +293,14 @@ class Walk:
         if not self.stages and any(map(is_input, staircases(result))) \
                 and not any(map(is_input, staircases(model))):
             self._say(f"a staircase of {self.recipe.input_bits} bits stands on the input, which "
-                      "swallows what eps moves at either end of the range; input_bits=0: none")
+                      "swallows what eps moves at either end of the range; input_bits=0 "
+                      "(--set input_bits=0): none")
         # statistics that came with the weights are of other activations, or of another input
         placed = staircases(result).keys() != staircases(model).keys()
         renew = model is not self.model or (placed and self.train == "all" and not afresh)
         directory = self.run_dir if self.run_dir is None or name is None else self.run_dir / name
         if name is not None:
-            self._say(f"stage {name}, {epochs} epochs")
+            self._say(f"stage {name}, {epochs} epoch{'s' * (epochs > 1)}")
         history = fit(result, self.loader, self.threat, self.recipe, epochs=epochs,
                       train=self.train, val=self.val, run_dir=directory, seed=self.seed,
                       progress=self.progress, renew=renew)

@@ -24,6 +24,8 @@ try:
 except ImportError:  # Windows has none: two runs in one directory are the user's to avoid there
     fcntl = None  # type: ignore[assignment]
 
+# Settings that differ because others do: the model as it is converted.
+_FOLLOWS = ("weights at the start", "tensors", "batches")
 _digest = functools.partial(hashlib.blake2b, digest_size=16)
 
 
@@ -96,8 +98,10 @@ class RunDir:
         _check_seal(file)
         told: dict[str, Any] = torch.load(file, weights_only=True, map_location=device)
         kept = told["settings"]
-        different = sorted(f"{k} ({_apart(kept.get(k), v)})"
-                           for k, v in self.settings.items() if kept.get(k) != v)
+        differ = [k for k, v in self.settings.items() if kept.get(k) != v]
+        # what follows from the others is not worth a line of its own
+        differ = [k for k in differ if k not in _FOLLOWS] or differ
+        different = sorted(f"{k} ({_apart(kept.get(k), self.settings[k])})" for k in differ)
         if different:
             raise SpecError(f"{self.path} holds a run of other settings",
                             why=f"Different: {', '.join(different)}.",
@@ -168,7 +172,10 @@ def _damaged(path: Path) -> LoadError:
 
 
 def _apart(before: Any, now: Any) -> str:
-    """Return two settings; of lists only what the other does not have."""
+    """Return two settings; of lists and tables only what the other does not have."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        return "; ".join(f"{k} {_short(before.get(k))}, now {_short(now.get(k))}"
+                         for k in sorted({*before, *now}) if before.get(k) != now.get(k))
     if isinstance(before, list) and isinstance(now, list):
         before, now = [v for v in before if v not in now], [v for v in now if v not in before]
     return f"{_short(before)}, now {_short(now)}"

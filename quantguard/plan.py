@@ -185,7 +185,7 @@ def assign(plan: Plan, model: nn.Module, bits: Bits, dynamic: bool, per_channel:
             near = difflib.get_close_matches(str(pattern), names, 1, 0.3)
             raise SpecError(f"{pattern!r} matches no activation site",
                             fix=f"Did you mean {near[0]!r}?" if near else
-                            "See quantguard.inspect(model) for the names.")
+                            "See quantguard.inspect(model), or quantguard inspect MODEL.")
     return replace(plan, sites=tuple(decided))
 
 

@@ -176,6 +176,8 @@ class Recipe:
         if self.precision not in PRECISIONS:
             raise SpecError(f"recipe {self.name}: precision={self.precision!r} is unknown",
                             fix=f"Use one of {', '.join(PRECISIONS)}.")
+        if not self.steps and self.name in ("pgd", "nfgsm"):
+            raise SpecError(f"recipe {self.name} attacks, and steps=0", fix="Use recipe clean.")
         if self.beta and not self.steps:
             raise SpecError(f"recipe {self.name}: beta={self.beta!r} needs an attack, and steps=0")
         self._check_certified()
@@ -253,7 +255,7 @@ def recipe_of(recipe: str | Recipe, settings: dict[str, str] | None = None) -> R
     values: dict[str, Any] = {}
     for key, text in (settings or {}).items():
         if key not in known:
-            near = difflib.get_close_matches(key, known, 1, 0.3)
+            near = difflib.get_close_matches(key, known, 1, 0.6)
             raise SpecError(f"a recipe has no field {key!r}",
                             fix=f"Did you mean {near[0]!r}?" if near else
                             f"Fields: {', '.join(sorted(known))}.")

@@ -251,6 +251,10 @@ class Evaluation:
                        tuple(data.get("skipped", ())),
                        None if kept is None else Certificate.from_dict(kept))
         except KeyError as error:
+            if "rows" in data:
+                raise DataError("this is the JSON of a comparison, which holds several",
+                                fix="Give that of one evaluation (quantguard evaluate --json), or "
+                                    "one of its rows.") from None
             raise DataError("this is no evaluation JSON of quantguard",
                             why=f"It has no {error}.") from None
         except TypeError as error:

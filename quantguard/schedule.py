@@ -29,6 +29,9 @@ from .world import world
 _WARMING = ("noise", "fgsm")
 # Ends the label of a reseeded attack that is run once more, on what it has not been tried on.
 OTHERS = ", the others"
+# What a run directory's settings are called where they differ.
+_SAID = {"predictions": "what the model answers", "suite": "the attacks",
+         "images": "the images", "certified": "what is proven"}
 # The share of a budget that is kept for what sees no gradient: on staircases other attacks break
 # more.
 _KEPT = 0.25
@@ -59,7 +62,7 @@ class State:
                            if told["settings"].get(k) != self.settings.get(k))
         if different:
             raise SpecError(f"{path.parent} holds an evaluation of other settings",
-                            why=f"Different: {', '.join(different)}.",
+                            why=f"Different: {', '.join(_SAID.get(k, k) for k in different)}.",
                             fix="Use another run directory, or delete this one.")
         self.adversarials, self.margins = adversarials, margins
         for row in told["results"]:

@@ -301,4 +301,5 @@ def check_convertible(model: Any) -> None:
     done = [name for name, m in model.named_modules() if isinstance(m, QuantActivation)]
     if done:
         raise ConversionError(f"the model is converted already: {done[0]!r} is a QuantActivation",
-                              fix="Use quantguard.restore(model) first to convert it differently.")
+                              fix="To convert it differently, start from the float model: its "
+                                  "file, or quantguard.restore(model).")

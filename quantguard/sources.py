@@ -123,7 +123,7 @@ def _cifar10(root: str | None, split: Split, size: int | None, augment: bool) ->
     except RuntimeError as error:  # torchvision: not found or corrupted
         if root is not None:
             raise DataError(f"{root} does not hold CIFAR-10 as torchvision stores it",
-                            why=f"Looked for {root}/cifar-10-batches-py. {error}") from error
+                            why=f"Looked for {root}/cifar-10-batches-py, all of it.") from error
         _download("CIFAR10", split)
         data = datasets.CIFAR10(_cache(), train=train, download=False)
     images = torch.from_numpy(data.data).permute(0, 3, 1, 2).contiguous()
@@ -153,8 +153,13 @@ def _npz(file: str | None, split: Split, size: int | None, augment: bool) -> Sou
     import numpy as np
 
     keys = (f"x_{split}", f"y_{split}")
-    if not Path(file).exists():
-        raise DataError(f"{file} does not exist")
+    if not Path(file).is_file():
+        raise DataError(f"{file} is no file" if Path(file).exists() else f"{file} does not exist",
+                        fix="Use npz:FILE.")
+    with open(file, "rb") as content:
+        if content.read(4) not in (b"PK\x03\x04", b"PK\x05\x06", b"\x93NUM"):
+            raise DataError(f"{file} is no npz file", why="It is no zip of arrays.",
+                            fix="Use numpy.savez.")
     try:
         loaded = np.load(file, allow_pickle=False)
         if not isinstance(loaded, np.lib.npyio.NpzFile):
@@ -167,6 +172,11 @@ def _npz(file: str | None, split: Split, size: int | None, augment: bool) -> Sou
                                 fix="Use numpy.savez(FILE, x_train=..., y_train=..., x_test=..., "
                                     "y_test=...).")
             images, labels = archive[keys[0]], archive[keys[1]]
+    except ValueError as error:
+        if "Object arrays" not in str(error):
+            raise DataError(f"{file} cannot be read as npz", why=str(error)) from error
+        raise DataError(f"{file} holds arrays of Python objects, which are never read",
+                        fix="Save arrays of numbers.") from error
     except DataError:
         raise
     except Exception as error:  # numpy: not found, not a zip, damaged, pickled objects

@@ -114,7 +114,7 @@ class Threat:
                 f"eps={self.eps:g} is larger than the whole range {bounds[0]:g}..{bounds[1]:g}",
                 why="eps is in pixel units, those of bounds.",
                 fix=f"Did you mean eps={self.eps / 255:.4g} ({self.eps:g}/255), or "
-                    "bounds=(0, 255)?")
+                    "in Python bounds=(0, 255)?")
         mean, std = _numbers("mean", self.mean), _numbers("std", self.std)
         if std is not None and min(std) <= 0:
             raise SpecError(f"std={self.std!r} must be positive")

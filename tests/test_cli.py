@@ -366,6 +366,67 @@ def test_an_error_of_the_system_names_no_empty_file(model: str,
     assert fails("inspect", model) == "Error: File too large\n"
 
 
+# --- nothing is lost ---
+
+
+@pytest.mark.parametrize("arguments", [
+    ("evaluate", "model.pt", "--data", "digits", "--json", "model.pt"),
+    ("evaluate", "model.pt", "--data", "digits", "--report", "./model.pt"),
+    ("evaluate", "model.pt", "--data", "digits", "--json", "one.x", "--report", "one.x"),
+    ("certify", "model.pt", "--data", "digits", "--json", "model.pt"),
+    ("inspect", "model.pt", "--json", "model.pt"),
+    ("sensitivity", "model.pt", "--data", "digits", "--json", "model.pt"),
+    ("compare", "model.pt", "other.pt", "--data", "digits", "--report", "other.pt"),
+    ("ablate", "model.pt", "--data", "digits", "--json", "a.qg", "-o", "a.qg")])
+def test_no_output_takes_the_place_of_an_input_or_of_another(arguments: Any, model: str,
+                                                             here: Path) -> None:
+    (here / "other.pt").write_bytes((here / model).read_bytes())
+    before = {path.name: path.read_bytes() for path in here.iterdir()}
+    text = fails(*arguments)
+    assert "written over what is read" in text or "name the same file" in text
+    assert {path.name: path.read_bytes() for path in here.iterdir()} == before
+
+
+def test_what_was_measured_is_saved_before_anybody_reads_it(
+        model: str, data: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def closed(*_: Any, **options: Any) -> None:
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+    monkeypatch.setattr(cli.click, "echo", lambda *a, **o: None if o.get("err") else closed())
+    result = run("evaluate", model, "--data", data, *EVALUATE, "--json", "a.json", "--report",
+                 "a.html", "--adversarials", "a.npz")
+    assert result.exit_code == 1
+    assert Evaluation.load("a.json").images == 12
+    assert all(Path(name).stat().st_size > 1000 for name in ("a.html", "a.npz"))
+
+
+def test_what_is_written_is_said_and_so_is_that_there_are_fewer_images(model: str,
+                                                                       data: str) -> None:
+    text = succeeds("evaluate", model, "--data", data, "--suite", "quick", "--images", "61",
+                    "--eps", "0.1", "--json", "a.json", "--report", "a.html")
+    assert "wrote a.json" in text and "wrote a.html" in text
+    assert "note: --images 61, and npz:small.npz has 60" in text
+
+
+OWN = """
+from torch import nn
+class Net(nn.Sequential):
+    pass
+def make():
+    return Net(nn.Flatten(), nn.Linear(64, 8), nn.ReLU(), nn.Linear(8, 10))
+"""
+
+
+def test_a_class_of_the_users_own_is_said_to_need_its_code(
+        here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (here / "ownnet.py").write_text(OWN)
+    monkeypatch.syspath_prepend(here)
+    text = succeeds("convert", "ownnet:make", "-o", "own.qg")
+    assert "note: own.qg holds a Net" in text and "--arch ownnet:make" in text
+    assert "--arch ownnet:make" in fails("inspect", "own.qg", "--trust")
+    assert "converted" in succeeds("inspect", "own.qg", "--arch", "ownnet:make")
+    assert "note:" not in succeeds("convert", "torchvision:resnet18", "-o", "r.qg")
+
+
 # --- wrong models ---
 
 

@@ -178,7 +178,8 @@ def page(comparison: Comparison) -> str:
     body += ("<h2>How to have it again</h2><p>The JSON of the same result "
              "(<code>--json FILE</code>, <code>save(\"FILE.json\")</code>) holds every "
              "hyper-parameter of each attack and the images that it broke; "
-             "<code>--replay FILE</code> runs it again.</p>"
+             + ("<code>--replay FILE</code> runs it again.</p>" if alone else
+                "the same command runs it again.</p>") +
              f"<pre>{html.escape(json.dumps(made, indent=1))}</pre>")
     return ('<!doctype html><html lang="en"><head><meta charset="utf-8">'
             '<meta name="viewport" content="width=device-width,initial-scale=1">'

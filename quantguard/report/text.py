@@ -168,8 +168,11 @@ def spoken(evaluation: Evaluation) -> tuple[list[Flag], str]:
     few = [flag.name for flag in raised if flag.reason.endswith(TOO_FEW)]
     flags = [flag for kind in ("masked", "unresolved", "undecided") for flag in raised
              if flag.kind == kind and flag.name not in few]
+    n, survivors = evaluation.images, int(evaluation.survived.sum())
+    asked = f" Where {survivors} of {n} survive, some {-(-n * ENOUGH // (50 * survivors)) * 50} " \
+            "images have as many." if 0 < survivors < ENOUGH else ""
     return flags, (f"too few images to tell: {', '.join(few)}. Evaluate more: with {ENOUGH} "
-                   "survivors, and nothing found on any, it is clear.") * bool(few)
+                   f"survivors, and nothing found on any, it is clear.{asked}") * bool(few)
 
 
 def flag_lines(evaluation: Evaluation) -> list[str]:
