@@ -258,11 +258,12 @@ class Walk:
         before = {name: m.spec.bits for name, m in staircases(kept).items() if not is_input(name)}
         found = costs(failed, self._source().some or (), self.threat, self.seed,
                       self.recipe.distill > 0)
-        site = max((name for name in found if not is_input(name)),
-                   key=lambda name: found[name][1])  # by attacked accuracy
-        if len(before) < 2 or 2 * found[site][0] < lacking:
+        enough = [name for name, (clean, _) in found.items()
+                  if not is_input(name) and 2 * clean >= lacking]
+        if len(before) < 2 or not enough:
             self._say("no single site is what hurts")
             return None
+        site = max(enough, key=lambda name: found[name][1])  # by attacked accuracy
         # each by its own name: a site may be called as a kind of them is
         return {**{name: bits for name in before if name != site}, site: before[site]}
 

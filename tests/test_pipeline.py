@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import quantguard as qg
-from quantguard import schedule
+from quantguard import pipeline, schedule
 from quantguard.activation import staircases
 from quantguard.attacks import PGD
 from quantguard.data import load_data
@@ -397,6 +397,49 @@ def test_ablate_refuses_a_converted_model(quantized: nn.Module, loader: DataLoad
                                           test_loader: DataLoader[Any]) -> None:
     with pytest.raises(SpecError, match="this one is converted(.|\n)*restore"):
         qg.ablate(quantized, loader, test_loader, THREAT, progress=False)
+
+
+def test_ablate_takes_bits_by_site_and_says_so(cnn: nn.Module, loader: DataLoader[Any],
+                                               test_loader: DataLoader[Any]) -> None:
+    first, *others = [site.name for site in qg.inspect(cnn).sites]
+    made = qg.ablate(cnn, loader, test_loader, THREAT, bits={"*": 8, first: 2}, recipe="nfgsm",
+                     epochs=1, suite=[PGD("ce", 1)], images=10, progress=False)
+    assert list(made.rows)[2:] == ["2-to-8-bit fixed", "2-to-8-bit fixed + fine-tune"]
+    assert made.settings["bits"] == {"*": 8, first: 2}
+    assert made.settings["sites"] == {first: 2, **dict.fromkeys(others, 8)}
+    for model in list(made.models.values())[2:]:
+        assert {n: m.spec.bits for n, m in staircases(model).items()} == made.settings["sites"]
+    rates = {row["stages"][-1]["lr"] for row in made.settings["training"].values()}
+    assert len(rates) == 2 and any(n.startswith("peak learning rates") for n in made.notes)
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    ({"suite": "standrad"}, "did you mean 'standard'"), ({"images": 0}, "images=0"),
+    ({"suite": []}, "no attack"), ({"train": "threshold"}, "train='threshold'"),
+    ({"train": "thresholds"}, "no learnable thresholds"), ({"epochs": 0}, "epochs=0")])
+def test_ablate_refuses_before_it_trains(options: dict[str, Any], message: str, cnn: nn.Module,
+                                         loader: DataLoader[Any], test_loader: DataLoader[Any],
+                                         monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pipeline, "hardened", lambda *_, **__: pytest.fail("it has trained"))
+    with pytest.raises(SpecError, match=message):
+        qg.ablate(cnn, loader, test_loader, THREAT, progress=False, **options)
+    with pytest.raises(DataError, match="the test loader is a one-shot"):
+        qg.ablate(cnn, loader, iter(test_loader), THREAT, progress=False)
+
+
+def test_comparing_leaves_the_callers_random_numbers(cnn: nn.Module, digits: Digits) -> None:
+    before = torch.get_rng_state()
+    shuffling = DataLoader(TensorDataset(*digits), batch_size=50, shuffle=True)
+    qg.compare({"a": cnn}, shuffling, THREAT, suite=[PGD("ce", 1)], images=10, progress=False)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_a_float_control_with_a_staircase_on_its_input_is_one(
+        ablation: Comparison, test_loader: DataLoader[Any]) -> None:
+    models = {name: m for name, m in ablation.models.items() if "fine-tune" in name}
+    again = qg.compare(models, test_loader, THREAT, suite=[PGD("ce", 1)], images=10,
+                       progress=False)
+    assert again.notes == ()
 
 
 def test_ablate_refuses_what_it_cannot_convert(cnn: nn.Module, loader: DataLoader[Any],

@@ -43,6 +43,15 @@ def test_each_name_has_its_own_defaults(name: str, steps: int, noise: float,
     assert json.loads(json.dumps(told)) == told and Recipe(**told) == recipe
 
 
+@pytest.mark.parametrize(("name", "settings"), [
+    ("pgd", {"steps": 0}), ("nfgsm", {"steps": 0}), ("clean", {"steps": 3}),
+    ("ibp", {"walk": (32,)}), ("clean", {"init": "interval", "distill": 0.5})])
+def test_settings_that_leave_nothing_of_each_other_are_refused(name: str,
+                                                               settings: dict[str, Any]) -> None:
+    with pytest.raises(SpecError, match=f"recipe {name} "):
+        Recipe(name, **settings)
+
+
 def test_what_is_given_wins_over_the_names_defaults() -> None:
     recipe = Recipe("pgd", steps=7, noise=0.0, stability=0.0, sharpness=(4, 8))
     assert (recipe.steps, recipe.noise, recipe.stability) == (7, 0.0, 0.0)
@@ -52,7 +61,9 @@ def test_what_is_given_wins_over_the_names_defaults() -> None:
 
 
 @pytest.mark.parametrize(("field", "value"), [
-    ("lr", 0), ("lr", -1e-3), ("lr", math.nan), ("threshold_lr", 0), ("batch_size", 0),
+    ("lr", 0), ("lr", -1e-3), ("lr", math.nan), ("lr", math.inf), ("lr", "1e-3"), ("mix", "a"),
+    ("awp", math.inf), ("steps", True), ("box", "all"), ("threshold_lr", 0),
+    ("batch_size", 0),
     ("batch_size", 1.5), ("steps", -1), ("steps", 2.5), ("rel_step", -0.1), ("noise", -1.0),
     ("noise", math.nan), ("stability", -1.0), ("weight_decay", -1e-9), ("ema", 1.0), ("ema", -0.1),
     ("sharpness", (0,)), ("sharpness", (3, -1)), ("sharpness", (math.nan,)),

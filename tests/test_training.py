@@ -6,6 +6,7 @@ import copy
 import itertools
 import json
 import signal
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -182,8 +183,8 @@ def test_without_a_run_dir_ctrl_c_says_what_would_have_kept_it(quantized: nn.Mod
 
 @pytest.mark.parametrize(("change", "said"), [
     ("eps", "threat"), ("recipe", "recipe"), ("epochs", r"epochs \(1, now 3\)"), ("seed", "seed"),
-    ("train", "train"), ("batches", "batches"), ("weights", "weights at the start"),
-    ("model", "activations (.|\n)*tensors"),
+    ("train", "train"), ("batches", "data"), ("weights", "weights at the start"),
+    ("model", "activations"),
     ("bits", r'activations \(\["2: 2 bits, dynamic"\], now \["2: 3 bits, dynamic"\]\)')])
 def test_a_run_dir_of_other_settings_is_refused(change: str, said: str, cnn: nn.Module,
                                                 quantized: nn.Module, small: TensorDataset,
@@ -224,6 +225,23 @@ def test_thresholds_only_needs_learned_thresholds(cnn: nn.Module, quantized: nn.
     for model in (cnn, nn.Sequential(*(m for m in quantized if not staircases(m)))):
         with pytest.raises(SpecError, match="no learnable thresholds(.|\n)*dynamic=True"):
             trained(model, loader_of(small), train="thresholds")
+
+
+def test_frozen_thresholds_stay(cnn: nn.Module, small: TensorDataset) -> None:
+    model = convert(cnn, bits=2, dynamic=True)
+    for module in staircases(model).values():
+        module.requires_grad_(False)
+    with pytest.raises(SpecError, match="no learnable thresholds(.|\n)*They are frozen"):
+        trained(model, loader_of(small), train="thresholds", recipe=Recipe("pgd", steps=1))
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    with pytest.raises(SpecError, match="every parameter is frozen"):
+        trained(model, loader_of(small))
+    model[0].requires_grad_(True)
+    after, _ = trained(model, loader_of(small), epochs=1)
+    assert not torch.equal(after[0].weight, model[0].weight)
+    for name, module in staircases(after).items():
+        assert torch.equal(module.thresholds, staircases(model)[name].thresholds)
 
 
 @pytest.mark.parametrize("recipe", [FAST, Recipe("pgd")], ids=["lr", "no lr"])
@@ -329,6 +347,54 @@ def test_dicts_and_streams_train_as_well(quantized: nn.Module, small: TensorData
     val = list(DataLoader(small, batch_size=64))[:1]
     _, history = trained(quantized, loader, epochs=2, val=val)
     assert [e.epoch for e in history.epochs] == [0, 1, 2]
+
+
+@pytest.mark.parametrize("said", [3, 30])
+@pytest.mark.parametrize("recipe", [FAST, Recipe("ibp", lr=1e-3)], ids=["one cycle", "ibp"])
+def test_a_length_that_is_not_true_is_said_and_does_not_end_the_run(
+        said: int, recipe: Recipe, quantized: nn.Module, small: TensorDataset) -> None:
+    class Stream(IterableDataset[Any]):
+        def __iter__(self) -> Iterator[Any]:
+            return iter(small)
+
+        def __len__(self) -> int:
+            return 64 * said
+
+    val = list(DataLoader(small, batch_size=64))[:1]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's own, of the length
+        model, history = trained(quantized, DataLoader(Stream(), batch_size=64), val=val,
+                                 recipe=recipe)
+    assert [e.epoch for e in history.epochs] == [0, 1, 2]
+    assert f"an epoch had 7 batches, and the loader says that it has {said}" in history.events[0]
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("labels", ["none", "-1"])
+def test_images_without_labels_train_from_a_data_loader_too(labels: str, quantized: nn.Module,
+                                                            small: TensorDataset) -> None:
+    x = small.tensors[0]
+    data = TensorDataset(x) if labels == "none" else TensorDataset(x, torch.full((len(x),), -1))
+    model, history = trained(quantized, loader_of(data), epochs=1,
+                             recipe=Recipe("pgd", steps=1, lr=1e-3, distill=1.0))
+    assert "no held-out image has a label" in history.events[0]
+    assert history.epochs[-1].clean is None and history.chosen == 1
+    assert not torch.equal(model[0].weight, quantized[0].weight)
+
+
+def test_a_held_out_batch_without_any_label_is_passed_over(quantized: nn.Module,
+                                                           small: TensorDataset) -> None:
+    class Strict(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            assert len(x)  # what is given no image cannot reshape it
+            return super().forward(x)  # type: ignore[no-any-return]
+
+    x, y = small.tensors
+    val = [(x[:10], torch.full((10,), -1)), (x[10:40], y[10:40])]
+    recipe = Recipe("nfgsm", lr=1e-3, distill=0.5)
+    _, history = trained(Strict(*copy.deepcopy(quantized)), loader_of(small), epochs=1, val=val,
+                         recipe=recipe)
+    assert history.epochs[-1].clean is not None
 
 
 def broken(kind: str, x: Tensor, y: Tensor) -> Any:
