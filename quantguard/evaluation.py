@@ -153,8 +153,11 @@ def _evaluate(model: nn.Module, loader: Iterable[Any], threat: Threat, suite: st
         path = Path(run_dir) / "evaluation.npz"
         path.parent.mkdir(parents=True, exist_ok=True)
     state = State(path, settings, data, correct)
+    ended = len(state.results)
     certain = [*chosen.entries, *chosen.reseeded, *chosen.blind]
     bar = Progress("evaluate", sum(e.cost for e in certain) * int(correct.sum()), show)
+    if ended:
+        bar.say(f"going on from {run_dir}, where {ended} attack{'s' * (ended > 1)} had ended")
     schedule = Schedule(pixel_model, data, threat, batch, correct, proven, state, bar, budget,
                         None if replay is None else [r.label for r in replay.attacks])
     if replay is not None:  # what it had no time for is missing here, too

@@ -79,7 +79,8 @@ def harden(model: nn.Module, loader: Iterable[Any], threat: Threat = Threat(), *
     Args:
         model: a float or a converted classifier; it is not touched.
         loader: re-iterable of (images, labels). Of a map-style DataLoader a seeded 5 % is held
-            out, on which a probe picks the best epoch.
+            out, on which a probe picks the best epoch; what its data set does to images (random
+            transforms, say) is done to these, too: give ``val`` where that is not wanted.
         threat: the attacker to train against, in pixel units; mean and std where the loader
             normalises.
         bits: 1 to 8, or 32 for a float control; for a float model also {pattern: bits}, patterns

@@ -436,7 +436,8 @@ def test_a_run_dir_of_other_settings_is_refused(change: str, cnn: nn.Module, qua
                                                 digits: Digits, tmp_path: Path) -> None:
     model, threat, suite, seed, n = quantized, Threat(eps=EPS), [PGD("ce", 2)], 0, 20
     measured(model, batches(digits, n), threat, suite=suite, seed=seed, run_dir=tmp_path)
-    said = {"eps": "threat", "model": "predictions"}.get(change, change)
+    said = {"eps": "threat", "model": "what the model answers",
+            "suite": "the attacks"}.get(change, change)
     model = cnn if change == "model" else model
     threat = Threat(eps=0.05) if change == "eps" else threat
     suite = [PGD("ce", 3)] if change == "suite" else suite
