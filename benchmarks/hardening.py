@@ -54,7 +54,7 @@ CELLS = ["lenet-32",
          "lenet-2-fixed-ramp", "lenet-2-fixed-naive", "lenet-32-plain", "lenet-2-fixed-plain",
          "lenet-32-ibp", "lenet-4-fixed-ibp", "lenet-2-fixed-ibp", "lenet-1-fixed-ibp",
          "wide-32", "wide-2-fixed", "resnet-32", "resnet-2-fixed", "resnet-2-dynamic",
-         "resnet-2-fixed-walk"]
+         "resnet-2-fixed-walk", "resnet-2-dynamic-walk"]
 # Rows of before BatchNorm statistics were estimated anew at the start: they cannot be had again.
 BEFORE = ["resnet-32-given-statistics", "resnet-2-fixed-given-statistics",
           "resnet-2-dynamic-given-statistics"]
