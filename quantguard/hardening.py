@@ -19,7 +19,7 @@ from .activation import staircases
 from .attacks import PixelModel
 from .batching import Source, hold_out
 from .certifying import check
-from .conversion import inspect, restore, unwrap
+from .conversion import conversion_of, inspect, restore, unwrap
 from .entrance import is_input
 from .errors import SpecError
 from .files import write_text
@@ -214,9 +214,9 @@ class Walk:
         for bits in [b for b in _LADDER if b > lowest] + [lowest]:
             model, clean = self._tried(_name(bits), start, bits, epochs, least)
             if not self.stages[-1].holds:
-                table = self._one_site_more(kept, model, bits, least - clean)
-                if table is not None:
-                    site = list(table)[-1]
+                found = self._one_site_more(kept, model, bits, least - clean)
+                if found is not None:
+                    table, site = found
                     name = f"{bits} bits, {site} {table[site]}"
                     model, _ = self._tried(name, start, table, epochs, least)
                     kept = model if self.stages[-1].holds else kept
@@ -249,8 +249,8 @@ class Walk:
         return model, clean
 
     def _one_site_more(self, kept: nn.Module, failed: nn.Module, bits: int,
-                       lacking: float) -> dict[str, int] | None:
-        """Return bits by site where one site is what hurts: its bits as they were before.
+                       lacking: float) -> tuple[dict[str, int], str] | None:
+        """Return bits by site where one site is what hurts, its own as they were before, and it.
 
         Args:
             kept: the last model that holds.
@@ -265,8 +265,11 @@ class Walk:
             self._say("no single site is what hurts")
             return None
         site = max(enough, key=lambda name: found[name][1])  # by attacked accuracy
-        # each by its own name: a site may be called as a kind of them is
-        return {**{name: bits for name in before if name != site}, site: before[site]}
+        # By name each, and of what matches the last decides: names that others match come first.
+        done = conversion_of(failed)
+        early = {"first", "last", *(s.kind for s in (done.plan.sites if done else ()))}
+        names = sorted(before, key=lambda name: (name not in early, len(name)))
+        return {name: before[site] if name == site else bits for name in names}, site
 
     def _source(self) -> Source:
         """Return what trains and what is held out, as every stage has it."""

@@ -148,8 +148,7 @@ def assign(plan: Plan, model: nn.Module, bits: Bits, dynamic: bool, per_channel:
            keep: Iterable[str | type[nn.Module]], gates: bool) -> Plan:
     """Give each site its spec, or the reason why it is kept.
 
-    ``first`` and ``last`` in ``bits`` and ``keep`` are the ends of the list of sites. Of several
-    patterns of ``bits`` the last decides, unless one is the site's own name.
+    ``first`` and ``last`` in ``bits`` and ``keep`` are the ends of the list of sites.
 
     Raises:
         SpecError: a pattern of ``bits`` or ``keep`` that matches nothing.
@@ -169,7 +168,7 @@ def assign(plan: Plan, model: nn.Module, bits: Bits, dynamic: bool, per_channel:
                 used.add(pattern)
                 reason = reason or "keep="
         spec: QuantSpec | None = None
-        for pattern, value in sorted(table.items(), key=lambda item: item[0] == site.name):
+        for pattern, value in table.items():
             if _matches(site, pattern, model, ends):
                 used.add(pattern)
                 spec = value if isinstance(value, QuantSpec) else \
