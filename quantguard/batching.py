@@ -6,12 +6,13 @@ import copy
 import hashlib
 import random
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy
 import torch
+from torch import Tensor
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
@@ -32,23 +33,27 @@ from .world import world
 
 # Held-out images that are attacked: where there are more, so many of them stand for all.
 SOME = 512
+# So many of them are put together, where they came in small batches.
+_AT_ONCE = 128
 
 
 class SeededBatches(BatchSampler):
     """Give the batches of one epoch in an order that a seed fixes, from any batch on.
 
-    Of several processes each gets its part of every batch.
+    Of several processes each gets its part of every batch, unless ``parted`` is taken back.
     """
 
     def __init__(self, size: int, batch: int, seed: int) -> None:
         self.size, self.batch, self.seed = size, batch, seed
         self.epoch = self.first = 0
+        self.parted = True
 
     def __iter__(self) -> Iterator[list[int]]:
         generator = torch.Generator().manual_seed(self.of_epoch)
         order = torch.randperm(self.size, generator=generator).tolist()
         for number in range(self.first, len(self)):
-            yield world().part(order[number * self.batch : (number + 1) * self.batch])
+            batch = order[number * self.batch : (number + 1) * self.batch]
+            yield world().part(batch) if self.parted else batch
 
     @property
     def of_epoch(self) -> int:
@@ -124,11 +129,19 @@ class Source:
             self.loader.generator.manual_seed(self.sampler.of_epoch)  # type: ignore[attr-defined]
         return self.loader
 
+    def whole(self) -> Iterable[Any]:
+        """Return the batches of the first epoch, the same in every process: what calibrates."""
+        if self.sampler is not None:
+            self.sampler.parted = False
+        return self.epoch(0, 0)
+
     def described(self) -> dict[str, Any]:
         """Return what tells these batches from others: a run directory is of one data set."""
-        told: dict[str, Any] = {"first batch": _digest(lambda: self.epoch(0, 0))}
+        ours = self.sampler is not None
+        told: dict[str, Any] = {"first batch": _digest(lambda: self.epoch(0, 0), ours)}
         if self.val is not None:
-            told["held-out images"] = _digest(lambda: self.val or ())
+            told["held-out images"] = _digest(lambda: self.val or (),
+                                              ours or isinstance(self.val, _Fixed))
         if self.sampler is None:
             return told
         items: Any = self.loader
@@ -138,15 +151,21 @@ class Source:
                 "augmentation": isinstance(items, ImageSet) and items.augment}
 
 
-def _digest(batches: Callable[[], Iterable[Any]]) -> str:
-    """Return a hash of a loader's first batch; of its labels where its images are drawn anew."""
+def _digest(batches: Callable[[], Iterable[Any]], ordered: bool) -> str:
+    """Return a hash of a loader's first batch; of its labels alone where images are drawn anew.
+
+    Args:
+        ordered: whether the first batch is always of the same images.
+    """
     def first() -> tuple[str, str]:
         with seeded(0):
             batch = next(iter(batches()), None)
         inputs, labels = (None, None) if batch is None else unpack(batch)
         return _hash(inputs), _hash(labels)
     one, other = first(), first()
-    return " ".join(a if a == b else "drawn at random" for a, b in zip(one, other, strict=True))
+    if one[0] == other[0]:
+        return " ".join(one)
+    return f"drawn at random {one[1]}" if ordered and one[1] == other[1] else "drawn at random"
 
 
 def _hash(value: Any) -> str:
@@ -158,8 +177,40 @@ def _hash(value: Any) -> str:
     return found.hexdigest()
 
 
+def has_labels(val: Iterable[Any] | None) -> bool:
+    """Return whether any of the images that there are has a label."""
+    with seeded(0):
+        counts = [(_images_in(batch), len(_labelled(batch))) for batch in val or ()]
+    return not sum(images for images, _ in counts) or any(labels for _, labels in counts)
+
+
+class _Fixed:
+    """Give the batches of a map-style DataLoader in a seeded order, the same each time.
+
+    What its workers draw is the same each time, too.
+    """
+
+    def __init__(self, loader: DataLoader[Any], images: Sequence[int], seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        order = torch.randperm(len(images), generator=generator).tolist()
+        options: dict[str, Any] = {} if not loader.num_workers else {
+            "prefetch_factor": loader.prefetch_factor,
+            "persistent_workers": loader.persistent_workers}
+        self.seed = seed
+        self.loader: DataLoader[Any] = DataLoader(
+            Subset(loader.dataset, [images[i] for i in order]), batch_size=loader.batch_size,
+            collate_fn=loader.collate_fn, num_workers=loader.num_workers,
+            pin_memory=loader.pin_memory, drop_last=loader.drop_last, timeout=loader.timeout,
+            worker_init_fn=loader.worker_init_fn,
+            multiprocessing_context=loader.multiprocessing_context, generator=generator, **options)
+
+    def __iter__(self) -> Iterator[Any]:
+        self.loader.generator.manual_seed(self.seed)
+        return iter(self.loader)
+
+
 class _Spread:
-    """Give 512 of the images of a loader whose order is not ours, spread over all of it.
+    """Give 512 labelled images of a loader whose order is not ours, spread over all of it.
 
     The first that stand in a loader may all be of one class. They are read once, and kept.
     """
@@ -171,25 +222,55 @@ class _Spread:
     def __iter__(self) -> Iterator[Any]:
         if self.kept is None:
             with seeded(0):
-                count = sum(_images_in(batch) for batch in self.loader)
+                count = sum(len(_labelled(batch)) for batch in self.loader)
             wanted = {i * count // SOME for i in range(SOME)} if count > SOME else set(range(count))
-            self.kept, before = [], 0
+            found, before = [], 0
             with seeded(0):
                 for batch in self.loader:
-                    size = _images_in(batch)
-                    rows = [i for i in range(size) if before + i in wanted]
-                    if rows:
-                        self.kept.append(_rows_of(batch, rows, size))
-                    before += size
+                    rows = _labelled(batch)
+                    chosen = [row for i, row in enumerate(rows, before) if i in wanted]
+                    before += len(rows)
+                    if unpack(batch)[1] is None:
+                        chosen = [0]  # whoever needs labels says that it has none
+                    if chosen:
+                        found.append(_rows_of(batch, chosen))
+            self.kept = _together(found)
         return iter(self.kept)
-
-
-def _rows_of(batch: Any, rows: list[int], size: int) -> Any:
-    return changed(batch, lambda x: x[rows] if x.dim() and len(x) == size else x)
 
 
 def _images_in(batch: Any) -> int:
     return len(next(tensors_in(unpack(batch)[0])))
+
+
+def _labelled(batch: Any) -> list[int]:
+    """Return which images of a batch have a label."""
+    _, labels = unpack(batch)
+    if labels is None:
+        return []
+    return (labels >= 0).nonzero().flatten().tolist() if labels.dim() == 1 else \
+        list(range(len(labels)))
+
+
+def _rows_of(batch: Any, rows: list[int]) -> tuple[Any, Tensor | None]:
+    inputs, labels = unpack(batch)
+    size = _images_in(batch)
+    return (changed(inputs, lambda x: x[rows] if x.dim() and len(x) == size else x),
+            None if labels is None else labels[rows])
+
+
+def _together(batches: list[Any]) -> list[Any]:
+    """Put batches of alike images together: many small ones would take as many attacks."""
+    found: list[Any] = []
+    for inputs, labels in batches:
+        last = found[-1] if found else None
+        if labels is not None and last is not None and last[1] is not None \
+                and isinstance(inputs, Tensor) and isinstance(last[0], Tensor) \
+                and inputs.shape[1:] == last[0].shape[1:] and inputs.dtype == last[0].dtype \
+                and len(last[0]) + len(inputs) <= _AT_ONCE:
+            found[-1] = torch.cat([last[0], inputs]), torch.cat([last[1], labels])
+        else:
+            found.append((inputs, labels))
+    return found
 
 
 def hold_out(loader: Iterable[Any], val: Iterable[Any] | None, batch: int | None,
@@ -218,7 +299,7 @@ def hold_out(loader: Iterable[Any], val: Iterable[Any] | None, batch: int | None
             batches = len(loader)  # type: ignore[arg-type]
         except TypeError:
             batches = None
-        return Source(loader, None, val, batches, _some(val))
+        return Source(loader, None, val, batches, _some(val, False))
     dataset: Any = loader.dataset
     size = len(images)
     if size == 0:
@@ -247,29 +328,21 @@ def hold_out(loader: Iterable[Any], val: Iterable[Any] | None, batch: int | None
                               # its own: a loader draws from it whenever it starts, and a
                               # resumed epoch starts once more than an undisturbed one
                               generator=torch.Generator()),
-                   sampler, val, len(sampler), _some(val))
+                   sampler, val, len(sampler), _some(val, held > 0))
 
 
 def _reordered(val: Iterable[Any], seed: int) -> Iterable[Any]:
-    """Return the batches of a map-style DataLoader in a seeded order, the same each time."""
     images = _images(val)
-    if images is None or not isinstance(val, DataLoader) or not len(images):
-        return val
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed)).tolist()
-    return DataLoader(Subset(val.dataset, [images[i] for i in order]), batch_size=val.batch_size,
-                      collate_fn=val.collate_fn, num_workers=val.num_workers,
-                      pin_memory=val.pin_memory, worker_init_fn=val.worker_init_fn,
-                      multiprocessing_context=val.multiprocessing_context,
-                      generator=torch.Generator().manual_seed(seed))
+    return val if not images or not isinstance(val, DataLoader) else _Fixed(val, images, seed)
 
 
-def _some(val: Iterable[Any] | None) -> Iterable[Any] | None:
-    return val if val is None or _images(val) is not None else _Spread(val)
+def _some(val: Iterable[Any] | None, ours: bool) -> Iterable[Any] | None:
+    return val if val is None or ours or isinstance(val, _Fixed) else _Spread(val)
 
 
 def _unaugmented(dataset: Any) -> Any:
-    """Return a data set of ours, or subsets of one, without augmentation."""
-    if isinstance(dataset, ImageSet) and dataset.augment:
+    """Return a data set, or subsets of one, without augmentation, where it has such a switch."""
+    if isinstance(vars(dataset).get("augment") if hasattr(dataset, "__dict__") else None, bool):
         dataset = copy.copy(dataset)
         dataset.augment = False
     elif isinstance(dataset, Subset):

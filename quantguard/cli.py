@@ -160,8 +160,8 @@ def evaluate(model: str, arch: str | None, trust: bool, data: str, eps: float, n
     from .evaluation import evaluate as run
     from .pipeline import Comparison
     from .results import Evaluation
-    given.outputs([model, *([replay] if replay else [])], report=report, json=json_file,
-                  adversarials=adversarials)
+    given.outputs([model, *given.files_of(data), *([replay] if replay else [])], report=report,
+                  json=json_file, adversarials=adversarials)
     given.keepable(run_dir)
     if adversarials and not adversarials.endswith(".npz"):
         raise SpecError(f"--adversarials {adversarials} must end in .npz")
@@ -205,7 +205,7 @@ def certify(model: str, arch: str | None, trust: bool, data: str, eps: float, no
             run_dir: str | None, device: str | None, quiet: bool) -> None:
     """Prove for how many images of DATA no attack on MODEL can succeed."""
     from .certification import certify as run
-    given.outputs([model], json=json_file)
+    given.outputs([model, *given.files_of(data)], json=json_file)
     given.keepable(run_dir)
     threat = given.threat_of(eps, norm, mean, std)
     loader = given.loader_of(data, split, batch_size, size, mean, std)
@@ -229,7 +229,7 @@ def compare(models: tuple[str, ...], arch: str | None, trust: bool, data: str, e
             run_dir: str | None, device: str | None, quiet: bool) -> None:
     """Evaluate several models on the same images by the same attacks."""
     from .pipeline import compare as run
-    given.outputs(models, report=report, json=json_file)
+    given.outputs([*models, *given.files_of(data)], report=report, json=json_file)
     given.keepable(run_dir)
     if len(set(models)) < len(models):
         raise SpecError("a model is named twice", fix="Name each model once.")
@@ -266,7 +266,7 @@ def ablate(model: str, arch: str | None, trust: bool, data: str, output: str | N
     """Compare float, float + fine-tune, converted, and converted + the same fine-tune."""
     from .pipeline import ablate as run
     target = None if output is None else given.output_of(model, output, ".qg", force)
-    given.outputs([model], output=target, report=report, json=json_file)
+    given.outputs([model, *given.files_of(data)], output=target, report=report, json=json_file)
     given.keepable(run_dir)
     chosen = given.recipe_of(recipe, settings)
     threat = given.threat_of(eps, norm, mean, std)
@@ -300,7 +300,7 @@ def sensitivity(model: str, arch: str | None, trust: bool, data: str, eps: float
                 run_dir: str | None, device: str | None, quiet: bool) -> None:
     """Measure what the quantization of each site of MODEL costs, clean and attacked."""
     from .sensitive import sensitivity as run
-    given.outputs([model], json=json_file)
+    given.outputs([model, *given.files_of(data)], json=json_file)
     given.keepable(run_dir)
     threat = given.threat_of(eps, norm, mean, std)
     loader = given.loader_of(data, split, batch_size, size, mean, std)
@@ -352,14 +352,15 @@ def _tell(said: str, *files: tuple[Any, Callable[[Any], None]]) -> None:
     """
     if not given.is_first():
         return
-    written, failed = [], None
+    written: list[Any] = []
+    failed: Exception | None = None
     for file, write in files:
         if file is None:
             continue
         try:
             write(file)
             written.append(file)
-        except QuantguardError as error:
+        except Exception as error:  # whatever a file system makes of a name, too
             failed = failed or error
     if said:
         click.echo(said)

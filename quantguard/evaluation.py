@@ -91,6 +91,7 @@ def evaluate(model: nn.Module, loader: Iterable[Any], threat: Threat = Threat(),
     check_model(model)
     check_threat(threat)
     check_seed(seed)
+    suite = suite if isinstance(suite, str) else list(suite)
     check_suite(suite)
     limit = None if budget is None else seconds_of(budget)
     before, device = device_of(model), device or world().device

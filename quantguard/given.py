@@ -75,6 +75,12 @@ def outputs(inputs: Iterable[str], **files: str | Path | None) -> None:
         writable(file)
 
 
+def files_of(data: str) -> list[str]:
+    """Return the files that ``--data`` names."""
+    kind, _, file = data.partition(":")
+    return [file] if kind == "npz" and file else []
+
+
 def writable(path: Path | str | None, force: bool = True) -> None:
     """Refuse a path that could not be written in the end.
 

@@ -17,7 +17,7 @@ from torch import nn
 
 from .activation import staircases
 from .attacks import PixelModel
-from .batching import Source, hold_out
+from .batching import Source, has_labels, hold_out
 from .certifying import check
 from .conversion import conversion_of, inspect, restore, unwrap
 from .entrance import is_input
@@ -202,8 +202,9 @@ class Walk:
                             "nothing to train there", fix="Use train='all'.")
         if self.recipe.walk:
             raise SpecError("max_clean_drop has a walk of its own", fix="Leave walk= out.")
-        if self._source().val is None:
-            raise SpecError("max_clean_drop needs held-out images",
+        held = self._source().val
+        if held is None or not has_labels(held):
+            raise SpecError("max_clean_drop needs held-out images with labels",
                             fix="Give a map-style DataLoader of some images, or val=.")
         # each starts from the same weights and has the same epochs, so that bits alone differ
         start = self.model
@@ -236,7 +237,9 @@ class Walk:
         """
         folder = re.sub(r"[^0-9A-Za-z.]+", "-", name)
         model, history = self._stage(start, bits, epochs, folder)
-        clean = history.kept.clean or 0.0
+        clean = history.kept.clean
+        if clean is None:
+            raise SpecError("max_clean_drop needs held-out images with labels", fix="Give val=.")
         holds = least is None or clean >= least - 1e-9  # 0.7 - 0.01 is above 0.69
         lowest = min(bits.values()) if isinstance(bits, Mapping) else bits
         self.stages.append(Stage(name, lowest, epochs, history, holds))
@@ -292,7 +295,7 @@ class Walk:
         if where is not None and before != usable_device(where):  # calibration is faster there, too
             there = duplicate(model).to(where)
         # in an order of ours, where it can be: a sorted data set begins with one class
-        images = self._source().epoch(0, 0)
+        images = self._source().whole()
         result = prepare(there, images, bits, dynamic, self.recipe, self.threat, self.seed,
                          anew=model is not self.model)
         if not self.stages and any(map(is_input, staircases(result))) \

@@ -321,8 +321,8 @@ def unseen(quantized: bool, groups: set[str]) -> Flag:
     missing = not needed & groups
     reason = "The suite holds the attack that decides."
     if missing and quantized:
-        reason = ("No attack went through the softened twin: surrogate gradients alone overstate "
-                  "staircases. Give more time, use a named suite, or add "
+        reason = ("No attack on all images went through the softened twin: surrogate gradients "
+                  "alone overstate staircases. Give more time, use a named suite, or add "
                   "attacks.PGD(twin=(2, 16)).")
     elif missing:
         reason = "The suite holds no PGD. Use a named suite, or add attacks.PGD()."

@@ -18,6 +18,8 @@ from .activation import staircases
 from .attacks.suites import check_suite
 from .batches import require_reiterable, unpack
 from .batching import hold_out
+from .certification import certificate_of
+from .certifying import check
 from .conversion import conversion_of, unwrap
 from .crossed import crossed
 from .entrance import is_input
@@ -25,7 +27,7 @@ from .errors import ConversionError, DataError, SpecError
 from .evaluation import evaluate
 from .files import write_text
 from .hardening import hardened
-from .images import check_count, image_tensor
+from .images import check_count, gather, image_tensor
 from .masking import mcnemar
 from .optimizing import parameter_groups
 from .preparing import prepare
@@ -34,6 +36,7 @@ from .results import Evaluation, same_images
 from .running import check_model, frozen, seconds_of, seeded
 from .spec import FLOAT_BITS, Threat, check_seed
 from .training import check_effort
+from .world import world
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,6 +130,7 @@ def compare(models: Mapping[str, nn.Module], loader: Iterable[Any], threat: Thre
     if budget is not None:
         seconds_of(budget)  # before any work
     rows = {}
+    suite = suite if isinstance(suite, str) else list(suite)
     for number, (name, model) in enumerate(models.items()):
         if progress:
             print(f"[{number + 1}/{len(models)}] {name}", flush=True, file=_stderr())
@@ -196,6 +200,7 @@ def ablate(model: nn.Module, train_loader: Iterable[Any], test_loader: Iterable[
     chosen = recipe_of(recipe)
     # what the evaluation would refuse, too, before the fine-tunes
     check_effort(epochs, train)
+    suite = suite if isinstance(suite, str) else list(suite)
     check_suite(suite)
     check_count(images)
     require_reiterable(test_loader, "the test loader")
@@ -207,7 +212,14 @@ def ablate(model: nn.Module, train_loader: Iterable[Any], test_loader: Iterable[
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # training says what there is to say of the loader
         source = hold_out(train_loader, val, chosen.batch_size, seed)
-    converted = prepare(model, source.epoch(0, 0), bits, dynamic, Recipe("clean"), threat, seed)
+    if chosen.certifies:
+        check(threat, train)
+    converted = prepare(model, source.whole(), bits, dynamic, Recipe("clean"), threat, seed)
+    world().same(converted)
+    for one in (model, converted) if certify else ():  # of two images, for what has no certificate
+        with seeded(seed):
+            some = gather(one, test_loader, threat, 2)
+        certificate_of(one, some, threat, "ibp")
     # settings of weights are the float row's where thresholds alone are trained
     own = chosen if train == "all" else replace(chosen, lr=None, weight_decay=None, awp=0.0)
     parameter_groups(converted, own, 1.0, train)  # raises where there is nothing to train

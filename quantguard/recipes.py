@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 from dataclasses import asdict, dataclass, fields
+from numbers import Real
 from typing import Any
 
 from .errors import SpecError
@@ -134,9 +135,12 @@ class Recipe:
                             + (f"; did you mean {near[0]!r}?" if near else "."))
         for name in _NUMBERS:
             value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))
-                                      or not math.isfinite(value)):
+            if value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
                 raise SpecError(f"recipe {self.name}: {name}={value!r} must be a finite number")
+            if not isinstance(value, (int, float)):  # numpy's, which is not for JSON
+                object.__setattr__(self, name, float(value))
         if not 0 < self.box <= 1:
             raise SpecError(f"recipe {self.name}: box={self.box!r} must be above 0, and 1 at most")
         small = _SMALL_BOX if self.certifies and self.box < 1 else {}

@@ -155,6 +155,7 @@ class Schedule:
                 return None
             self.bar.skip(entry.cost * every)
             self._number += 1
+            self._count(entry, state.results[self._number - 1])
             return state.results[self._number - 1]
         if mask is None:
             mask = self.correct if entry.everywhere else self.standing
@@ -165,11 +166,15 @@ class Schedule:
                          self.batch, mask, state, self.bar)
         self.bar.skip(entry.cost * (every - int(result.attacked.sum())))
         state.add(result)
+        self._count(entry, result)
+        self._number += 1
+        return result
+
+    def _count(self, entry: Entry, result: AttackResult) -> None:
+        """Learn from an attack that ended how fast this machine is."""
         if entry.group not in _WARMING:
             self._work += entry.cost * int(result.attacked.sum())
             self._seconds += result.seconds
-        self._number += 1
-        return result
 
     def _wanted(self, entry: Entry, images: int, reserved: Sequence[Entry] | None) -> bool:
         if self.replay is not None:

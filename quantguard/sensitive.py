@@ -102,6 +102,7 @@ def sensitivity(model: nn.Module, loader: Iterable[Any], threat: Threat = Threat
     if not names:
         raise SpecError("the model has no quantized site", fix="Convert it first.")
     copy = duplicate(model)
+    suite = suite if isinstance(suite, str) else list(suite)
     where = None if run_dir is None else Path(run_dir)
 
     def measured(name: str, number: int) -> Evaluation:
@@ -114,7 +115,7 @@ def sensitivity(model: nn.Module, loader: Iterable[Any], threat: Threat = Threat
     for number, name in enumerate(names, 1):
         with one_float(copy, name):
             sites[name] = measured(name, number)
-    same_images([whole, *sites.values()])
+            same_images([whole, sites[name]])
     return Sensitivity(whole, sites)
 
 

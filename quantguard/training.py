@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .activation import QuantActivation, staircases
 from .attacks import PixelModel
-from .batching import Source, hold_out
+from .batching import Source, has_labels, hold_out
 from .certifying import CertifiedObjective, certified_probe, check, own_lr, schedule
 from .entrance import is_input
 from .errors import DataError, Interrupted, SpecError
@@ -159,7 +159,8 @@ class Trainer:
                 order_weights(self.pixel_model, torch.channels_last)
             self.gradients.look(pixels)
             break
-        if self.recipe.distill and self.source.val is not None and not self._labelled():
+        if self.recipe.distill and self.source.val is not None \
+                and not has_labels(self.source.val):
             self.source.val = self.source.some = None
             self._event("no held-out image has a label: no probe picks the best epoch. Pass val= "
                         "with labels to have one")
@@ -178,12 +179,6 @@ class Trainer:
         self._keep()
         self.rng = torch.get_rng_state()
         self.started = True
-
-    def _labelled(self) -> bool:
-        """Return whether any held-out image has a label, or there is none at all."""
-        every = [self.batches(batch, number, "val")[1]
-                 for number, batch in enumerate(self.source.val or ())]
-        return not every or any(bool((labels >= 0).any()) for labels in every)
 
     def _own_lr(self, pixels: Tensor) -> float:
         if self.recipe.certifies:

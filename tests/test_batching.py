@@ -5,9 +5,10 @@ from __future__ import annotations
 import itertools
 import random
 import signal
+from collections import UserDict
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy
 import pytest
@@ -27,7 +28,8 @@ from torch.utils.data import (
 )
 
 from quantguard import gradients
-from quantguard.batching import SeededBatches, Source, hold_out
+from quantguard.batches import unpack
+from quantguard.batching import SeededBatches, Source, has_labels, hold_out
 from quantguard.data import load_data
 from quantguard.errors import Interrupted
 from quantguard.recipes import Recipe
@@ -80,19 +82,29 @@ def test_with_val_nothing_is_held_out_and_augmentation_stays_out_of_the_slice() 
     assert same(Subset(Subset(dataset, range(200)), range(100)))
     assert dataset.augment is True
 
-    class Own(TensorDataset):  # what others call by that name is theirs
+    class Own(TensorDataset):  # what others call by that name, if it is no switch, is theirs
         augment = property(lambda self: pytest.fail("it was asked"))
     assert hold_out(DataLoader(Own(torch.arange(100)), batch_size=10), None, None, 0).described()
+    switched = TensorDataset(torch.arange(100))
+    switched.augment = True  # type: ignore[attr-defined]
+    held: Any = hold_out(DataLoader(switched, batch_size=10), None, None, 0).val
+    assert held.dataset.dataset.augment is False and switched.augment is True  # type: ignore[attr-defined]
 
 
 def of(batches: Any, count: int = 512) -> list[int]:
     """Return the first numbers that come, as a probe takes them."""
     found: list[int] = []
     for batch in batches:
-        found += [int(i) for i in batch[0]]
+        inputs, _ = unpack(batch)
+        found += [int(i) for i in (inputs["x"] if isinstance(inputs, dict) else inputs)]
         if len(found) >= count:
             break
     return found
+
+
+class Pair(NamedTuple):
+    images: Tensor
+    labels: Tensor
 
 
 SORTED = TensorDataset(torch.arange(20_000))  # by class, if class is number // 2000
@@ -100,7 +112,9 @@ SORTED = TensorDataset(torch.arange(20_000))  # by class, if class is number // 
 
 @pytest.mark.parametrize("val", [
     None, DataLoader(SORTED, 128), DataLoader(SORTED, 128, shuffle=True),
-    [(batch,) for batch in torch.arange(20_000).split(100)]])
+    [(batch, torch.zeros(100)) for batch in torch.arange(20_000).split(100)],
+    [Pair(batch, torch.zeros(5)) for batch in torch.arange(20_000).split(5)],
+    [UserDict(x=batch, labels=torch.zeros(100)) for batch in torch.arange(20_000).split(100)]])
 def test_what_is_attacked_is_of_all_classes_and_the_same_each_time(val: Any) -> None:
     source = hold_out(DataLoader(SORTED, 64), val, None, 0)
     seen = of(source.some)
@@ -114,8 +128,29 @@ def test_what_is_attacked_is_of_all_classes_and_the_same_each_time(val: Any) -> 
 
 
 def test_few_held_out_images_are_all_attacked() -> None:
-    val = [(torch.arange(100),), (torch.arange(100, 130), torch.zeros(30))]
-    assert of(hold_out(DataLoader(SORTED, 64), val, None, 0).some) == list(range(130))
+    val = [(torch.arange(n, n + 10), torch.zeros(10)) for n in range(0, 130, 10)]
+    some = hold_out(DataLoader(SORTED, 64), val, None, 0).some
+    assert of(some) == list(range(130)) and some is not None
+    # small batches are put together: each would be attacked by itself
+    assert [len(images) for images, _ in some] == [120, 10]
+
+
+def test_of_partly_labelled_images_labelled_ones_are_attacked() -> None:
+    labels = torch.full((20_000,), -1)
+    labels[[3, 777, 19_999]] = 1
+    val = [*zip(torch.arange(20_000).split(100), labels.split(100), strict=True)]
+    some = hold_out(DataLoader(SORTED, 64), val, None, 0).some
+    assert of(some) == [3, 777, 19_999]
+    assert has_labels(val) and has_labels([]) and not has_labels([torch.zeros(3, 1)])
+    assert not has_labels([(torch.zeros(3, 1), torch.full((3,), -1))])
+
+
+def test_what_workers_draw_for_held_out_images_is_the_same_each_time() -> None:
+    val = DataLoader(Draws(), batch_size=50, num_workers=1, drop_last=True)
+    held: Any = hold_out(DataLoader(SORTED, 64), val, None, 0).val
+    one, two = list(held), list(held)
+    assert [len(x) for x, _ in one] == [50, 50]
+    assert all(torch.equal(a[0], b[0]) for a, b in zip(one, two, strict=True))
 
 
 def test_batches_that_a_loader_makes_itself_are_taken_as_they_are() -> None:

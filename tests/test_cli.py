@@ -377,10 +377,12 @@ def test_an_error_of_the_system_names_no_empty_file(model: str,
     ("inspect", "model.pt", "--json", "model.pt"),
     ("sensitivity", "model.pt", "--data", "digits", "--json", "model.pt"),
     ("compare", "model.pt", "other.pt", "--data", "digits", "--report", "other.pt"),
+    ("evaluate", "model.pt", "--data", "npz:d.npz", "--adversarials", "d.npz"),
     ("ablate", "model.pt", "--data", "digits", "--json", "a.qg", "-o", "a.qg")])
 def test_no_output_takes_the_place_of_an_input_or_of_another(arguments: Any, model: str,
                                                              here: Path) -> None:
     (here / "other.pt").write_bytes((here / model).read_bytes())
+    (here / "d.npz").write_bytes(b"data")
     before = {path.name: path.read_bytes() for path in here.iterdir()}
     text = fails(*arguments)
     assert "written over what is read" in text or "name the same file" in text

@@ -227,8 +227,11 @@ def test_a_goal_needs_a_float_model_and_held_out_images(
     with pytest.raises(SpecError, match="this one is converted"):
         walked(quantized, loader, max_clean_drop=0.1)
     monkeypatch.setattr(hardening, "fit", lambda *_, **__: pytest.fail("it has trained"))
-    with pytest.raises(SpecError, match="needs held-out images"):
-        walked(cnn, list(loader)[:2], max_clean_drop=0.1, epochs=1)
+    images = TensorDataset(torch.cat([x for x, _ in loader]))
+    for data, recipe in ((list(loader)[:2], FAST),
+                         (DataLoader(images, batch_size=64), Recipe("clean", distill=1.0))):
+        with pytest.raises(SpecError, match="needs held-out images with labels"):
+            walked(cnn, data, max_clean_drop=0.1, epochs=1, recipe=recipe)
 
 
 def test_statistics_are_those_of_the_new_activations(cnn: nn.Module,

@@ -423,8 +423,30 @@ def test_ablate_refuses_before_it_trains(options: dict[str, Any], message: str, 
     monkeypatch.setattr(pipeline, "hardened", lambda *_, **__: pytest.fail("it has trained"))
     with pytest.raises(SpecError, match=message):
         qg.ablate(cnn, loader, test_loader, THREAT, progress=False, **options)
+    with pytest.raises(SpecError, match="leaves them out"):
+        qg.ablate(cnn, loader, test_loader, THREAT, recipe="ibp", train="thresholds", dynamic=True,
+                  progress=False)
     with pytest.raises(DataError, match="the test loader is a one-shot"):
         qg.ablate(cnn, loader, iter(test_loader), THREAT, progress=False)
+
+
+def test_ablate_refuses_what_has_no_certificate_before_it_trains(
+        cnn: nn.Module, loader: DataLoader[Any], test_loader: DataLoader[Any],
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    class Branching(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x if x.sum() > 0 else -x)  # type: ignore[no-any-return]
+    monkeypatch.setattr(pipeline, "hardened", lambda *_, **__: pytest.fail("it has trained"))
+    before = torch.get_rng_state()
+    with pytest.raises(ConversionError, match="cannot be traced"):
+        qg.ablate(Branching(*cnn), loader, test_loader, THREAT, certify=True, progress=False)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_attacks_may_come_from_a_generator(cnn: nn.Module, test_loader: DataLoader[Any]) -> None:
+    made = qg.compare({"a": cnn, "b": cnn}, test_loader, THREAT, images=10, progress=False,
+                      suite=(PGD("ce", steps) for steps in (1, 2)))  # type: ignore[arg-type]
+    assert [len(row.attacks) >= 2 for row in made.rows.values()] == [True, True]
 
 
 def test_comparing_leaves_the_callers_random_numbers(cnn: nn.Module, digits: Digits) -> None:

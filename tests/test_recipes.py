@@ -9,6 +9,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -50,6 +51,12 @@ def test_settings_that_leave_nothing_of_each_other_are_refused(name: str,
                                                                settings: dict[str, Any]) -> None:
     with pytest.raises(SpecError, match=f"recipe {name} "):
         Recipe(name, **settings)
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    recipe = Recipe("pgd", lr=np.float32(1e-3), noise=np.float64(0.5))  # type: ignore[arg-type]
+    assert recipe.lr == pytest.approx(1e-3) and recipe.noise == 0.5
+    assert json.loads(json.dumps(recipe.to_dict()))["noise"] == 0.5
 
 
 def test_what_is_given_wins_over_the_names_defaults() -> None:

@@ -219,6 +219,13 @@ def test_a_budget_goes_to_what_climbs_before_what_is_blind(monkeypatch: pytest.M
     assert labels(result) == ["first", "twin"] and result.skipped == ("Square",)
 
 
+def test_a_run_that_had_its_time_does_no_more_when_it_is_repeated(
+        monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    suite = Suite([entry(f"attack {i}", seconds=0.4) for i in range(6)])
+    ran = [labels(run(suite, monkeypatch, 60, budget=1.0, run_dir=tmp_path)) for _ in range(3)]
+    assert ran[0] == ran[1] == ran[2] and len(ran[0]) < 6
+
+
 # --- curve ---
 
 
