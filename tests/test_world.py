@@ -11,9 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch.utils.data import DataLoader, TensorDataset
 
 import quantguard as qg
-from quantguard.batching import SeededBatches
+from quantguard.batching import SeededBatches, hold_out
 from quantguard.world import World, world
 
 TRAIN = """
@@ -173,3 +174,13 @@ def test_parts_are_disjoint_and_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [len(batches) for batches in parts] == [3, 3, 3]
     for number, batch in enumerate(whole):
         assert sorted(i for batches in parts for i in batches[number]) == sorted(batch)
+
+
+def test_every_process_calibrates_on_the_same_whole_batches(
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    loader = DataLoader(TensorDataset(torch.arange(100)), batch_size=10)
+    found = []
+    for rank in range(2):
+        monkeypatch.setattr("quantguard.batching.world", lambda rank=rank: World(rank, 2))
+        found.append([batch[0].tolist() for batch in hold_out(loader, None, None, 0).whole()])
+    assert found[0] == found[1] and all(len(batch) == 10 for batch in found[0])
