@@ -54,6 +54,7 @@ def inspect(model: str, arch: str | None, trust: bool, bits: tuple[tuple[str, in
             input_bits: int | None, input_range: Any,
             input_shape: tuple[int, ...] | None, json_file: str | None) -> None:
     """Show every activation of MODEL, converted or kept and why, without converting."""
+    given.there(model)
     from .conversion import conversion_of
     from .conversion import inspect as plan_of
     given.outputs([model], json=json_file)
@@ -83,6 +84,7 @@ def convert(model: str, arch: str | None, trust: bool, output: str | None, force
             input_shape: tuple[int, ...] | None, data: str | None, batch_size: int,
             size: int | None, mean: Any, std: Any, quiet: bool) -> None:
     """Swap every activation of MODEL for a low-bit staircase; needs no data."""
+    given.there(model)
     from .conversion import conversion_of
     from .conversion import convert as carry_out
     target = given.output_of(model, output, ".qg", force)
@@ -125,6 +127,7 @@ def harden(model: str, arch: str | None, trust: bool, data: str, output: str | N
            size: int | None, mean: Any, std: Any, seed: int, run_dir: str | None,
            device: str | None, quiet: bool) -> None:
     """Quantize MODEL where it is not yet, and fine-tune it adversarially."""
+    given.there(model)
     from .hardening import harden as run
     chosen = given.recipe_of(recipe, settings)
     target = given.output_of(model, output, ".hardened.qg", force)
@@ -157,6 +160,7 @@ def evaluate(model: str, arch: str | None, trust: bool, data: str, eps: float, n
              replay: str | None, batch_size: int, size: int | None, mean: Any, std: Any, seed: int,
              run_dir: str | None, device: str | None, quiet: bool) -> None:
     """Measure how many images of DATA survive every attack on MODEL."""
+    given.there(model)
     from .evaluation import evaluate as run
     from .pipeline import Comparison
     from .results import Evaluation
@@ -204,6 +208,7 @@ def certify(model: str, arch: str | None, trust: bool, data: str, eps: float, no
             budget: str | None, batch_size: int, size: int | None, mean: Any, std: Any,
             run_dir: str | None, device: str | None, quiet: bool) -> None:
     """Prove for how many images of DATA no attack on MODEL can succeed."""
+    given.there(model)
     from .certification import certify as run
     given.outputs([model, *given.files_of(data)], json=json_file)
     given.keepable(run_dir)
@@ -228,6 +233,7 @@ def compare(models: tuple[str, ...], arch: str | None, trust: bool, data: str, e
             batch_size: int, size: int | None, mean: Any, std: Any, seed: int,
             run_dir: str | None, device: str | None, quiet: bool) -> None:
     """Evaluate several models on the same images by the same attacks."""
+    given.there(*models)
     from .pipeline import compare as run
     given.outputs([*models, *given.files_of(data)], report=report, json=json_file)
     given.keepable(run_dir)
@@ -264,6 +270,7 @@ def ablate(model: str, arch: str | None, trust: bool, data: str, output: str | N
            size: int | None, mean: Any, std: Any, seed: int, run_dir: str | None,
            device: str | None, quiet: bool) -> None:
     """Compare float, float + fine-tune, converted, and converted + the same fine-tune."""
+    given.there(model)
     from .pipeline import ablate as run
     target = None if output is None else given.output_of(model, output, ".qg", force)
     given.outputs([model, *given.files_of(data)], output=target, report=report, json=json_file)
@@ -299,6 +306,7 @@ def sensitivity(model: str, arch: str | None, trust: bool, data: str, eps: float
                 batch_size: int, size: int | None, mean: Any, std: Any, seed: int,
                 run_dir: str | None, device: str | None, quiet: bool) -> None:
     """Measure what the quantization of each site of MODEL costs, clean and attacked."""
+    given.there(model)
     from .sensitive import sensitivity as run
     given.outputs([model, *given.files_of(data)], json=json_file)
     given.keepable(run_dir)

@@ -17,15 +17,20 @@ if TYPE_CHECKING:
     from .spec import Threat
 
 
-def opened(model: str, arch: str | None, trust: bool) -> nn.Module:
-    """Return the model that MODEL names.
+def there(*models: str) -> None:
+    """Refuse files that do not exist before torch is imported, which takes seconds.
 
     Raises:
-        LoadError: there is none.
+        LoadError: there is none of such a name.
     """
-    if ":" not in model and not Path(model).exists():  # before torch is imported, for seconds
-        raise LoadError(f"{model} does not exist", fix="A model is a file, torchvision:NAME, "
-                                                       "timm:NAME or package.module:factory.")
+    for model in models:
+        if ":" not in model and not Path(model).exists():
+            raise LoadError(f"{model} does not exist", fix="A model is a file, torchvision:NAME, "
+                                                           "timm:NAME or package.module:factory.")
+
+
+def opened(model: str, arch: str | None, trust: bool) -> nn.Module:
+    """Return the model that MODEL names."""
     from .checkpoint import open_model
     return open_model(model, arch=arch, trust=trust)
 
@@ -40,6 +45,8 @@ def output_of(model: str, output: str | None, suffix: str, force: bool) -> Path:
     """Return where to write, refusing a file that is there before any work is done."""
     if output:
         path = Path(output)
+    elif ":" not in model:
+        path = Path(model).with_suffix(suffix)
     else:
         from .models import is_arch_spec
         path = Path(model.partition(":")[2].replace(":", "-") + suffix) if is_arch_spec(model) \
