@@ -2,39 +2,29 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import random
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy
 import torch
-from torch import Tensor
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
     Dataset,
-    IterableDataset,
-    RandomSampler,
-    SequentialSampler,
     Subset,
-    SubsetRandomSampler,
     get_worker_info,
 )
 
 from .batches import require_reiterable, unpack
 from .data import ImageSet
 from .errors import DataError
-from .running import changed, seeded, tensors_in
+from .held import Fixed, is_map_style, is_plain, known_images, reordered, some_of, unaugmented
+from .running import seeded, tensors_in
 from .world import world
-
-# Held-out images that are attacked: where there are more, so many of them stand for all.
-SOME = 512
-# So many of them are put together, where they came in small batches.
-_AT_ONCE = 128
 
 
 class SeededBatches(BatchSampler):
@@ -141,7 +131,7 @@ class Source:
         told: dict[str, Any] = {"first batch": _digest(lambda: self.epoch(0, 0), ours)}
         if self.val is not None:
             told["held-out images"] = _digest(lambda: self.val or (),
-                                              ours or isinstance(self.val, _Fixed))
+                                              ours or isinstance(self.val, Fixed))
         if self.sampler is None:
             return told
         items: Any = self.loader
@@ -177,102 +167,6 @@ def _hash(value: Any) -> str:
     return found.hexdigest()
 
 
-def has_labels(val: Iterable[Any] | None) -> bool:
-    """Return whether any of the images that there are has a label."""
-    with seeded(0):
-        counts = [(_images_in(batch), len(_labelled(batch))) for batch in val or ()]
-    return not sum(images for images, _ in counts) or any(labels for _, labels in counts)
-
-
-class _Fixed:
-    """Give the batches of a map-style DataLoader in a seeded order, the same each time.
-
-    What its workers draw is the same each time, too.
-    """
-
-    def __init__(self, loader: DataLoader[Any], images: Sequence[int], seed: int) -> None:
-        generator = torch.Generator().manual_seed(seed)
-        order = torch.randperm(len(images), generator=generator).tolist()
-        options: dict[str, Any] = {} if not loader.num_workers else {
-            "prefetch_factor": loader.prefetch_factor,
-            "persistent_workers": loader.persistent_workers}
-        self.seed = seed
-        self.loader: DataLoader[Any] = DataLoader(
-            Subset(loader.dataset, [images[i] for i in order]), batch_size=loader.batch_size,
-            collate_fn=loader.collate_fn, num_workers=loader.num_workers,
-            pin_memory=loader.pin_memory, drop_last=loader.drop_last, timeout=loader.timeout,
-            worker_init_fn=loader.worker_init_fn,
-            multiprocessing_context=loader.multiprocessing_context, generator=generator, **options)
-
-    def __iter__(self) -> Iterator[Any]:
-        self.loader.generator.manual_seed(self.seed)
-        return iter(self.loader)
-
-
-class _Spread:
-    """Give 512 labelled images of a loader whose order is not ours, spread over all of it.
-
-    The first that stand in a loader may all be of one class. They are read once, and kept.
-    """
-
-    def __init__(self, loader: Iterable[Any]) -> None:
-        self.loader = loader
-        self.kept: list[Any] | None = None
-
-    def __iter__(self) -> Iterator[Any]:
-        if self.kept is None:
-            with seeded(0):
-                count = sum(len(_labelled(batch)) for batch in self.loader)
-            wanted = {i * count // SOME for i in range(SOME)} if count > SOME else set(range(count))
-            found, before = [], 0
-            with seeded(0):
-                for batch in self.loader:
-                    rows = _labelled(batch)
-                    chosen = [row for i, row in enumerate(rows, before) if i in wanted]
-                    before += len(rows)
-                    if unpack(batch)[1] is None:
-                        chosen = [0]  # whoever needs labels says that it has none
-                    if chosen:
-                        found.append(_rows_of(batch, chosen))
-            self.kept = _together(found)
-        return iter(self.kept)
-
-
-def _images_in(batch: Any) -> int:
-    return len(next(tensors_in(unpack(batch)[0])))
-
-
-def _labelled(batch: Any) -> list[int]:
-    """Return which images of a batch have a label."""
-    _, labels = unpack(batch)
-    if labels is None:
-        return []
-    return (labels >= 0).nonzero().flatten().tolist() if labels.dim() == 1 else \
-        list(range(len(labels)))
-
-
-def _rows_of(batch: Any, rows: list[int]) -> tuple[Any, Tensor | None]:
-    inputs, labels = unpack(batch)
-    size = _images_in(batch)
-    return (changed(inputs, lambda x: x[rows] if x.dim() and len(x) == size else x),
-            None if labels is None else labels[rows])
-
-
-def _together(batches: list[Any]) -> list[Any]:
-    """Put batches of alike images together: many small ones would take as many attacks."""
-    found: list[Any] = []
-    for inputs, labels in batches:
-        last = found[-1] if found else None
-        if labels is not None and last is not None and last[1] is not None \
-                and isinstance(inputs, Tensor) and isinstance(last[0], Tensor) \
-                and inputs.shape[1:] == last[0].shape[1:] and inputs.dtype == last[0].dtype \
-                and len(last[0]) + len(inputs) <= _AT_ONCE:
-            found[-1] = torch.cat([last[0], inputs]), torch.cat([last[1], labels])
-        else:
-            found.append((inputs, labels))
-    return found
-
-
 def hold_out(loader: Iterable[Any], val: Iterable[Any] | None, batch: int | None,
           seed: int) -> Source:
     """Hold out a seeded 5 % (256 images at least, 20 % at most) of a map-style DataLoader.
@@ -286,12 +180,12 @@ def hold_out(loader: Iterable[Any], val: Iterable[Any] | None, batch: int | None
     require_reiterable(loader, "the loader")
     if val is not None:
         require_reiterable(val, "val")
-        val = _reordered(val, seed)
-    images = _images(loader)
+        val = reordered(val, seed)
+    images = known_images(loader)
     if images is None or not isinstance(loader, DataLoader):
         if val is None:
-            kind = "is no map-style DataLoader" if not _is_map_style(loader) else \
-                "is a DataLoader whose __iter__ is its own" if not _is_plain(loader) else \
+            kind = "is no map-style DataLoader" if not is_map_style(loader) else \
+                "is a DataLoader whose __iter__ is its own" if not is_plain(loader) else \
                 "has a sampler of its own"
             warnings.warn(f"the loader {kind}, so nothing can be held out of "
                           "it: no probe picks the best epoch. Pass val= to have one.", stacklevel=3)
@@ -299,7 +193,7 @@ def hold_out(loader: Iterable[Any], val: Iterable[Any] | None, batch: int | None
             batches = len(loader)  # type: ignore[arg-type]
         except TypeError:
             batches = None
-        return Source(loader, None, val, batches, _some(val, False))
+        return Source(loader, None, val, batches, some_of(val, False))
     dataset: Any = loader.dataset
     size = len(images)
     if size == 0:
@@ -311,7 +205,7 @@ def hold_out(loader: Iterable[Any], val: Iterable[Any] | None, batch: int | None
         held = min(max(round(0.05 * size), 256), size // 5)
         if held:
             # in the order as it was drawn: the first of a sorted data set would be of one class
-            val = DataLoader(Subset(_unaugmented(dataset), order[:held]), batch_size=128,
+            val = DataLoader(Subset(unaugmented(dataset), order[:held]), batch_size=128,
                              collate_fn=loader.collate_fn,
                              generator=torch.Generator().manual_seed(seed))
         else:
@@ -328,51 +222,4 @@ def hold_out(loader: Iterable[Any], val: Iterable[Any] | None, batch: int | None
                               # its own: a loader draws from it whenever it starts, and a
                               # resumed epoch starts once more than an undisturbed one
                               generator=torch.Generator()),
-                   sampler, val, len(sampler), _some(val, held > 0))
-
-
-def _reordered(val: Iterable[Any], seed: int) -> Iterable[Any]:
-    images = _images(val)
-    return val if not images or not isinstance(val, DataLoader) else _Fixed(val, images, seed)
-
-
-def _some(val: Iterable[Any] | None, ours: bool) -> Iterable[Any] | None:
-    return val if val is None or ours or isinstance(val, _Fixed) else _Spread(val)
-
-
-def _unaugmented(dataset: Any) -> Any:
-    """Return a data set, or subsets of one, without augmentation, where it has such a switch."""
-    if isinstance(vars(dataset).get("augment") if hasattr(dataset, "__dict__") else None, bool):
-        dataset = copy.copy(dataset)
-        dataset.augment = False
-    elif isinstance(dataset, Subset):
-        inner = _unaugmented(dataset.dataset)
-        if inner is not dataset.dataset:
-            dataset = copy.copy(dataset)
-            dataset.dataset = inner
-    return dataset
-
-
-def _is_map_style(loader: Iterable[Any]) -> bool:
-    return isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset)
-
-
-def _is_plain(loader: Any) -> bool:
-    """Return whether a loader's batches are what its data set and its collate_fn make."""
-    return type(loader).__iter__ is DataLoader.__iter__ \
-        and type(loader)._get_iterator is DataLoader._get_iterator
-
-
-def _images(loader: Iterable[Any]) -> list[int] | range | None:
-    """Return which images of its data set a loader goes through, each once; None: not known."""
-    if not isinstance(loader, DataLoader) or not _is_map_style(loader) \
-            or not _is_plain(loader) or loader.batch_size is None:
-        return None
-    sampler: Any = loader.sampler
-    if type(sampler) is SequentialSampler:
-        return range(len(sampler.data_source))
-    if type(sampler) is RandomSampler:
-        every = range(len(sampler.data_source))
-        return every if not sampler.replacement and sampler.num_samples == len(every) else None
-    indices = list(sampler.indices) if type(sampler) is SubsetRandomSampler else None
-    return indices if indices is not None and len(set(indices)) == len(indices) else None
+                   sampler, val, len(sampler), some_of(val, held > 0))

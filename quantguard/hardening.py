@@ -17,12 +17,13 @@ from torch import nn
 
 from .activation import staircases
 from .attacks import PixelModel
-from .batching import Source, has_labels, hold_out
+from .batching import Source, hold_out
 from .certifying import check
 from .conversion import conversion_of, inspect, restore, unwrap
 from .entrance import is_input
 from .errors import SpecError
 from .files import write_text
+from .held import has_labels
 from .history import History
 from .preparing import prepare
 from .probing import PixelBatches, parent_accuracy

@@ -17,10 +17,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from .activation import staircases
 from .attacks import PGD, FoolboxModel, PixelModel
 from .batches import check_images, check_labels, to_pixels, unpack
-from .batching import SOME, Source
+from .batching import Source
 from .contexts import bypass, listening
 from .errors import DataError, SpecError
 from .evidence import predict
+from .held import SOME
 from .images import image_tensor
 from .running import (
     as_eaten,

@@ -16,12 +16,13 @@ from torch import Tensor, nn
 
 from .activation import QuantActivation, staircases
 from .attacks import PixelModel
-from .batching import Source, has_labels, hold_out
+from .batching import Source, hold_out
 from .certifying import CertifiedObjective, certified_probe, check, own_lr, schedule
 from .entrance import is_input
 from .errors import DataError, Interrupted, SpecError
 from .gradients import Gradients
 from .guards import RETRIES, Remedy, collapsed, one_step, remedy
+from .held import has_labels
 from .history import Epoch, History
 from .keeping import RunDir, locked
 from .layout import order_weights, takes_channels_last

@@ -29,9 +29,10 @@ from torch.utils.data import (
 
 from quantguard import gradients
 from quantguard.batches import unpack
-from quantguard.batching import SeededBatches, Source, has_labels, hold_out
+from quantguard.batching import SeededBatches, Source, hold_out
 from quantguard.data import load_data
 from quantguard.errors import Interrupted
+from quantguard.held import has_labels
 from quantguard.recipes import Recipe
 from quantguard.spec import Threat
 from quantguard.training import fit
