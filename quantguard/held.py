@@ -79,10 +79,10 @@ class _Spread:
                     rows = _labelled(batch)
                     chosen = [row for i, row in enumerate(rows, before) if i in wanted]
                     before += len(rows)
-                    if unpack(batch)[1] is None:
-                        chosen = [0]  # whoever needs labels says that it has none
-                    if chosen:
-                        found.append(_rows_of(batch, chosen))
+                    rest = sorted({*range(_images_in(batch))} - {*rows})
+                    # one without a label, so that who needs labels says that it has none
+                    if chosen or rest:
+                        found.append(_rows_of(batch, chosen + rest[:1]))
             self.kept = _together(found)
         return iter(self.kept)
 
@@ -97,13 +97,15 @@ def _labelled(batch: Any) -> list[int]:
     _, labels = unpack(batch)
     if labels is None:
         return []
-    return (labels >= 0).nonzero().flatten().tolist() if labels.dim() == 1 else \
+    return (labels != -1).nonzero().flatten().tolist() if labels.dim() == 1 else \
         list(range(len(labels)))
 
 
 def _rows_of(batch: Any, rows: list[int]) -> tuple[Any, Tensor | None]:
     inputs, labels = unpack(batch)
     size = _images_in(batch)
+    if labels is not None and len(labels) != size:
+        return inputs, labels  # an error of the batch's, which is said where it is read
     return (changed(inputs, lambda x: x[rows] if x.dim() and len(x) == size else x),
             None if labels is None else labels[rows])
 
@@ -124,11 +126,17 @@ def _together(batches: list[Any]) -> list[Any]:
 
 
 def reordered(val: Iterable[Any], seed: int) -> Iterable[Any]:
+    """Return held-out batches in an order of ours, where their images are known."""
     images = known_images(val)
     return val if not images or not isinstance(val, DataLoader) else Fixed(val, images, seed)
 
 
 def some_of(val: Iterable[Any] | None, ours: bool) -> Iterable[Any] | None:
+    """Return held-out batches of which the first 512 images are as good as any.
+
+    Args:
+        ours: whether they come in a random order already.
+    """
     return val if val is None or ours or isinstance(val, Fixed) else _Spread(val)
 
 
@@ -146,6 +154,7 @@ def unaugmented(dataset: Any) -> Any:
 
 
 def is_map_style(loader: Iterable[Any]) -> bool:
+    """Return whether a loader's images have numbers."""
     return isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset)
 
 

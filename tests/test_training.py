@@ -417,7 +417,8 @@ def test_a_bad_batch_is_named(kind: str, place: int, lr: float | None, cnn: nn.M
         trained(cnn, batches, epochs=1, val=val, recipe=Recipe("pgd", steps=1, lr=lr))
 
 
-@pytest.mark.parametrize("kind", ["nan", "labels", "channels", "unlabelled"])
+@pytest.mark.parametrize("kind", ["nan", "labels", "channels", "unlabelled", "negative", "lengths",
+                                  "float labels", "one-hot"])
 def test_a_bad_batch_of_val_is_named_as_such(kind: str, cnn: nn.Module,
                                              small: TensorDataset) -> None:
     batches = list(DataLoader(small, batch_size=64))
