@@ -60,7 +60,7 @@ def main() -> None:
                                      str(args.epochs), f"{folder}/{name}.pt"])
         begin = time.monotonic()
         process = start("alone")
-        while not Path(folder, "alone", "1-float", "training.pt").exists():
+        while not list(Path(folder, "alone").rglob("training.pt")):
             time.sleep(0.05)
         ready = time.monotonic() - begin
         assert process.wait() == 0
