@@ -1155,7 +1155,7 @@ def test_a_bracket_goes_on_from_where_it_stopped_and_is_compared(
     one = qg.evaluate(model, loader, threat, certify=True, **options)
     again = qg.evaluate(model, loader, threat, certify=True, **options)
     assert (again.survived == one.survived).all() and (one.survived == bracket.survived).all()
-    with pytest.raises(qg.SpecError, match="Different: certified"):
+    with pytest.raises(qg.SpecError, match="Different: what is proven"):
         qg.evaluate(model, loader, threat, **options)
     table = qg.compare({"2 bits": model, "again": model}, loader, threat, suite="quick",
                        certify=True, progress=False)
