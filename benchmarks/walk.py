@@ -4,7 +4,7 @@
 
 `harden`'s default converts at once; `walk=(32,)` trains in float for half of the epochs. Of the
 ResNet in hardening.py the walk keeps more, of the LeNet there less. Here: the demo's CNN on
-scikit-learn's digits (two convolutions, 6 epochs, the first 1,000 training images, judged on the
+scikit-learn's digits (three convolutions, 6 epochs, the first 1,000 training images, judged on the
 other 297), and four convolutions on 10,000 training images of Fashion-MNIST (4 epochs, judged on
 1,000 others); both with BatchNorm, trained clean for 4 epochs first. Fixed thresholds, 2 bits, Linf
 eps 0.1, suite quick; no test image is seen. Mean and 95 % t interval of the paired difference.

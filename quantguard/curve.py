@@ -68,11 +68,12 @@ def accuracy_over_eps(model: PixelModel, data: Images, threat: Threat, batch: in
     sizes = [share * threat.eps for share in _BELOW] + [threat.eps]
     while sizes[-1] < widest:
         sizes.append(min(_ABOVE * sizes[-1], widest))
+    # through the twin, where there is one
+    attack = PGD("scaled", _STEPS, rel_step=0.4, decay=True, twin=(2, 32), norm=threat.norm,
+                 seed=seed)
     found: dict[int, np.ndarray] = {}
     result = None
     for eps in sizes:
-        attack = PGD("scaled", _STEPS, rel_step=0.4, decay=True, twin=(2, 32), norm=threat.norm,
-                     seed=seed)
         broke = _broken(attack, model, data, threat, batch, rows, n, eps,
                         found if eps <= threat.eps else {})
         masks.append(broke)

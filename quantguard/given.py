@@ -88,15 +88,13 @@ def files_of(data: str) -> list[str]:
     return [file] if kind == "npz" and file else []
 
 
-def writable(path: Path | str | None, force: bool = True) -> None:
+def writable(path: Path | str, force: bool = True) -> None:
     """Refuse a path that could not be written in the end.
 
     Raises:
         SpecError: it is there already, and no force, or no file; or its folder is not there.
         WriteError: its folder takes no files.
     """
-    if path is None:
-        return
     path = Path(path)
     if path.exists() and not path.is_file():  # a device, which would be replaced by a file
         raise SpecError(f"{path} is no file", fix="Name another.")

@@ -28,9 +28,13 @@ _AT_ONCE = 128
 
 def has_labels(val: Iterable[Any] | None) -> bool:
     """Return whether any of the images that there are has a label."""
+    images = 0
     with seeded(0):
-        counts = [(_images_in(batch), len(_labelled(batch))) for batch in val or ()]
-    return not sum(images for images, _ in counts) or any(labels for _, labels in counts)
+        for batch in val or ():
+            if _labelled(batch):
+                return True
+            images += _images_in(batch)
+    return not images
 
 
 class Fixed:
