@@ -12,7 +12,15 @@ from torch import Tensor, fx, nn
 
 from .errors import SpecError
 from .spec import QuantSpec
-from .staircase import Surrogate, soft_staircase, staircase, unwatched
+from .staircase import (
+    MOST_SOFTENED,
+    Surrogate,
+    soft_by_image,
+    soft_staircase,
+    spelled_out,
+    staircase,
+    unwatched,
+)
 from .windows import resampled
 
 # A learned gap never falls below this share of the gap it started from: unguarded, gaps merge
@@ -35,6 +43,7 @@ class _State(NamedTuple):
     # (pooling.py).
     answers: Callable[[QuantActivation, Tensor], Tensor] | None = None
     bits: int | None = None  # other than its own
+    by_image: bool = False  # softened by each image's own windows
 
 
 def absorbed_range(function: nn.Module) -> tuple[float, float] | None:
@@ -240,6 +249,10 @@ class QuantActivation(nn.Module):
         window = self._window(t)
         if state.bits is not None:
             t, step, zero, window = resampled(t, step, zero, window, 2**state.bits - 1)
+        if state.action == "soften" and state.by_image and t.shape[-1] <= MOST_SOFTENED \
+                and not spelled_out():
+            return soft_by_image(z, t.detach(), step.detach().unsqueeze(-1).expand(t.shape),
+                                 (-zero * step).detach(), state.sharpness, axis)
         if state.action == "soften":
             return soft_staircase(z, t, step, window, zero, state.sharpness, axis)
         return staircase(z, t, step, window, zero, state.surrogate, self.gate, axis)

@@ -22,7 +22,7 @@ FAR = 80.0
 _REACH = 17.0
 # Elements per block: most of what is between its operations stays in the cache, and each operation
 # is long enough for the threads that share it.
-_BLOCK = 1 << 19
+BLOCK = 1 << 19
 
 
 def encode(x: Tensor, t: Tensor, edges: Tensor, step: Tensor, zero: Tensor, axis: int | None,
@@ -190,13 +190,13 @@ def _blocks(*tensors: Tensor, axis: int | None) -> Iterator[tuple[Tensor, ...]]:
     first = tensors[0]
     if axis is None:
         flat = [x.reshape(-1) for x in in_memory_order(*tensors)]
-        size = _BLOCK if first.device.type == "cpu" else max(first.numel(), 1)
+        size = BLOCK if first.device.type == "cpu" else max(first.numel(), 1)
         for start in range(0, first.numel(), size):
             yield tuple(x[start : start + size] for x in flat)
-    elif first.device.type != "cpu" or axis == 0 or first.numel() <= _BLOCK:
+    elif first.device.type != "cpu" or axis == 0 or first.numel() <= BLOCK:
         yield tensors
     else:
-        rows = max(1, _BLOCK * first.shape[0] // max(first.numel(), 1))
+        rows = max(1, BLOCK * first.shape[0] // max(first.numel(), 1))
         for start in range(0, first.shape[0], rows):
             yield tuple(x[start : start + rows] for x in tensors)
 

@@ -123,7 +123,7 @@ def fidelity(model: PixelModel, data: Images, correct: np.ndarray, threat: Threa
                            - margin(predict(model, x - h * d, batch), y) for d in unit])
     found = {}
     surrogates = {"ramp": backward(model, "ramp"), "sigmoid(8)": backward(model, "sigmoid(8)"),
-                  "twin k 8": soften(model, 8.0)} if model.quantized else \
+                  "twin k 8": soften(model, 8.0, by_image=True)} if model.quantized else \
         {"gradient": nullcontext(model)}
     for name, surrogate in surrogates.items():
         with surrogate, pools_first(model):

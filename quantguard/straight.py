@@ -15,13 +15,15 @@ indexes, fills or branches by it gets booleans.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+
+from .step_fit import median_distance
+from .step_sites import Site, SiteReader, foreign_function
 
 _ROUNDINGS = {"round", "floor", "ceil", "trunc", "fix"}
 _SIGNS = {"sign", "sgn"}
@@ -119,28 +121,16 @@ def _size(x: Tensor) -> Tensor:
     return size.clamp_min(1e-6).to(x.dtype).reshape(-1, *[1] * (x.dim() - 1))
 
 
-def _distance(x: Tensor) -> Tensor:
-    """Return each image's median distance from zero, (N, 1, ...): the width of a step at zero.
-
-    Of a 1-bit net written with signs 43 images stand, as behind the twin of our own staircases; by
-    half the standard deviation 57, by half the root mean square 50.
-    """
-    away = _rows(x).abs()
-    middle = away.median(1).values
-    width = torch.where(middle > 0, middle, away.mean(1))
-    return width.clamp_min(1e-6).to(x.dtype).reshape(-1, *[1] * (x.dim() - 1))
-
-
 def _rows(x: Tensor) -> Tensor:
     """Return x as (N, values of an image), in a type that holds the sum of their squares."""
     rows = x.detach().flatten(1) if x.dim() > 1 else x.detach().reshape(-1, 1)
     return rows if rows.dtype == torch.float64 else rows.float()
 
 
-class _StraightThrough(TorchFunctionMode):
-    def __init__(self, k: float | None) -> None:
-        super().__init__()
-        self.k, self.met = k, False
+class _StraightThrough(SiteReader):
+    def __init__(self, k: float | None, sites: Sequence[Site]) -> None:
+        super().__init__(sites, k)
+        self.met = bool(sites)
         # Softened comparisons that somebody still holds, by id: ids are used again afterwards.
         self.soft: weakref.WeakValueDictionary[int, Tensor] = weakref.WeakValueDictionary()
 
@@ -157,7 +147,7 @@ class _StraightThrough(TorchFunctionMode):
                    for v in (x, y)):
             return None
         gap = x - y if _COMPARISONS[name] else y - x
-        return self._marked(torch.sigmoid(gap * ((self.k or 1.0) / _distance(gap))))
+        return self._marked(torch.sigmoid(gap * ((self.k or 1.0) / median_distance(gap))))
 
     def _computed(self, func: Any, name: str, args: Any, kwargs: Any) -> Any:
         """Call a function that is given softened comparisons: as numbers, or as booleans."""
@@ -186,8 +176,10 @@ class _StraightThrough(TorchFunctionMode):
             return value.detach() > 0.5 if self._is_soft(value) else value
         return func(*map(hard, args), **{key: hard(value) for key, value in kwargs.items()})
 
-    def __torch_function__(self, func: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
+    def run(self, number: int, func: Any, args: Any, kwargs: Any) -> Any:
+        """Carry a call out: as it is, softened, or with a gradient that goes straight through."""
+        if self.within(number):
+            return func(*args, **kwargs)
         name = getattr(func, "__name__", "").rstrip("_")
         if self.k is not None and torch.is_grad_enabled():
             plain = name.strip("_")
@@ -208,7 +200,7 @@ class _StraightThrough(TorchFunctionMode):
         self.met = True
         if self.k is not None and x.dim():
             if name in _SIGNS:
-                z = torch.tanh(x * (self.k / 2 / _distance(x)))
+                z = torch.tanh(x * (self.k / 2 / median_distance(x)))
             else:
                 # Not finer than a step; a step's width itself, where x goes through several, leaves
                 # more standing: 60 of 100 images on a LeNet with steps of a quarter, not 54.
@@ -245,9 +237,16 @@ def _watched(apply: Any, mode: _StraightThrough) -> Callable[..., Any]:
     def through(cls: Any, *args: Any, **kwargs: Any) -> Any:
         tensors = [i for i, a in enumerate(args) if isinstance(a, Tensor) and a.requires_grad]
         plain = apply.__get__(None, cls)
-        if cls.__module__.split(".")[0] in ("quantguard", "torch") or not tensors \
-                or not torch.is_grad_enabled():
+        if not foreign_function(cls) or mode.hidden:
             return plain(*args, **kwargs)
+        known = mode.within(mode.number) or not tensors or not torch.is_grad_enabled()
+
+        def helping(*args: Any, **kwargs: Any) -> Any:
+            return plain(*args, **kwargs) if known else helped(cls, plain, tensors, args, kwargs)
+        return mode.applied(cls, helping, args, kwargs)
+
+    def helped(cls: Any, plain: Callable[..., Any], tensors: list[int], args: Any,
+               kwargs: Any) -> Any:
         at = tensors[0]
 
         def call(x: Tensor) -> Any:
@@ -266,7 +265,8 @@ def _watched(apply: Any, mode: _StraightThrough) -> Callable[..., Any]:
 
 
 @contextmanager
-def straight_through(k: float | None = None) -> Iterator[_StraightThrough]:
+def straight_through(k: float | None = None,
+                     sites: Sequence[Site] = ()) -> Iterator[_StraightThrough]:
     """Give foreign steps a gradient, inside the context.
 
     torch has no hook for the calls of a custom Function: while the context lasts, its ``apply`` is
@@ -275,12 +275,14 @@ def straight_through(k: float | None = None) -> Iterator[_StraightThrough]:
     Args:
         k: sharpness of the softened steps, as in :func:`quantguard.soften`; None: the values stay,
             and gradients go straight through.
+        sites: quantizers that are known, see :func:`quantguard.step_sites.find_sites`; begin each
+            forward by :meth:`restart` of what is yielded.
 
     Yields:
         An object whose ``met`` says whether there was such a step.
     """
     function: Any = torch.autograd.Function
-    before, mode = function.__dict__["apply"], _StraightThrough(k)
+    before, mode = function.__dict__["apply"], _StraightThrough(k, sites)
     function.apply = classmethod(_watched(before, mode))
     try:
         with mode:
@@ -289,12 +291,12 @@ def straight_through(k: float | None = None) -> Iterator[_StraightThrough]:
         function.apply = before
 
 
-def has_foreign_steps(model: nn.Module, x: Tensor) -> bool:
+def has_foreign_steps(model: nn.Module, x: Tensor, sites: Sequence[Site] = ()) -> bool:
     """Return whether a model goes through steps that can be softened.
 
     One that does not run with softened steps, since they are indices or the like, has none.
     """
-    with torch.enable_grad(), straight_through(8.0) as mode:
+    with torch.enable_grad(), straight_through(8.0, sites) as mode:
         try:
             model(x.detach().requires_grad_())
         except (RuntimeError, IndexError, ValueError, TypeError):

@@ -10,6 +10,9 @@ from torch import Tensor
 
 # More equally spaced thresholds than this are computed, not compared with one by one.
 _COMPARE_UP_TO = 7
+# Numbers of an image that its median distance from a threshold is taken of, about; and how many
+# gaps between thresholds it is at most.
+_GLANCE, _GAPS = 512, 2.5
 # Steps below this lose digits when they are multiplied.
 _TINY = 1e-30
 
@@ -43,6 +46,42 @@ def windows(t: Tensor, width: Tensor) -> Windows:
     mean = widths.mean(-1, keepdim=True)
     equal = ((widths - mean).abs() <= 1e-5 * mean).all(-1, keepdim=True)
     return Windows(edges, torch.where(equal, mean, widths))
+
+
+def image_windows(x: Tensor, t: Tensor, axis: int | None) -> list[Tensor]:
+    """Return the window of each threshold for each image, m of them, each broadcasts with x.
+
+    The median distance of an image's numbers from the threshold, but not more than so many gaps
+    between thresholds: layers differ in where and how wide they lie, and a window that is misled
+    by that softens one layer more than the next. Per channel it is a number of gaps, the image's
+    median of them; of single thresholds, whose channels have no gap, the median distance.
+
+    Args:
+        x: (N, ...).
+        t: (m,), or (C, m) along axis; ascending.
+    """
+    rows = x.detach().reshape(len(x), -1, 1) if axis is None else \
+        x.detach().movedim(axis, -1).reshape(len(x), -1, x.shape[axis])
+    rows = rows[:, ::max(1, rows.shape[1] * rows.shape[2] // _GLANCE)]
+    rows = rows if rows.dtype == torch.float64 else rows.float()
+    shape = [len(x)] + [1] * (x.dim() - 1)
+    gaps = windows(t, torch.ones_like(t[..., 0])).widths
+    found = []
+    for i in range(t.shape[-1]):
+        away = (rows - t[..., i]).abs()
+        if axis is not None and t.shape[-1] > 1:
+            away = away / gaps[..., i]
+        away = away.flatten(1)
+        middle = away.median(1).values
+        width = torch.where(middle > 0, middle, away.mean(1)).clamp_min(1e-6).reshape(shape)
+        if t.shape[-1] > 1 and axis is None:
+            width = width.clamp_max(_GAPS * float(gaps[i]))
+        elif t.shape[-1] > 1:
+            spread = [1] * x.dim()
+            spread[axis] = -1  # type: ignore[index]
+            width = width.clamp_max(_GAPS) * gaps[..., i].reshape(spread)
+        found.append(width)
+    return found
 
 
 class Placed(NamedTuple):

@@ -192,7 +192,7 @@ def test_the_twin_sees_through_foreign_steps_and_judges_by_the_model(
         wrapped = FoolboxModel(model)
         found = make("ce", 20, noise=0.0, **options).run(
             wrapped, x, fb.criteria.Misclassification(y), epsilon=0.1)
-        assert wrapped.module.foreign is (True if "twin" in options else None)
+        assert wrapped.module.foreign is True
         return int((model(found).argmax(1) != y).sum())
     straight, twin = broken(), broken(twin=(2, 32))
     assert twin >= straight and twin > 45
@@ -280,7 +280,8 @@ def test_the_twin_sees_through_comparisons(cnn: nn.Module, digits: tuple[Tensor,
         found = PGD("ce", 20, noise=0.0, **options).run(
             FoolboxModel(model), x, fb.criteria.Misclassification(y), epsilon=0.1)
         return int((model(found).argmax(1) != y).sum())
-    assert broken() == 0 and broken(twin=(2, 32)) > 40
+    # by the line through the steps, and by their softened form
+    assert broken(see_through=False) == 0 and broken() > 30 and broken(twin=(2, 32)) > 40
 
 
 def test_half_precision_is_softened_by_the_same_scale() -> None:

@@ -11,13 +11,18 @@ from torch import Tensor, nn
 
 from ..activation import staircases
 from ..batches import from_pixels
+from ..contexts import soften
 from ..errors import ConversionError, SpecError
 from ..fewchannels import FewChannels
 from ..layout import channels_last, is_compiled, takes_channels_last
 from ..running import device_of, eaten_by
 from ..spec import Threat
+from ..step_sites import Site, find_sites
 from ..straight import has_foreign_steps
 from ._foolbox import fb
+
+# Images in which foreign quantizers are looked for: as many as make so many pixels.
+_LOOKED_AT, _LEAST_LOOKED_AT, _PIXELS = 64, 4, 2**18
 
 
 def logits_of(output: Any) -> Tensor:
@@ -49,6 +54,7 @@ class PixelModel(nn.Module):
     Attributes:
         probabilities: whether the model puts out a softmax, whose logarithm stands for logits.
         foreign: whether it goes through steps of its own that can be softened; None: not known.
+        sites: those steps of its own that are elementwise, with their thresholds.
         queries: images passed forward, in all.
         gradients: images passed forward with a gradient wanted.
         last: whether its convolutions may lie channels last; None: not known.
@@ -60,6 +66,8 @@ class PixelModel(nn.Module):
         self.training = model.training
         self.probabilities = False
         self.foreign: bool | None = None
+        self.sites: tuple[Site, ...] = ()
+        self._looking = False
         self.last: bool | None = None
         self.queries = self.gradients = 0
 
@@ -70,7 +78,9 @@ class PixelModel(nn.Module):
         if attacked:
             self.gradients += pixels.shape[0]
         x = from_pixels(pixels, self.threat).to(eaten_by(self.model) or pixels.dtype)
-        with FewChannels() if attacked and not is_compiled(self.model) else nullcontext():
+        # FewChannels' Function would hide from step_sites what a convolution is given
+        fast = attacked and not self.sites and not self._looking and not is_compiled(self.model)
+        with FewChannels() if fast else nullcontext():
             output = self.model(x) if self.key is None else self.model(**{self.key: x})
         logits = logits_of(output).to(pixels.dtype)  # of autocast, or a half-precision model
         if self.probabilities:
@@ -82,10 +92,23 @@ class PixelModel(nn.Module):
 
     def look_for_foreign_steps(self, pixels: Tensor) -> None:
         """Find out once whether there are any; these images are not counted."""
-        if self.foreign is None:
-            asked = self.queries, self.gradients
-            self.foreign = has_foreign_steps(self, pixels)
-            self.queries, self.gradients = asked
+        if self.foreign is not None:
+            return
+        asked = self.queries, self.gradients
+        if not is_compiled(self.model):
+            few = pixels[:min(_LOOKED_AT, max(_LEAST_LOOKED_AT, _PIXELS // pixels[0].numel()))]
+            low, high = self.threat.bounds
+            # images are on a grid, and what is done to each pixel would look like steps
+            noise = torch.rand(few.shape, generator=torch.Generator().manual_seed(0)) - 0.5
+            few = (few + (high - low) / 4 * noise.to(few)).clamp(low, high)
+            self._looking = True
+            with soften(self, 8.0):
+                self.sites = find_sites(self, few)
+            self._looking = False
+        self.foreign = has_foreign_steps(self, pixels[:2], self.sites)
+        if not self.foreign:
+            self.sites = ()
+        self.queries, self.gradients = asked
 
     @contextmanager
     def laid_out(self, pixels: Tensor) -> Iterator[None]:

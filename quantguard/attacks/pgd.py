@@ -124,8 +124,8 @@ class Climb(InNorm):
             with torch.no_grad():
                 target = rival(module(x0), labels, self.target)
         with frozen(module), module.laid_out(x0):
-            if self.twin is not None and self.see_through:
-                module.look_for_foreign_steps(x0[:2])
+            if self.see_through:
+                module.look_for_foreign_steps(x0)
             kept = self._climb(module, x0, x, labels, target, epsilon, model.bounds)
         return restore(ep.astensor(kept.points))
 
@@ -152,7 +152,8 @@ class Climb(InNorm):
     def _surrogate(self, module: PixelModel, share: float) -> AbstractContextManager[Any]:
         """Return a context in which module is climbed, share (0 to 1) of the way up."""
         k = self._sharpness(share)
-        return backward(module, self.mode) if k is None else soften(module, k)
+        return backward(module, self.mode) if k is None else \
+            soften(module, k, by_image=True)
 
     @contextmanager
     def _climbed(self, module: PixelModel, share: float) -> Iterator[None]:
@@ -162,7 +163,10 @@ class Climb(InNorm):
             if self.see_through:
                 stack.enter_context(pools_first(module))
                 k = self._sharpness(share) if module.foreign else None
-                stack.enter_context(straight_through(k))
+                mode = stack.enter_context(straight_through(k, module.sites))
+                if module.sites:
+                    hook = module.register_forward_pre_hook(lambda *_: mode.restart())
+                    stack.callback(hook.remove)
             yield
 
 
