@@ -15,7 +15,7 @@ from .staircase import MOST_SOFTENED, soft_by_image
 from .windows import windows
 
 # Levels nearer than this share of their range are one level: ``z + (q(z) - z)`` rounds.
-_SAME_LEVEL = 1e-4
+SAME_LEVEL = 1e-5
 # More levels are no low-bit quantizer: 8 bits.
 MOST_LEVELS = 256
 # A run has at least so many samples on average, or nothing shows that y is constant there.
@@ -71,7 +71,7 @@ def _runs(samples: Samples) -> _Runs:
     lowest = y.new_full((groups,), torch.inf).scatter_reduce(0, channel, y, "amin")
     highest = y.new_full((groups,), -torch.inf).scatter_reduce(0, channel, y, "amax")
     # of a channel's own range: scales of channels may lie far apart
-    near = (_SAME_LEVEL * (highest - lowest).clamp_min(1e-12))[channel]
+    near = (SAME_LEVEL * (highest - lowest).clamp_min(1e-12))[channel]
     new = torch.ones_like(z, dtype=torch.bool)
     new[1:] = (channel[1:] != channel[:-1]) | ((y[1:] - y[:-1]).abs() > near[1:])
     first = new.nonzero().squeeze(1)
@@ -117,7 +117,7 @@ def has_few_levels(y: Tensor, channel: Tensor) -> bool:
     values, groups = y[order], channel[order]
     span = (values.max() - values.min()).clamp_min(1e-12)
     new = torch.ones_like(groups, dtype=torch.bool)
-    new[1:] = (groups[1:] != groups[:-1]) | (values[1:] - values[:-1] > _SAME_LEVEL * span)
+    new[1:] = (groups[1:] != groups[:-1]) | (values[1:] - values[:-1] > SAME_LEVEL * span)
     level = new.cumsum(0) - 1
     counts = torch.bincount(level)
     per_channel = torch.bincount(groups[new], minlength=int(groups[-1]) + 1)

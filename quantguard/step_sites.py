@@ -37,6 +37,8 @@ _FIRST, _TOO_MANY = 1024, 400
 # Forwards with other numbers in z's place, at most, and how narrow a bracket needs to be, of z's
 # range.
 _ROUNDS, _NARROW = 6, 1e-5
+# An attribute is no call: whoever watches asks for some, too.
+_ATTRIBUTES = ("__get__", "__set__")
 # Numbers that tell whether a tensor has been written to.
 _ANEW = 256
 # Smaller tensors say nothing of a step.
@@ -139,8 +141,9 @@ class _Calls(TorchFunctionMode):
         """Return the leaves of a call's arguments, or others in their place."""
         return leaves
 
-    def returned(self, number: int, name: str, result: Any) -> None:
-        """Look at a call's result."""
+    def returned(self, number: int, name: str, result: Any) -> Any:
+        """Return a call's result, or another in its place."""
+        return result
 
     def run(self, number: int, func: Any, args: Any, kwargs: Any) -> Any:
         """Carry the call out."""
@@ -148,7 +151,7 @@ class _Calls(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if self.hidden:
+        if self.hidden or _name(func) in _ATTRIBUTES:
             return func(*args, **kwargs)
         other = next((t for t in types if not issubclass(t, Tensor)), None)
         if other is not None:
@@ -168,8 +171,7 @@ class _Calls(TorchFunctionMode):
         if any(a is not b for a, b in zip(leaves, given, strict=True)):
             args, kwargs = tree_unflatten(given, spec)
         result = self.run(number, func, args, kwargs)
-        self.returned(number, _name(func), result)
-        return result
+        return self.returned(number, _name(func), result)
 
 
 class _Link(torch.autograd.Function):
@@ -247,6 +249,8 @@ class _Recorder(_Calls):
         self._smooth: dict[torch.Size, list[_Seen]] = {}
         self._read: list[tuple[_Seen, Place]] = []
         self._after = 0
+        self._memory: set[int] = set()
+        self._generator = torch.Generator().manual_seed(1)
         self._ends: list[_Seen] = []
 
     def found(self) -> Iterator[tuple[_Seen, list[Place]]]:
@@ -268,6 +272,9 @@ class _Recorder(_Calls):
 
     def given(self, number: int, name: str, leaves: list[Any]) -> list[Any]:
         self._read, self._after = [], 0
+        self._memory = {leaf.untyped_storage().data_ptr() for leaf in leaves
+                        if type(leaf) in (Tensor, nn.Parameter)
+                        and leaf.layout is torch.strided and not leaf.is_meta}
         for at, leaf in enumerate(leaves):
             seen = self._see(leaf, Place(number, name, False, at))
             if seen is None:
@@ -282,7 +289,7 @@ class _Recorder(_Calls):
                 self._seen[id(linked)] = linked, seen
         return leaves
 
-    def returned(self, number: int, name: str, result: Any) -> None:
+    def returned(self, number: int, name: str, result: Any) -> Any:
         read, after = self._read, self._after
         found = [(leaf, self._see(leaf, Place(number, name, True, at), after))
                  for at, leaf in enumerate(tree_leaves(result)) if isinstance(leaf, Tensor)]
@@ -302,6 +309,30 @@ class _Recorder(_Calls):
                 # a step of each channel, as a BatchNorm makes of it, is one that is known already
                 if s is not None and s is not seen and not s.per_tensor:
                     s.after, s.source = max(s.after, number), None
+        if isinstance(result, Tensor) and found and not name.endswith("_"):
+            whole = found[0][1]
+            if whole is not None and whole.few and whole.source is None and result.requires_grad \
+                    and result.is_floating_point() and not self._shares(result):
+                return self._dithered(result, whole)
+        return result
+
+    def _shares(self, result: Tensor) -> bool:
+        """Return whether a result lies in the memory of an argument."""
+        return result.untyped_storage().data_ptr() in self._memory
+
+    def _dithered(self, result: Tensor, seen: _Seen) -> Tensor:
+        """Return a sum of products off its grid.
+
+        Quantized weights put it on one, of which anything that follows would be a step function.
+        """
+        assert seen.glance is not None
+        values = seen.glance.sort().values
+        gaps = values[1:] - values[:-1]
+        gaps = gaps[gaps > step_fit.SAME_LEVEL * (values[-1] - values[0])]
+        noise = torch.rand(result.shape, generator=self._generator, dtype=torch.float64) - 0.5
+        off = result + (noise * float(gaps.median())).to(result)
+        self._see(off, seen.place, seen.after)
+        return off
 
     def _see(self, value: Any, place: Place, after: int = 0) -> _Seen | None:
         if type(value) not in (Tensor, nn.Parameter) or id(value) in self._constants \
@@ -385,11 +416,12 @@ class _Prober(_Calls):
                 self.read[place] = leaf.detach().clone()
         return leaves
 
-    def returned(self, number: int, name: str, result: Any) -> None:
+    def returned(self, number: int, name: str, result: Any) -> Any:
         for at, leaf in enumerate(tree_leaves(result)):
             place = Place(number, name, True, at)
             if place in self._sources and isinstance(leaf, Tensor):
                 self._replace(leaf, self._sources[place])
+        return result
 
     def _replace(self, tensor: Tensor, numbers: Tensor) -> None:
         if tensor.shape == numbers.shape:
@@ -592,12 +624,13 @@ class SiteReader(_Calls):
                     else y.detach() + ready.to(y.dtype)
         return leaves
 
-    def returned(self, number: int, name: str, result: Any) -> None:
+    def returned(self, number: int, name: str, result: Any) -> Any:
         leaves: list[Any] | None = None
         for place, site in self._sources.get(number, ()):
             if place.result and place.name == name:
                 leaves = tree_leaves(result) if leaves is None else leaves
                 self._note(leaves, place, site)
+        return result
 
     def _note(self, leaves: list[Any], place: Place, site: int) -> None:
         z = leaves[place.at] if place.at < len(leaves) else None
