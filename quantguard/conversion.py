@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.data import DataLoader, SequentialSampler
 
 from .activation import HOOKS, QuantActivation, staircases
 from .audit import Audit, audit
@@ -19,6 +20,7 @@ from .calls import Identity
 from .entrance import is_input
 from .errors import ConversionError, DataError, QuantguardError, SpecError
 from .example import find_example
+from .held import reordered
 from .interception import Hook
 from .kinds import function_of
 from .metadata import ModelMetadata, annotate, known_of
@@ -37,6 +39,8 @@ from .running import (
 from .sites import check_convertible, find_sites
 from .spec import FLOAT_BITS, InputSpec, Threat, check_threat
 from .tracing import separate_aliases
+
+_CALIBRATED = 16  # batches
 
 
 @dataclass(frozen=True)
@@ -84,7 +88,8 @@ def convert(model: nn.Module, bits: Bits = 2, dynamic: bool = False, *,
             match site names as in a shell, or kinds; the last that matches counts.
         dynamic: thresholds and step are learned (DQA) instead of fixed (FQA).
         data: a re-iterable of model inputs or (inputs, labels); thresholds start where the mean
-            squared error on the first batches is smallest. None: BatchNorm statistics, else a
+            squared error on 16 batches is smallest: the first, or, of a DataLoader that does not
+            shuffle and of a list, such as stand for all of it. None: BatchNorm statistics, else a
             seeded probe.
         example: one input batch, for the audit and the probe; None: the first batch of data, else
             a shape that the model accepts.
@@ -121,7 +126,7 @@ def convert(model: nn.Module, bits: Bits = 2, dynamic: bool = False, *,
         require_reiterable(data, "data")
         with seeded(0):  # a shuffling loader draws from the caller's random numbers
             batches = [as_eaten(unpack(batch)[0], original)
-                       for batch in itertools.islice(data, 16)]
+                       for batch in itertools.islice(_spread(data), _CALIBRATED)]
         for number, batch in enumerate(batches):
             for x in tensors_in(batch):
                 if x.is_floating_point() and not x.isfinite().all():
@@ -136,6 +141,20 @@ def convert(model: nn.Module, bits: Bits = 2, dynamic: bool = False, *,
     converted.__dict__["quantguard"] = Conversion(plan, found, **(
         known if threat is None else {**known, "threat": threat}))
     return converted
+
+
+def _spread(data: Iterable[Any]) -> Iterable[Any]:
+    """Return data whose first batches stand for all of it: sorted by class they would not.
+
+    Where data has more batches than calibration reads, a DataLoader that reads in order gives its
+    images in a seeded order instead, and of a list of batches some from all over it are taken.
+    """
+    if isinstance(data, DataLoader):
+        if type(data.sampler) is SequentialSampler and len(data) > _CALIBRATED:
+            return reordered(data, 0)
+    elif isinstance(data, (list, tuple)) and len(data) > _CALIBRATED:
+        return [data[i * len(data) // _CALIBRATED] for i in range(_CALIBRATED)]
+    return data
 
 
 def _converted(model: nn.Module, batches: list[Any] | None, example: Any, bits: Bits,
