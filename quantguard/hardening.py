@@ -166,15 +166,14 @@ def hardened(model: nn.Module, loader: Iterable[Any], threat: Threat | None, *,
                         fix="Use bits=1 to 8.")
     if known_of(model) != vars(ModelMetadata()):
         known = walk.described(model)
-        check_shape(model, known["input_shape"], "the loader")
         check_classes(model, known["class_names"], known["outputs"])
     if isinstance(bits, Mapping) or max_clean_drop is None:
         made = walk.to_bits(bits, epochs)
     else:
         made = walk.to_goal(2 if bits is None else bits, epochs, max_clean_drop)
     known = walk.described(made.model)
-    known["num_classes"] = len(known["class_names"] or range(known.pop("outputs")))
-    annotate(made.model, threat=threat, **known)
+    outputs, names = known.pop("outputs"), known["class_names"]
+    annotate(made.model, threat=threat, num_classes=len(names) if names else outputs, **known)
     return made
 
 
@@ -316,6 +315,7 @@ class Walk:
         inputs = first_inputs(self._source().whole(), model)
         name, x = image_tensor(inputs, "the loader")
         check_images_shape(x, "the loader")
+        check_shape(model, x.shape[1:], "the loader")
         with torch.no_grad(), evaluating(model), seeded(self.seed):
             answers = run(model, x[:2] if name is None else {name: x[:2]}, "the loader")
         return {"input_shape": tuple(x.shape[1:]), "outputs": logits_of(answers).shape[1],

@@ -129,7 +129,7 @@ def resolved(model: nn.Module, threat: Threat | None, say: bool = False) -> Thre
     for name in ("mean", "std"):
         if fits and getattr(threat, name) is None and getattr(here, name) is not None:
             threat = _with(threat, name, getattr(here, name))
-    if not fits or not same_input(threat, own):
+    if not same_input(threat, own):
         raise SpecError(
             f"the model's input was made for: {_input_text(own)}; and the threat says: "
             f"{_input_text(told)}",

@@ -63,7 +63,8 @@ def test_the_same_model_in_other_pixels_is_as_robust(bounds: tuple[int, int], cn
 
 
 @pytest.mark.parametrize(("options", "meant"), [
-    ({"eps": 8 / 255, "bounds": (0, 255)}, "eps=8 "), ({"eps": 0.1, "bounds": (0, 255)}, "eps=25.5"),
+    ({"eps": 8 / 255, "bounds": (0, 255)}, "eps=8 "),
+    ({"eps": 0.1, "bounds": (0, 255)}, "eps=25.5"),
     ({"eps": 0.3, "bounds": (0, 255)}, "eps=76.5"), ({"eps": 8 / 255, "bounds": (0, 16)}, "0.502"),
     ({"eps": 0.5, "bounds": (0, 255), "norm": "l2"}, "127.5"),
     ({"eps": 3, "bounds": (0, 255), "norm": "l2"}, "eps=765"),
@@ -78,8 +79,9 @@ def test_a_radius_in_other_units_is_refused_with_what_was_meant(options: dict[st
 
 @pytest.mark.parametrize("options", [
     {"eps": 0}, {"eps": 1e-6}, {"eps": 1e-3}, {"eps": 1}, {"eps": 1e-4, "norm": "l2"},
-    {"eps": 0, "bounds": (0, 255)}, {"eps": 1, "bounds": (0, 255)}, {"eps": 255, "bounds": (0, 255)},
-    {"eps": 128, "bounds": (0, 255), "norm": "l2"}, {"eps": 1e-3, "bounds": (-1, 1)},
+    {"eps": 0, "bounds": (0, 255)}, {"eps": 1, "bounds": (0, 255)},
+    {"eps": 255, "bounds": (0, 255)}, {"eps": 128, "bounds": (0, 255), "norm": "l2"},
+    {"eps": 1e-3, "bounds": (-1, 1)},
     {"eps": 8 / 255, "bounds": (-1, 1)}, {"eps": 1e-3, "bounds": (-3, 3)},
     {"eps": 0, "norm": "l2"}])
 def test_what_research_uses_is_taken(options: dict[str, Any]) -> None:
