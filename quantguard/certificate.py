@@ -36,6 +36,7 @@ class Certificate:
         threat, method, splits, environment: how to have it again.
         image_hash: of pixels and labels, in order, as in ``Evaluation``.
         skipped: images that there was no time for; they count as not certified.
+        sample: which images of a data set these are, as in ``Evaluation``.
     """
 
     certified: np.ndarray = field(repr=False)
@@ -49,6 +50,7 @@ class Certificate:
     image_hash: str
     skipped: int = 0
     splits: int = 0
+    sample: dict[str, Any] | None = None
 
     @property
     def images(self) -> int:
@@ -88,7 +90,7 @@ class Certificate:
             "threat": self.threat.to_dict(), "method": self.method,
             "splits": self.splits, "sites": self.sites,
             "environment": self.environment, "image_hash": self.image_hash,
-            "seconds": self.seconds, "skipped": self.skipped,
+            "sample": self.sample, "seconds": self.seconds, "skipped": self.skipped,
             "correct_images": indices(self.correct),
             "certified_images": indices(self.certified),
             "lower": [v if math.isfinite(v) else None for v in self.lower.tolist()]}
@@ -124,6 +126,6 @@ class Certificate:
             return cls(certified, mask_of(data["correct_images"], n),
                        lower, data["sites"], data["seconds"], Threat(**data["threat"]),
                        data["method"], data["environment"], data["image_hash"], data["skipped"],
-                       data.get("splits", 0))
+                       data.get("splits", 0), data.get("sample"))
         except (KeyError, TypeError, IndexError) as error:
             raise DataError("this is no certificate JSON of quantguard", why=repr(error)) from None

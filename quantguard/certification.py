@@ -43,8 +43,9 @@ from .certificate import Certificate
 from .errors import ConversionError, Interrupted, SpecError
 from .evidence import padded, predict
 from .files import replacing
-from .images import Images, batch_size, check_count, gather
+from .images import Images, batch_size, check_count, gather, warn_if_sorted
 from .keeping import arrays, locked
+from .metadata import check_classes, resolved
 from .progress import Progress
 from .running import (
     check_model,
@@ -56,7 +57,7 @@ from .running import (
     usable_device,
     version,
 )
-from .spec import Threat, check_threat
+from .spec import Threat
 
 # What an image has been through once branch and bound is done with it.
 _BRANCHED = 3
@@ -65,7 +66,7 @@ _TOGETHER, _ELEMENTS = 1024, 1 << 18
 METHODS = ("auto", "ibp", "crown")
 
 
-def certify(model: nn.Module, loader: Iterable[Any], threat: Threat = Threat(), *,
+def certify(model: nn.Module, loader: Iterable[Any], threat: Threat | None = None, *,
             method: str = "auto", images: int | None = None,
             splits: int = 0, budget: float | str | None = None,
             run_dir: str | os.PathLike[str] | None = None,
@@ -82,7 +83,8 @@ def certify(model: nn.Module, loader: Iterable[Any], threat: Threat = Threat(), 
     Args:
         model: a classifier; what it returns is read as logits.
         loader: re-iterable of (images, labels), or dicts with ``labels``.
-        threat: norm, eps and bounds in pixel units; mean and std where the loader normalises.
+        threat: norm, eps and bounds in pixel units; mean and std where the loader normalises;
+            None: the model's own, as in :func:`quantguard.evaluate`.
         method: ``ibp`` (intervals), ``crown`` (linear bounds too, for all correct images), or
             ``auto``: linear bounds for what intervals leave undecided.
         images: how many images, the loader's first; None: all.
@@ -110,7 +112,7 @@ def certify(model: nn.Module, loader: Iterable[Any], threat: Threat = Threat(), 
     if method not in METHODS:
         raise SpecError(f"method={method!r} is unknown", fix=f"Use one of {', '.join(METHODS)}.")
     check_model(model)
-    check_threat(threat)
+    threat = resolved(model, threat, progress)
     if not isinstance(splits, Integral) or splits < 0 or (splits and threat.norm != "linf"):
         raise SpecError(f"splits={splits!r} in {threat.norm}",
                         fix="Give a whole number, 0 or more, and more than 0 in linf only.")
@@ -195,6 +197,8 @@ def _certify(model: nn.Module, data: Images, threat: Threat, method: str, limit:
     batch = batch_size(data.pixels)
     logits = predict(pixel_model, data.pixels, batch)
     check_labels(data.labels, logits.shape[1], "the loader")
+    check_classes(model, data.classes, logits.shape[1])
+    warn_if_sorted(data, logits.shape[1])
     correct = (logits.argmax(1) == data.labels).cpu().numpy()
     flat = flattened(model, threat, data.key, data.pixels)
     _agrees(flat, pixel_model, data, threat, batch)
@@ -226,7 +230,7 @@ def _certify(model: nn.Module, data: Images, threat: Threat, method: str, limit:
     return Certificate(correct & (state.lower > 0), correct, state.lower,
                        {name: one / max(every, 1) for name, (one, every) in state.sites.items()},
                        state.spent, threat, method, environment(data.pixels.device), digest,
-                       int((state.done == 0).sum()), splits)
+                       int((state.done == 0).sum()), splits, data.sample)
 
 
 def _agrees(flat: Flat, model: PixelModel, data: Images, threat: Threat, batch: int) -> None:

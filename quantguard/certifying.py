@@ -6,7 +6,6 @@ arXiv:2103.17268.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Iterable
 from typing import Any
@@ -80,7 +79,7 @@ class CertifiedObjective:
     @property
     def attacker(self) -> Threat:
         """Return what the inner attack may do at the present radius."""
-        return dataclasses.replace(self.threat, eps=(1 - self.recipe.box) * self.eps)
+        return self.threat.at((1 - self.recipe.box) * self.eps)
 
     def intervals(self, pixels: Tensor, eps: float) -> Interval:
         """Return the intervals of the logits over the ball of radius eps around each image."""

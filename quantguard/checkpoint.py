@@ -24,15 +24,16 @@ from torch.nn.parameter import is_lazy
 
 from .activation import staircases
 from .audit import Audit
-from .conversion import Conversion, carry_out, conversion_of, restore, unwrap
+from .conversion import Conversion, carry_out, conversion_of, restore
 from .discovery import Intercepted
 from .errors import LoadError
 from .files import replacing
 from .kinds import described, rebuilt
+from .metadata import ModelMetadata, annotate, metadata_from, metadata_of
 from .models import build_arch, is_our_file, load_model
 from .pickles import read_pickle
 from .plan import Plan
-from .running import check_model
+from .running import check_model, unwrap
 from .sites import find_sites
 from .spec import InputSpec, QuantSpec
 
@@ -69,7 +70,8 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, arch: str | None = N
         "sites": _sites(done.plan) if done else None,
         "unread": dict(done.plan.unread) if done else {},
         "input": asdict(done.plan.input) if done and done.plan.input else None,
-        "audit": asdict(done.audit) if done and done.audit else None}
+        "audit": asdict(done.audit) if done and done.audit else None,
+        "metadata": metadata_of(model).metadata()}
     files = {"weights.safetensors": _safetensors(tensors)}
     if arch is None or not arch.startswith(_SAFE_ARCHES):
         skeleton = _skeleton(model if done is None else restore(model))
@@ -112,6 +114,7 @@ def load(path: str | os.PathLike[str], *, model: nn.Module | None = None) -> nn.
         audit = None if told is None else Audit(tuple(told["ran"]), tuple(told["left"]),
                                                 bool(told["identical"]), told["seconds"])
         training = bool(manifest["training"])
+        known = metadata_from(manifest.get("metadata"))  # the first versions knew of none
     except LoadError:
         raise
     except Exception as error:  # a damaged manifest may hold anything, and raise anything
@@ -127,7 +130,9 @@ def load(path: str | os.PathLike[str], *, model: nn.Module | None = None) -> nn.
     if model is not None or skeleton is None:
         result.train(training)
     if plan is not None:
-        result.__dict__["quantguard"] = Conversion(plan, audit)
+        result.__dict__["quantguard"] = Conversion(plan, audit, **known)
+    elif any(value is not None for value in known.values()):
+        annotate(result, **known)
     return result
 
 
@@ -139,7 +144,14 @@ def open_model(spec: str, *, arch: str | None = None, trust: bool = False) -> nn
     """
     if Path(spec).is_file() and is_our_file(spec):
         return load(spec, model=build_arch(arch) if arch else None)
-    return load_model(spec, arch=arch, trust=trust)
+    model = load_model(spec, arch=arch, trust=trust)
+    if isinstance(model.__dict__.get("quantguard"), ModelMetadata):
+        try:  # a pickle sets attributes without asking anybody
+            annotate(model, **metadata_from(metadata_of(model).metadata()))
+        except Exception as error:
+            raise LoadError(f"{spec} is damaged: its model.quantguard is no metadata",
+                            why=f"{type(error).__name__}: {error}") from error
+    return model
 
 
 def rebuilds(path: str | os.PathLike[str]) -> bool:
@@ -285,7 +297,9 @@ def _skeleton(model: nn.Module) -> bytes | None:
     """Return the float model without weights as a pickle that load accepts, or None."""
     file = io.BytesIO()
     try:
-        torch.save(_moved(copy.deepcopy(model), to_meta=True), file)
+        bare = copy.deepcopy(model)
+        bare.__dict__.pop("quantguard", None)  # the manifest has it
+        torch.save(_moved(bare, to_meta=True), file)
         file.seek(0)
         read_pickle(file, "the skeleton")
     except Exception:

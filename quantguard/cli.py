@@ -57,16 +57,21 @@ def inspect(model: str, arch: str | None, trust: bool, bits: tuple[tuple[str, in
     given.there(model)
     from .conversion import conversion_of
     from .conversion import inspect as plan_of
+    from .metadata import metadata_of
     given.outputs([model], json=json_file)
     opened = given.opened(model, arch, trust)
     done = conversion_of(opened)
     if done is not None:
         given.not_given(("bits", "dynamic", "keep", "gates", "per_channel", "input_bits",
                          "input_range", "input_shape"), f"{model} is converted already")
+    known = metadata_of(opened)
     plan = plan_of(opened, given.bits_of(bits), dynamic, example=given.example_of(input_shape),
                    per_channel=per_channel, keep=keep, gates=gates, input_bits=input_bits,
                    input_range=given.pairs(input_range))
-    _tell(str(done or plan), (json_file, _json(plan)))
+    made_for = known.metadata_line()
+    _tell(str(done or plan) + (f"\nmade for: {made_for}" if made_for else ""),
+          (json_file, lambda file: write_text(file, json.dumps(
+              {**plan.to_dict(), "metadata": known.metadata()}, indent=1))))
 
 
 @main.command()
@@ -88,8 +93,12 @@ def convert(model: str, arch: str | None, trust: bool, output: str | None, force
     from .conversion import conversion_of
     from .conversion import convert as carry_out
     target = given.output_of(model, output, ".qg", force)
-    loader = given.loader_of(data, "train", batch_size, size, mean, std) if data else None
-    converted = carry_out(given.opened(model, arch, trust), given.bits_of(bits), dynamic,
+    opened, loader = given.opened(model, arch, trust), None
+    threat, size = given.setting_of({model: opened}, None, None, mean, std, size)
+    if data:
+        loader = given.loader_of(data, "train", batch_size, size, threat.mean, threat.std)
+    known = mean is not None or std is not None
+    converted = carry_out(opened, given.bits_of(bits), dynamic, threat=threat if known else None,
                           data=loader, example=given.example_of(input_shape),
                           per_channel=per_channel, keep=keep, gates=gates, input_bits=input_bits,
                           input_range=given.pairs(input_range))
@@ -122,7 +131,7 @@ def convert(model: str, arch: str | None, trust: bool, output: str | None, force
 @options.RUNNING
 def harden(model: str, arch: str | None, trust: bool, data: str, output: str | None, force: bool,
            bits: tuple[tuple[str, int], ...], dynamic: bool | None,
-           max_clean_drop: float | None, eps: float, norm: str, recipe: str,
+           max_clean_drop: float | None, eps: float | None, norm: str | None, recipe: str,
            settings: tuple[str, ...], epochs: int, train: str, augment: bool, batch_size: int,
            size: int | None, mean: Any, std: Any, seed: int, run_dir: str | None,
            device: str | None, quiet: bool) -> None:
@@ -132,9 +141,10 @@ def harden(model: str, arch: str | None, trust: bool, data: str, output: str | N
     chosen = given.recipe_of(recipe, settings)
     target = given.output_of(model, output, ".hardened.qg", force)
     given.keepable(run_dir)
-    threat = given.threat_of(eps, norm, mean, std)
-    loader = given.loader_of(data, "train", batch_size, size, mean, std, augment)
-    hardened = run(given.opened(model, arch, trust), loader, threat,
+    opened = given.opened(model, arch, trust)
+    threat, size = given.setting_of({model: opened}, eps, norm, mean, std, size)
+    loader = given.loader_of(data, "train", batch_size, size, threat.mean, threat.std, augment)
+    hardened = run(opened, loader, threat,
                    bits=given.same_or_table(bits), dynamic=dynamic, recipe=chosen, epochs=epochs,
                    train=train, max_clean_drop=max_clean_drop, run_dir=run_dir, seed=seed,
                    device=device, progress=not quiet)
@@ -154,11 +164,12 @@ def harden(model: str, arch: str | None, trust: bool, data: str, output: str | N
                    "images count.")
 @options.LOADING
 @options.RUNNING
-def evaluate(model: str, arch: str | None, trust: bool, data: str, eps: float, norm: str,
-             suite: str, split: str, images: int | None, certify: bool, budget: str | None,
-             report: str | None, json_file: str | None, strict: bool, adversarials: str | None,
-             replay: str | None, batch_size: int, size: int | None, mean: Any, std: Any, seed: int,
-             run_dir: str | None, device: str | None, quiet: bool) -> None:
+def evaluate(model: str, arch: str | None, trust: bool, data: str, eps: float | None,
+             norm: str | None, suite: str, split: str, images: int | None, first: bool,
+             certify: bool, budget: str | None, report: str | None, json_file: str | None,
+             strict: bool, adversarials: str | None, replay: str | None, batch_size: int,
+             size: int | None, mean: Any, std: Any, seed: int, run_dir: str | None,
+             device: str | None, quiet: bool) -> None:
     """Measure how many images of DATA survive every attack on MODEL."""
     given.there(model)
     from .evaluation import evaluate as run
@@ -169,18 +180,18 @@ def evaluate(model: str, arch: str | None, trust: bool, data: str, eps: float, n
     given.keepable(run_dir)
     if adversarials and not adversarials.endswith(".npz"):
         raise SpecError(f"--adversarials {adversarials} must end in .npz")
-    threat = given.threat_of(eps, norm, mean, std)
     again = Evaluation.load(replay) if replay else None
     if again is not None:
-        given.not_given(("eps", "norm", "suite", "images", "seed", "budget", "certify", "mean",
-                         "std"), f"--replay takes it from {replay}")
-        mean, std = again.threat.mean, again.threat.std
-    loader = given.loader_of(data, split, batch_size, size, mean, std)
-    result = run(given.opened(model, arch, trust), loader, threat, suite=suite, images=images,
+        given.not_given(("eps", "norm", "suite", "images", "first", "seed", "budget", "certify",
+                         "mean", "std"), f"--replay takes it from {replay}")
+        told = again.threat.in_pixels_of(0, 1)
+        eps, norm, mean, std = told.eps, told.norm, told.mean, told.std
+    opened = given.opened(model, arch, trust)
+    threat, size = given.setting_of({model: opened}, eps, norm, mean, std, size)
+    loader = given.measured_of(data, split, batch_size, size, threat, images, first, again)
+    result = run(opened, loader, threat, suite=suite,
                  run_dir=run_dir, seed=seed, device=device, progress=not quiet, budget=budget,
                  certify=certify, replay=again)
-    if given.is_first():
-        _fewer(images, result.images, data)
     _tell(str(result), (json_file, result.save), (adversarials, result.save_adversarials),
           (report, Comparison({Path(model).name: result}).save_page))
     if strict and not result.reliable:
@@ -197,24 +208,26 @@ def evaluate(model: str, arch: str | None, trust: bool, data: str, eps: float, n
 @click.option("--splits", type=click.IntRange(0), default=0, show_default=True,
               help="Cut the surroundings of what stays undecided into so many parts, at most.")
 @click.option("--split", type=click.Choice(["train", "test"]), default="test", show_default=True)
-@click.option("--images", type=click.IntRange(1), help="How many, the first; all by default.")
+@options.IMAGES
 @click.option("--json", "json_file", type=click.Path(dir_okay=False), help="Write JSON.")
 @click.option("--budget", help="Time that it may take, as 90s, 5m or 2h; images that there is no "
                                "time for count as not certified.")
 @options.LOADING
 @options.BARE_RUNNING
-def certify(model: str, arch: str | None, trust: bool, data: str, eps: float, norm: str,
-            method: str, splits: int, split: str, images: int | None, json_file: str | None,
-            budget: str | None, batch_size: int, size: int | None, mean: Any, std: Any,
-            run_dir: str | None, device: str | None, quiet: bool) -> None:
+def certify(model: str, arch: str | None, trust: bool, data: str, eps: float | None,
+            norm: str | None, method: str, splits: int, split: str, images: int | None,
+            first: bool, json_file: str | None, budget: str | None, batch_size: int,
+            size: int | None, mean: Any, std: Any, run_dir: str | None, device: str | None,
+            quiet: bool) -> None:
     """Prove for how many images of DATA no attack on MODEL can succeed."""
     given.there(model)
     from .certification import certify as run
     given.outputs([model, *given.files_of(data)], json=json_file)
     given.keepable(run_dir)
-    threat = given.threat_of(eps, norm, mean, std)
-    loader = given.loader_of(data, split, batch_size, size, mean, std)
-    result = run(given.opened(model, arch, trust), loader, threat, method=method, images=images,
+    opened = given.opened(model, arch, trust)
+    threat, size = given.setting_of({model: opened}, eps, norm, mean, std, size)
+    loader = given.measured_of(data, split, batch_size, size, threat, images, first)
+    result = run(opened, loader, threat, method=method,
                  splits=splits, budget=budget, run_dir=run_dir, device=device, progress=not quiet)
     _tell(str(result), (json_file, _json(result)))
 
@@ -227,10 +240,10 @@ def certify(model: str, arch: str | None, trust: bool, data: str, eps: float, no
 @options.EVALUATION
 @options.LOADING
 @options.RUNNING
-def compare(models: tuple[str, ...], arch: str | None, trust: bool, data: str, eps: float,
-            norm: str, suite: str, split: str, images: int | None, certify: bool,
-            budget: str | None, report: str | None, json_file: str | None, strict: bool,
-            batch_size: int, size: int | None, mean: Any, std: Any, seed: int,
+def compare(models: tuple[str, ...], arch: str | None, trust: bool, data: str, eps: float | None,
+            norm: str | None, suite: str, split: str, images: int | None, first: bool,
+            certify: bool, budget: str | None, report: str | None, json_file: str | None,
+            strict: bool, batch_size: int, size: int | None, mean: Any, std: Any, seed: int,
             run_dir: str | None, device: str | None, quiet: bool) -> None:
     """Evaluate several models on the same images by the same attacks."""
     given.there(*models)
@@ -239,10 +252,10 @@ def compare(models: tuple[str, ...], arch: str | None, trust: bool, data: str, e
     given.keepable(run_dir)
     if len(set(models)) < len(models):
         raise SpecError("a model is named twice", fix="Name each model once.")
-    threat = given.threat_of(eps, norm, mean, std)
-    loader = given.loader_of(data, split, batch_size, size, mean, std)
-    result = run({name: given.opened(name, arch, trust) for name in models}, loader, threat,
-                 suite=suite, images=images, run_dir=run_dir, seed=seed, device=device,
+    opened = {name: given.opened(name, arch, trust) for name in models}
+    threat, size = given.setting_of(opened, eps, norm, mean, std, size)
+    loader = given.measured_of(data, split, batch_size, size, threat, images, first)
+    result = run(opened, loader, threat, suite=suite, run_dir=run_dir, seed=seed, device=device,
                  progress=not quiet, certify=certify, budget=budget)
     _show(result, report, json_file, strict)
 
@@ -263,9 +276,9 @@ def compare(models: tuple[str, ...], arch: str | None, trust: bool, data: str, e
 @options.LOADING
 @options.RUNNING
 def ablate(model: str, arch: str | None, trust: bool, data: str, output: str | None, force: bool,
-           bits: int, dynamic: bool | None, eps: float, norm: str, recipe: str,
+           bits: int, dynamic: bool | None, eps: float | None, norm: str | None, recipe: str,
            settings: tuple[str, ...], epochs: int, train: str, augment: bool, suite: str,
-           split: str, images: int | None, certify: bool, budget: str | None,
+           split: str, images: int | None, first: bool, certify: bool, budget: str | None,
            report: str | None, json_file: str | None, strict: bool, batch_size: int,
            size: int | None, mean: Any, std: Any, seed: int, run_dir: str | None,
            device: str | None, quiet: bool) -> None:
@@ -276,11 +289,12 @@ def ablate(model: str, arch: str | None, trust: bool, data: str, output: str | N
     given.outputs([model, *given.files_of(data)], output=target, report=report, json=json_file)
     given.keepable(run_dir)
     chosen = given.recipe_of(recipe, settings)
-    threat = given.threat_of(eps, norm, mean, std)
-    loaders = (given.loader_of(data, "train", batch_size, size, mean, std, augment),
-               given.loader_of(data, split, batch_size, size, mean, std))
-    result = run(given.opened(model, arch, trust), *loaders, threat, bits=bits, dynamic=dynamic,
-                 recipe=chosen, epochs=epochs, train=train, suite=suite, images=images,
+    opened = given.opened(model, arch, trust)
+    threat, size = given.setting_of({model: opened}, eps, norm, mean, std, size)
+    loaders = (given.loader_of(data, "train", batch_size, size, threat.mean, threat.std, augment),
+               given.measured_of(data, split, batch_size, size, threat, images, first))
+    result = run(opened, *loaders, threat, bits=bits, dynamic=dynamic,
+                 recipe=chosen, epochs=epochs, train=train, suite=suite,
                  run_dir=run_dir, seed=seed, device=device, progress=not quiet,
                  certify=certify, budget=budget)
     result.settings.update(model=model, arch=arch, data=data, augment=augment, size=size)
@@ -297,22 +311,23 @@ def ablate(model: str, arch: str | None, trust: bool, data: str, output: str | N
               help="quick, standard, full or paper.")
 @click.option("--split", type=click.Choice(["train", "test"]), default="train", show_default=True,
               help="Which images; what is chosen by the test set is no longer measured by it.")
-@click.option("--images", type=click.IntRange(1), help="How many, the first; all by default.")
+@options.IMAGES
 @click.option("--json", "json_file", type=click.Path(dir_okay=False), help="Write JSON.")
 @options.LOADING
 @options.RUNNING
-def sensitivity(model: str, arch: str | None, trust: bool, data: str, eps: float, norm: str,
-                suite: str, split: str, images: int | None, json_file: str | None,
-                batch_size: int, size: int | None, mean: Any, std: Any, seed: int,
-                run_dir: str | None, device: str | None, quiet: bool) -> None:
+def sensitivity(model: str, arch: str | None, trust: bool, data: str, eps: float | None,
+                norm: str | None, suite: str, split: str, images: int | None, first: bool,
+                json_file: str | None, batch_size: int, size: int | None, mean: Any, std: Any,
+                seed: int, run_dir: str | None, device: str | None, quiet: bool) -> None:
     """Measure what the quantization of each site of MODEL costs, clean and attacked."""
     given.there(model)
     from .sensitive import sensitivity as run
     given.outputs([model, *given.files_of(data)], json=json_file)
     given.keepable(run_dir)
-    threat = given.threat_of(eps, norm, mean, std)
-    loader = given.loader_of(data, split, batch_size, size, mean, std)
-    result = run(given.opened(model, arch, trust), loader, threat, suite=suite, images=images,
+    opened = given.opened(model, arch, trust)
+    threat, size = given.setting_of({model: opened}, eps, norm, mean, std, size)
+    loader = given.measured_of(data, split, batch_size, size, threat, images, first)
+    result = run(opened, loader, threat, suite=suite,
                  run_dir=run_dir, seed=seed, device=device, progress=not quiet)
     _tell(str(result), (json_file, _json(result)))
 
@@ -341,11 +356,6 @@ def _save(model: Any, target: Path, arch: str | None) -> None:
                    "give --arch "
                    f"{arch or 'package.module:factory'} to the commands that read it, or "
                    "quantguard.load(path, model=...) in Python", err=True)
-
-
-def _fewer(asked: int | None, there: int, data: str) -> None:
-    if asked is not None and there < asked:
-        click.echo(f"note: --images {asked}, and {data} has {there}", err=True)
 
 
 def _json(result: Any) -> Callable[[Any], None]:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.data import DataLoader, SequentialSampler
 
 from .activation import HOOKS, QuantActivation, staircases
 from .audit import Audit, audit
@@ -19,8 +20,10 @@ from .calls import Identity
 from .entrance import is_input
 from .errors import ConversionError, DataError, QuantguardError, SpecError
 from .example import find_example
+from .held import reordered
 from .interception import Hook
 from .kinds import function_of
+from .metadata import ModelMetadata, annotate, known_of
 from .plan import Bits, Plan, Site, assign, join
 from .rewrite import Rewritten, add_entrance, fused_paths, rewrite, undo
 from .running import (
@@ -31,19 +34,23 @@ from .running import (
     seeded,
     stand_in,
     tensors_in,
+    unwrap,
 )
 from .sites import check_convertible, find_sites
-from .spec import FLOAT_BITS, InputSpec
+from .spec import FLOAT_BITS, InputSpec, Threat, check_threat
 from .tracing import separate_aliases
+
+_CALIBRATED = 16  # batches
 
 
 @dataclass(frozen=True)
-class Conversion:
+class Conversion(ModelMetadata):
     """Hold how a model was converted; it travels with the converted model.
 
     Attributes:
         plan: every site, converted or kept.
         audit: what one input saw; None where none was run.
+        threat, num_classes, class_names, input_shape: as :class:`ModelMetadata`.
     """
 
     plan: Plan
@@ -71,7 +78,8 @@ class Conversion:
 def convert(model: nn.Module, bits: Bits = 2, dynamic: bool = False, *,
             data: Iterable[Any] | None = None, example: Any = None, per_channel: bool = False,
             keep: Iterable[str | type[nn.Module]] = (), gates: bool = False,
-            input_bits: int | None = None, input_range: Any = None) -> nn.Module:
+            input_bits: int | None = None, input_range: Any = None,
+            threat: Threat | None = None) -> nn.Module:
     """Return a copy of model whose activations are low-bit staircases.
 
     Args:
@@ -80,7 +88,8 @@ def convert(model: nn.Module, bits: Bits = 2, dynamic: bool = False, *,
             match site names as in a shell, or kinds; the last that matches counts.
         dynamic: thresholds and step are learned (DQA) instead of fixed (FQA).
         data: a re-iterable of model inputs or (inputs, labels); thresholds start where the mean
-            squared error on the first batches is smallest. None: BatchNorm statistics, else a
+            squared error on 16 batches is smallest: the first, or, of a DataLoader that does not
+            shuffle and of a list, such as stand for all of it. None: BatchNorm statistics, else a
             seeded probe.
         example: one input batch, for the audit and the probe; None: the first batch of data, else
             a shape that the model accepts.
@@ -90,6 +99,8 @@ def convert(model: nn.Module, bits: Bits = 2, dynamic: bool = False, *,
         input_bits: bits of a staircase on the input, too; None: none.
         input_range: its lowest and highest level, in what the model eats: a pair, or a pair for
             each channel.
+        threat: what is to travel with the model as ``model.quantguard.threat``, where its mean,
+            std or bounds are known; None: what travels with it already.
 
     Returns:
         The converted model, an instance of model's class, in model's modes, with a
@@ -107,13 +118,15 @@ def convert(model: nn.Module, bits: Bits = 2, dynamic: bool = False, *,
     """
     original = unwrap(model)
     check_convertible(original)
+    if threat is not None:
+        check_threat(threat)
     entry = input_spec(input_bits, input_range)
     batches: list[Any] | None = None
     if data is not None:
         require_reiterable(data, "data")
         with seeded(0):  # a shuffling loader draws from the caller's random numbers
             batches = [as_eaten(unpack(batch)[0], original)
-                       for batch in itertools.islice(data, 16)]
+                       for batch in itertools.islice(_spread(data), _CALIBRATED)]
         for number, batch in enumerate(batches):
             for x in tensors_in(batch):
                 if x.is_floating_point() and not x.isfinite().all():
@@ -124,8 +137,24 @@ def convert(model: nn.Module, bits: Bits = 2, dynamic: bool = False, *,
         example = batches[0]
     converted, plan, found = _converted(original, batches, example, bits, dynamic, per_channel,
                                         keep, gates, entry)
-    converted.__dict__["quantguard"] = Conversion(plan, found)
+    known = known_of(original)
+    converted.__dict__["quantguard"] = Conversion(plan, found, **(
+        known if threat is None else {**known, "threat": threat}))
     return converted
+
+
+def _spread(data: Iterable[Any]) -> Iterable[Any]:
+    """Return data whose first batches stand for all of it: sorted by class they would not.
+
+    Where data has more batches than calibration reads, a DataLoader that reads in order gives its
+    images in a seeded order instead, and of a list of batches some from all over it are taken.
+    """
+    if isinstance(data, DataLoader):
+        if type(data.sampler) is SequentialSampler and len(data) > _CALIBRATED:
+            return reordered(data, 0)
+    elif isinstance(data, (list, tuple)) and len(data) > _CALIBRATED:
+        return [data[i * len(data) // _CALIBRATED] for i in range(_CALIBRATED)]
+    return data
 
 
 def _converted(model: nn.Module, batches: list[Any] | None, example: Any, bits: Bits,
@@ -253,7 +282,7 @@ def with_entrance(model: nn.Module, spec: InputSpec) -> nn.Module:
         raise ConversionError("the model has a staircase on its input already")
     done = conversion_of(model)
     if done is None:
-        done = Conversion(make_plan(model, FLOAT_BITS, entry=spec))
+        done = Conversion(make_plan(model, FLOAT_BITS, entry=spec), **known_of(model))
     twin = duplicate(model)
     add_entrance(twin, spec)
     twin.__dict__["quantguard"] = replace(done, plan=replace(done.plan, input=spec, example=None))
@@ -264,17 +293,6 @@ def conversion_of(model: nn.Module) -> Conversion | None:
     """Return how model was converted, or None for a float one."""
     done = getattr(unwrap(model), "__dict__", {}).get("quantguard")
     return done if isinstance(done, Conversion) else None
-
-
-def unwrap(model: nn.Module) -> nn.Module:
-    """Return the user's model inside DataParallel or torch.compile wrappers."""
-    while True:
-        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-            model = model.module
-        elif type(model).__name__ == "OptimizedModule" and hasattr(model, "_orig_mod"):
-            model = model._orig_mod  # type: ignore[assignment]
-        else:
-            return model
 
 
 def carry_out(model: nn.Module, plan: Plan) -> nn.Module:
@@ -364,6 +382,9 @@ def restore(model: nn.Module) -> nn.Module:
         raise ConversionError(f"{type(model).__name__} is not converted: it holds no staircase")
     twin = duplicate(model)
     done = twin.__dict__.pop("quantguard", None)
+    known = known_of(model)
+    if any(value is not None for value in known.values()):
+        annotate(twin, **known)
     added = undo(twin)  # the input's staircase is gone
     functions = {site.name: site for site in done.plan.converted if site.form == "attribute"} \
         if done is not None else {}

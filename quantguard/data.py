@@ -10,10 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Subset
 
 from .errors import DataError, SpecError
 from .sources import DATA_HELP, SOURCES, Source, Split
+
+# The seed by which images of a split are drawn to be measured, whatever the seed of the attacks:
+# every model and every command gets the same ones.
+SAMPLING_SEED = 0
 
 
 class ImageSet(Dataset[tuple[Tensor, int]]):
@@ -25,6 +29,7 @@ class ImageSet(Dataset[tuple[Tensor, int]]):
     def __init__(self, source: Source, mean: Tensor | None, std: Tensor | None,
                  augment: bool) -> None:
         self.source, self.mean, self.std, self.augment = source, mean, std, augment
+        self.classes = source.classes
 
     def __len__(self) -> int:
         return len(self.source.items)  # type: ignore[arg-type]
@@ -90,6 +95,52 @@ def load_data(spec: str, split: Split, *, batch_size: int = 128, size: int | Non
     dataset: Dataset[Any] = ImageSet(source, _statistic("mean", mean, source.channels),
                                      _statistic("std", std, source.channels), augment)
     return DataLoader(dataset, batch_size=batch_size, shuffle=split == "train")
+
+
+class Sample(Subset[Any]):
+    """Some images of a data set.
+
+    Attributes:
+        sample: ``of`` how many they are, their ``indices``, and the ``seed`` that drew them; None:
+            they are the first. Results record it.
+    """
+
+    def __init__(self, dataset: Dataset[Any], indices: Sequence[int], seed: int | None) -> None:
+        super().__init__(dataset, indices)
+        self.sample = {"of": len(dataset), "seed": seed,  # type: ignore[arg-type]
+                       "indices": list(indices)}
+
+
+def to_measure(loader: DataLoader[Any], images: int | None = None, first: bool = False,
+               again: dict[str, Any] | None = None) -> DataLoader[Any]:
+    """Return what a figure is measured on: all images of a loader in order, or a sample of them.
+
+    The sample is drawn from the whole data set, which may be sorted by class: the first ``images``
+    of one permutation, so that a smaller sample is a part of a larger one.
+
+    Args:
+        images: how many; None, or at least as many as there are: all.
+        first: take the first instead.
+        again: the sample of an earlier result, which is taken instead.
+
+    Raises:
+        DataError: ``again`` is of another data set.
+    """
+    data: Any = loader.dataset
+    n, seed = len(data), None if first else SAMPLING_SEED
+    if again is not None:
+        indices, seed = list(again.get("indices", ())), again.get("seed")
+        if again.get("of") != n or not all(index in range(n) for index in indices):
+            raise DataError(f"the earlier result is of a data set of {again.get('of')} images, "
+                            f"and this one has {n}", fix="Give the same data and split.")
+    elif images is None or images >= n:
+        return DataLoader(data, batch_size=loader.batch_size)
+    elif first:
+        indices = list(range(images))
+    else:
+        generator = torch.Generator().manual_seed(SAMPLING_SEED)
+        indices = torch.randperm(n, generator=generator)[:images].tolist()
+    return DataLoader(Sample(data, indices, seed), batch_size=loader.batch_size)
 
 
 def _guess(spec: str) -> str:

@@ -26,9 +26,10 @@ from .certification import certificate_of
 from .curve import LABEL, Curve, accuracy_over_eps
 from .errors import DataError, Interrupted, SpecError
 from .evidence import all_flags, are_probabilities, fidelity, flags_of_attacks, predict, saturated
-from .images import batch_size, gather
+from .images import batch_size, gather, warn_if_sorted
 from .keeping import locked
 from .masking import Flag
+from .metadata import check_classes, resolved
 from .progress import Progress
 from .results import AttackResult, Evaluation
 from .running import (
@@ -40,11 +41,11 @@ from .running import (
     usable_device,
 )
 from .schedule import OTHERS, Schedule, State
-from .spec import Threat, check_seed, check_threat
+from .spec import Threat, check_seed
 from .world import world
 
 
-def evaluate(model: nn.Module, loader: Iterable[Any], threat: Threat = Threat(), *,
+def evaluate(model: nn.Module, loader: Iterable[Any], threat: Threat | None = None, *,
              suite: str | Sequence[Any] = "standard", images: int | None = None,
              run_dir: str | os.PathLike[str] | None = None, seed: int = 0,
              device: str | torch.device | None = None, progress: bool = True,
@@ -58,6 +59,8 @@ def evaluate(model: nn.Module, loader: Iterable[Any], threat: Threat = Threat(),
         model: a classifier; what it returns is read as logits.
         loader: re-iterable of (images, labels), or dicts with ``labels``.
         threat: norm, eps and bounds in pixel units; mean and std where the loader normalises.
+            None: the model's own (``model.quantguard.threat``), which :func:`quantguard.harden`
+            sets, else ``Threat()``. One without mean and std gets the model's.
         suite: ``quick``, ``standard``, ``full``, ``paper`` (what arXiv:1807.06714 tables), or a
             list of ``foolbox.attacks.Attack``.
         images: how many images, the loader's first; None: all.
@@ -77,8 +80,9 @@ def evaluate(model: nn.Module, loader: Iterable[Any], threat: Threat = Threat(),
     Raises:
         DataError: images or labels that do not fit, or other ones than ``replay`` had.
         ConversionError: a model that returns no logits, or NaN; or one that cannot be certified.
-        SpecError: an unknown suite, a run_dir of other settings, a budget that is no time, or a
-            replay of attacks that the suite does not have.
+        SpecError: an unknown suite, a run_dir of other settings, a budget that is no time, mean,
+            std or bounds that contradict the model's own, or a replay of attacks that the suite
+            does not have.
 
     Example:
         >>> evaluation = evaluate(model, loader, Threat(eps=8 / 255))  # doctest: +SKIP
@@ -89,7 +93,7 @@ def evaluate(model: nn.Module, loader: Iterable[Any], threat: Threat = Threat(),
         suite = suite if replay.suite == "list" else replay.suite
         certify = replay.certificate is not None
     check_model(model)
-    check_threat(threat)
+    threat = resolved(model, threat, progress)
     check_seed(seed)
     suite = suite if isinstance(suite, str) else list(suite)
     check_suite(suite)
@@ -119,6 +123,9 @@ def _evaluate(model: nn.Module, loader: Iterable[Any], threat: Threat, suite: st
         pixel_model.probabilities = True
         logits = predict(pixel_model, data.pixels, batch)
     check_labels(data.labels, logits.shape[1], "the loader")
+    check_classes(model, data.classes, logits.shape[1])
+    if not certify:  # which warns, too
+        warn_if_sorted(data, logits.shape[1])
     correct = (logits.argmax(1) == data.labels).cpu().numpy()
     digest = hashlib.blake2b(data.pixels.cpu().numpy().tobytes()
                              + data.labels.cpu().numpy().tobytes(), digest_size=16).hexdigest()
@@ -175,7 +182,7 @@ def _evaluate(model: nn.Module, loader: Iterable[Any], threat: Threat, suite: st
             (*flags, masking.left_out(schedule.skipped)), adversarials, data.labels.cpu().numpy(),
             threat, suite if isinstance(suite, str) else "list", seed,
             environment(data.pixels.device), digest, time.monotonic() - start, faithful,
-            curve.points, tuple(schedule.skipped), certificate)
+            curve.points, tuple(schedule.skipped), certificate, data.sample)
     try:
         schedule.run(chosen)
         curve = accuracy_over_eps(pixel_model, data, threat, batch, seed, correct,

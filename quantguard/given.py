@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ from .files import try_writing
 if TYPE_CHECKING:
     from torch import nn
 
+    from .results import Evaluation
     from .spec import Threat
 
 
@@ -116,10 +117,62 @@ def keepable(folder: str | None) -> None:
         try_writing(folder, next(p for p in (whole, *whole.parents) if p.exists()))
 
 
-def threat_of(eps: float, norm: str, mean: Any, std: Any) -> Threat:
-    """Return the threat to pixels from 0 to 1, as ``--data`` yields them."""
+def setting_of(models: Mapping[str, nn.Module], eps: float | None, norm: str | None, mean: Any,
+               std: Any, size: int | None) -> tuple[Threat, int | None]:
+    """Return the threat to pixels from 0 to 1, as ``--data`` yields them, and the images' side.
+
+    What is not given is the models' own, which is told.
+
+    Raises:
+        SpecError: an option that contradicts a model, or models that contradict each other.
+    """
+    from .metadata import annotate, metadata_of, shared
     from .spec import Threat
-    return Threat(norm, eps, (0, 1), mean, std)
+    if eps is None and norm is None:
+        shared(models.items(), None)  # the one radius that they have in common
+    own = next((known.in_pixels_of(0, 1) for known in (
+        metadata_of(model).threat for model in models.values()) if known is not None), None)
+    if own is not None:
+        norm = norm or own.norm
+        eps = own.eps if eps is None and norm == own.norm else eps
+    threat = Threat(norm or "linf", eps, (0, 1), mean, std)  # type: ignore[arg-type]
+    used, side = shared(models.items(), threat), _side(models, size)
+    for name, model in models.items():
+        known = metadata_of(model)
+        if known.threat is None:
+            continue
+        if is_first():
+            other = known.threat.norm != used.norm or own is None or own.eps != used.eps
+            click.echo(f"note: {name} is for {known.metadata_line()}"
+                       + (f"; used here: {used}" if other else "; used here, too"), err=True)
+        annotate(model, threat=used)  # told: the library need not say it again
+    return used, side
+
+
+def _side(models: Mapping[str, nn.Module], size: int | None) -> int | None:
+    """Return the side that images are resized to: as asked, or as the models were hardened on.
+
+    Raises:
+        SpecError: ``--size`` contradicts a model, or two models each other.
+    """
+    from .metadata import metadata_of
+    first: tuple[str, tuple[int, ...]] | None = None
+    for name, model in models.items():
+        shape = metadata_of(model).input_shape
+        if shape is None or len(shape) != 3:
+            continue
+        text = "x".join(map(str, shape))
+        if size is not None and shape[1:] != (size, size):
+            raise SpecError(f"--size {size} contradicts {name}, which was hardened on {text}",
+                            fix="Leave --size out.")
+        if first is not None and first[1] != shape:
+            raise SpecError(f"{first[0]} was hardened on {'x'.join(map(str, first[1]))}, and "
+                            f"{name} on {text}", why="They are to meet the same images.",
+                            fix="Evaluate each alone.")
+        first = name, shape
+    if size is None and first is not None and first[1][1] == first[1][2]:
+        return first[1][1]
+    return size
 
 
 def not_given(names: tuple[str, ...], why: str) -> None:
@@ -148,6 +201,23 @@ def loader_of(data: str, split: str, batch_size: int, size: int | None, mean: An
     from .data import load_data
     return load_data(data, split, batch_size=batch_size, size=size,  # type: ignore[arg-type]
                      mean=mean, std=std, augment=augment)
+
+
+def measured_of(data: str, split: str, batch_size: int, size: int | None, threat: Threat,
+                images: int | None, first: bool, again: Evaluation | None = None) -> Any:
+    """Return the loader of what is measured of ``--data``: all of the split, or a sample of it.
+
+    Args:
+        again: take the images of this evaluation.
+    """
+    from .data import to_measure
+    loader = loader_of(data, split, batch_size, size, threat.mean, threat.std)
+    there = len(loader.dataset)
+    if images is not None and there < images and is_first():
+        click.echo(f"note: --images {images}, and {data} has {there}", err=True)
+    if again is not None:
+        return to_measure(loader, again.images, first=True, again=again.sample)
+    return to_measure(loader, images, first)
 
 
 def example_of(shape: tuple[int, ...] | None) -> Any:

@@ -16,21 +16,40 @@ import torch
 from torch import nn
 
 from .activation import staircases
-from .attacks import PixelModel
+from .attacks import PixelModel, logits_of
 from .batching import Source, hold_out
 from .certifying import check
-from .conversion import conversion_of, inspect, restore, unwrap
+from .conversion import conversion_of, inspect, restore
 from .entrance import is_input
 from .errors import SpecError
 from .files import write_text
 from .held import has_labels
 from .history import History
-from .preparing import prepare
+from .images import check_images_shape, image_tensor
+from .metadata import (
+    ModelMetadata,
+    annotate,
+    check_classes,
+    check_shape,
+    class_names_of,
+    known_of,
+    resolved,
+)
+from .preparing import first_inputs, prepare
 from .probing import PixelBatches, parent_accuracy
 from .recipes import Recipe, recipe_of, stages
-from .running import check_model, device_of, duplicate, seeded, usable_device
+from .running import (
+    check_model,
+    device_of,
+    duplicate,
+    evaluating,
+    run,
+    seeded,
+    unwrap,
+    usable_device,
+)
 from .sensitive import costs
-from .spec import FLOAT_BITS, Threat, check_seed, check_threat
+from .spec import FLOAT_BITS, Threat, check_seed
 from .training import check_effort, fit
 from .world import world
 
@@ -69,7 +88,7 @@ class Hardened:
         return {"stages": [stage.to_dict() for stage in self.stages]}
 
 
-def harden(model: nn.Module, loader: Iterable[Any], threat: Threat = Threat(), *,
+def harden(model: nn.Module, loader: Iterable[Any], threat: Threat | None = None, *,
            bits: int | Mapping[str, int] | None = None, dynamic: bool | None = None,
            recipe: str | Recipe = "pgd", epochs: int = 3, train: str = "all",
            val: Iterable[Any] | None = None, max_clean_drop: float | None = None,
@@ -83,7 +102,7 @@ def harden(model: nn.Module, loader: Iterable[Any], threat: Threat = Threat(), *
             out, on which a probe picks the best epoch; what its data set does to images (random
             transforms, say) is done to these, too: give ``val`` where that is not wanted.
         threat: the attacker to train against, in pixel units; mean and std where the loader
-            normalises.
+            normalises. None: the model's own, else ``Threat()``.
         bits: 1 to 8, or 32 for a float control; for a float model also {pattern: bits}, patterns
             as in :func:`convert`; None: as converted already, else 2.
         dynamic: learned thresholds; None: as converted already, else False: that learning them
@@ -104,7 +123,9 @@ def harden(model: nn.Module, loader: Iterable[Any], threat: Threat = Threat(), *
         progress: whether to show it.
 
     Returns:
-        The hardened copy, in the mode the model came in, on its device.
+        The hardened copy, in the mode the model came in, on its device. Its attribute
+        ``quantguard`` holds threat, classes and input shape; :func:`quantguard.save` keeps them,
+        and every function that takes the copy uses them.
 
     Raises:
         SpecError: settings that contradict each other or the model.
@@ -119,7 +140,7 @@ def harden(model: nn.Module, loader: Iterable[Any], threat: Threat = Threat(), *
                     run_dir=run_dir, seed=seed, device=device, progress=progress).model
 
 
-def hardened(model: nn.Module, loader: Iterable[Any], threat: Threat, *,
+def hardened(model: nn.Module, loader: Iterable[Any], threat: Threat | None, *,
              bits: int | Mapping[str, int] | None, dynamic: bool | None, recipe: str | Recipe,
              epochs: int, train: str, val: Iterable[Any] | None,
              run_dir: str | os.PathLike[str] | None, seed: int,
@@ -128,7 +149,7 @@ def hardened(model: nn.Module, loader: Iterable[Any], threat: Threat, *,
     """Do what :func:`harden` does, and return how it went, too."""
     model, chosen = unwrap(model), recipe_of(recipe)
     check_model(model)
-    check_threat(threat)
+    threat = resolved(model, threat, progress)
     check_seed(seed)
     if threat.eps == 0 and (chosen.attacks or chosen.certifies):
         raise SpecError(f"eps=0 leaves recipe {chosen.name} nothing to train against",
@@ -140,12 +161,20 @@ def hardened(model: nn.Module, loader: Iterable[Any], threat: Threat, *,
     check_effort(epochs, train)
     walk = Walk(model, loader, threat, dynamic, chosen, train, val,
                 None if run_dir is None else Path(run_dir), seed, device, progress)
-    if max_clean_drop is not None:
-        if isinstance(bits, Mapping):
-            raise SpecError("max_clean_drop walks down in bits, the same at every site",
-                            fix="Use bits=1 to 8.")
-        return walk.to_goal(2 if bits is None else bits, epochs, max_clean_drop)
-    return walk.to_bits(bits, epochs)
+    if max_clean_drop is not None and isinstance(bits, Mapping):
+        raise SpecError("max_clean_drop walks down in bits, the same at every site",
+                        fix="Use bits=1 to 8.")
+    if known_of(model) != vars(ModelMetadata()):
+        known = walk.described(model)
+        check_classes(model, known["class_names"], known["outputs"])
+    if isinstance(bits, Mapping) or max_clean_drop is None:
+        made = walk.to_bits(bits, epochs)
+    else:
+        made = walk.to_goal(2 if bits is None else bits, epochs, max_clean_drop)
+    known = walk.described(made.model)
+    outputs, names = known.pop("outputs"), known["class_names"]
+    annotate(made.model, threat=threat, num_classes=len(names) if names else outputs, **known)
+    return made
 
 
 class Walk:
@@ -280,6 +309,17 @@ class Walk:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # training says what there is to say of the loader
             return hold_out(self.loader, self.val, self.recipe.batch_size, self.seed)
+
+    def described(self, model: nn.Module) -> dict[str, Any]:
+        """Return what the training images are: their shape, classes, and the model's outputs."""
+        inputs = first_inputs(self._source().whole(), model)
+        name, x = image_tensor(inputs, "the loader")
+        check_images_shape(x, "the loader")
+        check_shape(model, x.shape[1:], "the loader")
+        with torch.no_grad(), evaluating(model), seeded(self.seed):
+            answers = run(model, x[:2] if name is None else {name: x[:2]}, "the loader")
+        return {"input_shape": tuple(x.shape[1:]), "outputs": logits_of(answers).shape[1],
+                "class_names": class_names_of(self.loader)}
 
     def _stage(self, model: nn.Module, bits: int | Mapping[str, int] | None, epochs: int,
                name: str | None) -> tuple[nn.Module, History]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from numbers import Integral
@@ -12,6 +14,7 @@ from torch import Tensor, nn
 
 from .batches import check_images, check_labels, require_reiterable, snap, to_pixels, unpack
 from .errors import DataError, SpecError
+from .metadata import check_shape, class_names_of
 from .running import device_of, to_device
 from .spec import Threat
 
@@ -25,12 +28,18 @@ class Images:
         labels: (N,).
         key: the model's keyword for images; None: its first argument.
         snapped: how far a pixel was moved, at most, to one of 256 levels or into the bounds.
+        more: whether the loader has others after these.
+        classes: their names, where the loader's data set says them.
+        sample: which of a data set they are, see :class:`quantguard.data.Sample`.
     """
 
     pixels: Tensor
     labels: Tensor
     key: str | None = None
     snapped: float = 0.0
+    more: bool = False
+    classes: tuple[str, ...] | None = None
+    sample: dict[str, Any] | None = None
 
 
 def gather(model: nn.Module, loader: Iterable[Any], threat: Threat, images: int | None) -> Images:
@@ -47,7 +56,7 @@ def gather(model: nn.Module, loader: Iterable[Any], threat: Threat, images: int 
     pixels: list[Tensor] = []
     labels: list[Tensor] = []
     key: str | None = None
-    taken, snapped = 0, 0.0
+    taken, snapped, more = 0, 0.0, False
     for number, batch in enumerate(loader):
         where = f"batch {number} of the loader"
         inputs, target = unpack(batch)
@@ -58,6 +67,7 @@ def gather(model: nn.Module, loader: Iterable[Any], threat: Threat, images: int 
         if len(x) != len(target):
             raise DataError(f"{where} has {len(x)} images and {len(target)} labels")
         check_images_shape(x, where)
+        check_shape(model, x.shape[1:], where)
         if number:
             _check_alike(pixels[0], x, key, name, where)
         key = name
@@ -69,11 +79,48 @@ def gather(model: nn.Module, loader: Iterable[Any], threat: Threat, images: int 
         labels.append(target)
         taken += len(x)
         if images is not None and taken >= images:
+            more = taken > images or number + 1 < _batches(loader, number + 2)
             break
     if not taken:
         raise DataError("the loader is empty", fix="Give at least one batch.")
     x, y = torch.cat(pixels)[:images], torch.cat(labels)[:images].long()
-    return Images(to_device(x, device), to_device(y, device), key, snapped)
+    sample = getattr(getattr(loader, "dataset", None), "sample", None)
+    return Images(to_device(x, device), to_device(y, device), key, snapped, more,
+                  class_names_of(loader), sample if isinstance(sample, dict) else None)
+
+
+def _batches(loader: Iterable[Any], unknown: int) -> int:
+    """Return the number of a loader's batches, or what stands for it where it does not say."""
+    try:
+        return len(loader)  # type: ignore[arg-type]
+    except TypeError:
+        return unknown
+
+
+def warn_if_sorted(data: Images, classes: int) -> None:
+    """Warn where the first images of a loader come sorted by class, and some classes are missing.
+
+    The interval of a figure covers the sampling of images, and these are no sample: an image folder
+    in order begins with one class. Warns where random labels would come so less than once in
+    a hundred times.
+
+    Args:
+        classes: how many the model has.
+    """
+    labels, n = data.labels, len(data.labels)
+    seen = sorted(set(labels.tolist()))
+    if not data.more or len(seen) >= classes or bool((labels[1:] < labels[:-1]).any()):
+        return
+    one = len(seen) == 1 and (n - 1) * math.log(classes) > math.log(100)
+    ways = math.lgamma(n + classes) - math.lgamma(n + 1) - math.lgamma(classes)
+    if one or ways - n * math.log(classes) < -math.log(100):
+        which = f"class {seen[0]}" if len(seen) == 1 else \
+            f"{len(seen)} of the model's {classes} classes, sorted"
+        warnings.warn(
+            f"the first {n} images of the loader are of {which}: figures of them say nothing "
+            "about the others. Shuffle the data once, by a seed, before images= takes the first "
+            "(torch.utils.data.Subset(data, torch.randperm(len(data), generator=…)))",
+            stacklevel=4)
 
 
 def check_count(images: int | None) -> None:

@@ -96,13 +96,21 @@ BITS = click.option("--bits", type=_Bits(), multiple=True, metavar="BITS",
                          "some sites, as in convert.")
 LOADING = _options(
     click.option("--batch-size", type=click.IntRange(1), default=128, show_default=True),
-    click.option("--size", type=click.IntRange(1), help="Resize images to this side."),
+    click.option("--size", type=click.IntRange(1),
+                 help="Resize images to this side. Size, mean and std of a hardened .qg are used "
+                      "without being given."),
     click.option("--mean", type=_Numbers(), help="Per channel; MODEL eats (pixel - mean) / std."),
     click.option("--std", type=_Numbers(), help="Per channel."))
 THREAT = _options(
-    click.option("--eps", type=_Eps(), default="8/255", show_default=True,
-                 help="Radius in [0,1] pixel units: 0.1 or 8/255."),
-    click.option("--norm", type=click.Choice(["linf", "l2"]), default="linf", show_default=True))
+    click.option("--eps", type=_Eps(), help="Radius in [0,1] pixel units: 0.1 or 8/255. By default "
+                                            "MODEL's own, else 8/255 in Linf."),
+    click.option("--norm", type=click.Choice(["linf", "l2"]),
+                 help="By default MODEL's own, else linf."))
+IMAGES = _options(
+    click.option("--images", type=click.IntRange(1),
+                 help="How many, drawn from all of the split by one fixed seed, the same for every "
+                      "MODEL and command; all by default."),
+    click.option("--first", is_flag=True, help="With --images: the first ones instead."))
 BARE_RUNNING = _options(
     click.option("--run-dir", type=click.Path(file_okay=False),
                  help="Keeps the state; the same command again goes on from there."),
@@ -115,7 +123,7 @@ EVALUATION = _options(
                  help="quick, standard, full or paper."),
     click.option("--split", type=click.Choice(["train", "test"]), default="test",
                  show_default=True),
-    click.option("--images", type=click.IntRange(1), help="How many, the first; all by default."),
+    IMAGES,
     click.option("--certify", is_flag=True, help="Prove first which images no attack can break: "
                                                   "the truth is bracketed."),
     click.option("--budget", help="Time that the attacks may take on a model, as 90s, 5m or 2h; "

@@ -20,7 +20,7 @@ from .batches import require_reiterable, unpack
 from .batching import hold_out
 from .certification import certificate_of
 from .certifying import check
-from .conversion import conversion_of, unwrap
+from .conversion import conversion_of
 from .crossed import crossed
 from .entrance import is_input
 from .errors import ConversionError, DataError, SpecError
@@ -29,11 +29,12 @@ from .files import write_text
 from .hardening import hardened
 from .images import check_count, gather, image_tensor
 from .masking import mcnemar
+from .metadata import annotate, resolved, shared
 from .optimizing import parameter_groups
 from .preparing import prepare
 from .recipes import Recipe, recipe_of
 from .results import Evaluation, same_images
-from .running import check_model, frozen, seconds_of, seeded
+from .running import check_model, frozen, seconds_of, seeded, unwrap
 from .spec import FLOAT_BITS, Threat, check_seed
 from .training import check_effort
 from .world import world
@@ -107,10 +108,10 @@ class Comparison:
         write_text(path, page(self))
 
 
-def compare(models: Mapping[str, nn.Module], loader: Iterable[Any], threat: Threat = Threat(), *,
-            suite: str | Sequence[Any] = "standard", images: int | None = None,
-            run_dir: str | os.PathLike[str] | None = None, seed: int = 0,
-            device: str | torch.device | None = None, progress: bool = True,
+def compare(models: Mapping[str, nn.Module], loader: Iterable[Any],
+            threat: Threat | None = None, *, suite: str | Sequence[Any] = "standard",
+            images: int | None = None, run_dir: str | os.PathLike[str] | None = None,
+            seed: int = 0, device: str | torch.device | None = None, progress: bool = True,
             certify: bool = False, budget: float | str | None = None) -> Comparison:
     """Evaluate several models on the same images by the same attacks.
 
@@ -118,17 +119,23 @@ def compare(models: Mapping[str, nn.Module], loader: Iterable[Any], threat: Thre
 
     Args:
         models: by name, in the order of the table.
-        loader, threat, suite, images, run_dir, seed, device, progress, certify: as
+        loader, suite, images, run_dir, seed, device, progress, certify: as
             :func:`quantguard.evaluate`.
+        threat: the same; None: what the models have in common.
         budget: the same, for each model; what one's time did not suffice for its row lists.
 
     Raises:
+        SpecError: models made for images of different mean, std or bounds, or for different radii
+            where no threat is given.
         SpecError, DataError, ConversionError: as :func:`quantguard.evaluate`.
     """
     if not models:
         raise SpecError("no models to compare")
     if budget is not None:
         seconds_of(budget)  # before any work
+    for model in models.values():
+        check_model(model)
+    threat = shared(models.items(), threat, progress)
     rows = {}
     suite = suite if isinstance(suite, str) else list(suite)
     for number, (name, model) in enumerate(models.items()):
@@ -162,7 +169,7 @@ def _stderr() -> Any:
 
 
 def ablate(model: nn.Module, train_loader: Iterable[Any], test_loader: Iterable[Any],
-           threat: Threat = Threat(), *, bits: int | Mapping[str, int] | None = None,
+           threat: Threat | None = None, *, bits: int | Mapping[str, int] | None = None,
            dynamic: bool | None = None, recipe: str | Recipe = "pgd", epochs: int = 3,
            train: str = "all", val: Iterable[Any] | None = None,
            suite: str | Sequence[Any] = "standard", images: int | None = None,
@@ -176,7 +183,7 @@ def ablate(model: nn.Module, train_loader: Iterable[Any], test_loader: Iterable[
     Args:
         model: a float classifier; it is not touched.
         train_loader, test_loader: for the fine-tunes, and for the figures.
-        threat: of both.
+        threat: of both; None: the model's own, as in :func:`evaluate`.
         bits, dynamic, recipe, epochs, train, val: as :func:`harden`.
         suite, images, certify, budget: as :func:`compare`.
         run_dir: keeps the state of every part; the same call again goes on from there.
@@ -194,6 +201,7 @@ def ablate(model: nn.Module, train_loader: Iterable[Any], test_loader: Iterable[
     if bits == FLOAT_BITS:
         raise SpecError("ablate compares float with quantized, and bits=32 is float",
                         fix="Use bits=1 to 8.")
+    threat = resolved(model, threat, progress)
     check_seed(seed)
     with frozen(model):  # raises before any work where the model could not be measured
         pass
@@ -215,6 +223,7 @@ def ablate(model: nn.Module, train_loader: Iterable[Any], test_loader: Iterable[
     if chosen.certifies:
         check(threat, train)
     converted = prepare(model, source.whole(), bits, dynamic, Recipe("clean"), threat, seed)
+    annotate(converted, threat=threat)
     world().same(converted)
     for one in (model, converted) if certify else ():  # of two images, for what has no certificate
         with seeded(seed):

@@ -48,7 +48,7 @@ def prepare(model: nn.Module, loader: Iterable[Any], bits: int | Mapping[str, in
                             fix="Let them train (requires_grad_(True)), or init='keep' (--set "
                                 "init=keep) keeps all weights.")
         model = copy.deepcopy(model)
-        begin_afresh(model, _first(loader, model), seed)
+        begin_afresh(model, first_inputs(loader, model), seed)
     found, entry = staircases(model), None
     if found and (anew or (bits != FLOAT_BITS and all(map(is_input, found)))):
         converted: Any = model
@@ -59,7 +59,7 @@ def prepare(model: nn.Module, loader: Iterable[Any], bits: int | Mapping[str, in
     return result if entry is None else with_entrance(result, entry)
 
 
-def _first(loader: Iterable[Any], model: nn.Module) -> Any:
+def first_inputs(loader: Iterable[Any], model: nn.Module) -> Any:
     """Return the images of a loader's first batch, on the model's device.
 
     Raises:

@@ -83,6 +83,8 @@ class Evaluation:
         curve: accuracy over eps, from 0 up, see :mod:`quantguard.curve`.
         skipped: labels of the attacks that there was no time for.
         certificate: which of the images no attack can break, where that was asked for.
+        sample: which images of a data set these are: ``of`` how many, at which ``indices``, drawn
+            by which ``seed`` (None: the first). None: all, or what the loader gave first.
     """
 
     correct: np.ndarray = field(repr=False)
@@ -101,6 +103,7 @@ class Evaluation:
     curve: tuple[CurvePoint, ...] = ()
     skipped: tuple[str, ...] = ()
     certificate: Certificate | None = None
+    sample: dict[str, Any] | None = None
 
     @property
     def images(self) -> int:
@@ -185,7 +188,7 @@ class Evaluation:
             "note": "robust_accuracy is an upper bound; the interval covers the sampling only",
             "threat": self.threat.to_dict(), "suite": self.suite, "seed": self.seed,
             "environment": self.environment, "image_hash": self.image_hash,
-            "seconds": self.seconds, "labels": self.labels.tolist(),
+            "sample": self.sample, "seconds": self.seconds, "labels": self.labels.tolist(),
             "correct_images": indices(self.correct), "survived_images": indices(self.survived),
             "attacks": [{**r.settings, "attacked_images": indices(r.attacked),
                          "broke_images": indices(r.broke), "own_success": r.own_success,
@@ -249,7 +252,8 @@ class Evaluation:
                        data.get("fidelity", {}),
                        tuple(CurvePoint(**point) for point in data.get("curve", ())),
                        tuple(data.get("skipped", ())),
-                       None if kept is None else Certificate.from_dict(kept))
+                       None if kept is None else Certificate.from_dict(kept),
+                       data.get("sample"))
         except KeyError as error:
             if "rows" in data:
                 raise DataError("this is the JSON of a comparison, which holds several",

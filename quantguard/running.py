@@ -118,6 +118,17 @@ def _check_shapes(model: nn.Module) -> None:
                                   fix="Run the model once on a batch.")
 
 
+def unwrap(model: nn.Module) -> nn.Module:
+    """Return the user's model inside DataParallel or torch.compile wrappers."""
+    while True:
+        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            model = model.module
+        elif type(model).__name__ == "OptimizedModule" and hasattr(model, "_orig_mod"):
+            model = model._orig_mod  # type: ignore[assignment]
+        else:
+            return model
+
+
 @contextmanager
 def modes_kept(model: nn.Module) -> Iterator[nn.Module]:
     """Put every module's own train or eval mode back afterwards."""

@@ -19,6 +19,7 @@ from .contexts import bypass
 from .errors import SpecError
 from .evaluation import evaluate
 from .masking import mcnemar
+from .metadata import resolved
 from .probing import PixelBatches, probe
 from .results import Evaluation, same_images
 from .running import check_model, duplicate, seeded
@@ -78,7 +79,7 @@ class Sensitivity:
         return "\n".join(lines)
 
 
-def sensitivity(model: nn.Module, loader: Iterable[Any], threat: Threat = Threat(), *,
+def sensitivity(model: nn.Module, loader: Iterable[Any], threat: Threat | None = None, *,
                 suite: str | Sequence[Any] = "quick", images: int | None = None,
                 run_dir: str | os.PathLike[str] | None = None, seed: int = 0,
                 device: str | torch.device | None = None,
@@ -102,6 +103,7 @@ def sensitivity(model: nn.Module, loader: Iterable[Any], threat: Threat = Threat
     if not names:
         raise SpecError("the model has no quantized site", fix="Convert it first.")
     copy = duplicate(model)
+    threat = resolved(model, threat, progress)
     suite = suite if isinstance(suite, str) else list(suite)
     where = None if run_dir is None else Path(run_dir)
 

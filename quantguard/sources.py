@@ -28,6 +28,11 @@ DATA_HELP = ("digits | fashion-mnist[:ROOT] | mnist[:ROOT] | cifar10[:ROOT] | im
 # An image folder is kept in memory, once read, where all its pixels are no more bytes than this.
 _KEPT = 1 << 30
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
+_DIGITS = tuple("0123456789")
+_FASHION = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker",
+            "Bag", "Ankle boot")
+_CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship",
+            "truck")
 
 
 @dataclass(frozen=True)
@@ -39,6 +44,7 @@ class Source:
     size: int | None = None  # the size still to be given to the images
     crop: bool = True  # augment by pad-and-crop
     flip: bool = False  # augment by horizontal flips
+    classes: tuple[str, ...] | None = None  # their names, in the order of the labels
 
 
 def _digits(root: str | None, split: Split, size: int | None, augment: bool) -> Source:
@@ -52,19 +58,19 @@ def _digits(root: str | None, split: Split, size: int | None, augment: bool) -> 
                                         random_state=0)
     images, labels = (chosen[0], chosen[2]) if split == "train" else (chosen[1], chosen[3])
     pixels = torch.from_numpy(images).float().div(16).view(-1, 1, 8, 8)
-    return Source(TensorDataset(pixels, torch.from_numpy(labels)), 1, size)
+    return Source(TensorDataset(pixels, torch.from_numpy(labels)), 1, size, classes=_DIGITS)
 
 
 def _fashion_mnist(root: str | None, split: Split, size: int | None, augment: bool) -> Source:
-    return _idx_set("FashionMNIST", root, split, size, [DEBIAN_FASHION_MNIST])
+    return _idx_set("FashionMNIST", root, split, size, [DEBIAN_FASHION_MNIST], _FASHION)
 
 
 def _mnist(root: str | None, split: Split, size: int | None, augment: bool) -> Source:
-    return _idx_set("MNIST", root, split, size, [])
+    return _idx_set("MNIST", root, split, size, [], _DIGITS)
 
 
 def _idx_set(name: str, root: str | None, split: Split, size: int | None,
-             installed: list[Path]) -> Source:
+             installed: list[Path], classes: tuple[str, ...]) -> Source:
     """Read MNIST or Fashion-MNIST from ROOT, an installed package or our cache."""
     raw = Path(name, "raw")
     part = "train" if split == "train" else "t10k"
@@ -95,7 +101,7 @@ def _idx_set(name: str, root: str | None, split: Split, size: int | None,
     if len(images) != len(labels):
         raise DataError(f"{paths[0]} holds {len(images)} images and {paths[1]} {len(labels)} "
                         "labels")
-    return Source(TensorDataset(images.unsqueeze(1), labels), 1, size)
+    return Source(TensorDataset(images.unsqueeze(1), labels), 1, size, classes=classes)
 
 
 def _read_idx(path: Path, dimensions: int) -> Tensor:
@@ -127,7 +133,8 @@ def _cifar10(root: str | None, split: Split, size: int | None, augment: bool) ->
         _download("CIFAR10", split)
         data = datasets.CIFAR10(_cache(), train=train, download=False)
     images = torch.from_numpy(data.data).permute(0, 3, 1, 2).contiguous()
-    return Source(TensorDataset(images, torch.tensor(data.targets)), 3, size, flip=True)
+    return Source(TensorDataset(images, torch.tensor(data.targets)), 3, size, flip=True,
+                  classes=_CIFAR10)
 
 
 def _cache() -> Path:
@@ -244,7 +251,7 @@ def _imagefolder(root: str | None, split: Split, size: int | None, augment: bool
     channels = 1 if mode == "L" else 3
     small = len(items) * channels * pixels <= _KEPT
     return Source(_Kept(items) if small and not varied else items, channels, crop=not varied,
-                  flip=True)
+                  flip=True, classes=tuple(items.classes))
 
 
 class _Kept(Dataset[Any]):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -12,6 +13,14 @@ from .errors import SpecError
 FORMS = ("uniform", "tanh", "sign")
 NORMS = ("linf", "l2")
 FLOAT_BITS = 32
+GREY_LEVELS = 255  # an image of 8 bits divides the range of its pixels into so many steps
+DEFAULT_EPS = 8 / 255  # of the range of the pixels, in Linf
+# From this range on bounds count levels, as 0..255 does, rather than shares, as 0..1 and -1..1 do.
+_COUNTED = 16
+# There, an eps below so many grey levels was meant for pixels of 0..1. One level, in Linf, is the
+# smallest change of an image of 8 bits; L2 radii for pixels of 0..1 go up to 3.
+_FEWEST_LEVELS = {"linf": 1.0, "l2": 4.0}
+_UNSET: Any = None
 
 
 @dataclass(frozen=True)
@@ -82,13 +91,15 @@ class Threat:
 
     Args:
         norm: ``linf`` or ``l2``.
-        eps: the radius, in pixel units (those of ``bounds``).
+        eps: the radius, in pixel units (those of ``bounds``). By default 8/255 of their range in
+            Linf; L2 has no default, since its radii depend on the size of the images.
         bounds: smallest and largest pixel value.
         mean: per channel; the model eats ``(pixels - mean) / std``. None: it eats pixels.
         std: per channel, positive.
 
     Raises:
-        SpecError: a value out of its range.
+        SpecError: a value out of its range, L2 without eps, an eps beyond the range of the pixels,
+            or, where bounds count levels (0 to 255), one that is meant for pixels of 0 to 1.
 
     Example:
         >>> Threat(eps=8 / 255, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)).norm
@@ -96,7 +107,7 @@ class Threat:
     """
 
     norm: str = "linf"
-    eps: float = 8 / 255
+    eps: float = _UNSET
     bounds: tuple[float, float] = (0.0, 1.0)
     mean: Sequence[float] | None = None
     std: Sequence[float] | None = None
@@ -107,14 +118,16 @@ class Threat:
         bounds = _numbers("bounds", self.bounds)
         if bounds is None or len(bounds) != 2 or not bounds[0] < bounds[1]:
             raise SpecError(f"bounds={self.bounds!r} must be (lowest pixel, highest pixel)")
+        width = bounds[1] - bounds[0]
+        if self.eps is None:
+            if self.norm == "l2":
+                raise SpecError("an L2 threat needs its eps",
+                                why="The radius that is usual depends on the size of the images.",
+                                fix="Give eps (--eps), such as 0.5 for 3x32x32 pixels of 0..1.")
+            object.__setattr__(self, "eps", DEFAULT_EPS * width)
         if not (isinstance(self.eps, (int, float)) and 0 <= self.eps < math.inf):
             raise SpecError(f"eps={self.eps!r} must be a finite number, 0 or more, in pixel units")
-        if self.norm == "linf" and self.eps > bounds[1] - bounds[0]:
-            raise SpecError(
-                f"eps={self.eps:g} is larger than the whole range {bounds[0]:g}..{bounds[1]:g}",
-                why="eps is in pixel units, those of bounds.",
-                fix=f"Did you mean eps={self.eps / 255:.4g} ({self.eps:g}/255), or "
-                    "in Python bounds=(0, 255)?")
+        self._check_units(bounds[0], bounds[1])
         mean, std = _numbers("mean", self.mean), _numbers("std", self.std)
         if std is not None and min(std) <= 0:
             raise SpecError(f"std={self.std!r} must be positive")
@@ -125,9 +138,64 @@ class Threat:
         object.__setattr__(self, "mean", mean)
         object.__setattr__(self, "std", std)
 
+    def _check_units(self, low: float, high: float) -> None:
+        """Refuse a radius that was written in other units than those of the bounds."""
+        width = high - low
+        if self.norm == "linf" and self.eps > width:
+            meant = self.eps * width / GREY_LEVELS
+            raise SpecError(
+                f"eps={self.eps:g} is larger than the whole range {low:g}..{high:g}",
+                why="eps is in pixel units, those of bounds.",
+                fix="Give an eps within the range." if meant > width else
+                f"Did you mean eps={meant:.4g} ({self.eps:g}/255"
+                + (")" if width == 1 else " of the range)")
+                + (", or in Python bounds=(0, 255)?" if width < GREY_LEVELS else "?"))
+        levels = self.eps * GREY_LEVELS / width
+        if width >= _COUNTED and 0 < levels < _FEWEST_LEVELS[self.norm]:
+            raise SpecError(
+                f"eps={self.eps:g} is {levels:.2g} grey levels of pixels from {low:g} to {high:g}: "
+                "next to nothing",
+                why="eps is in pixel units, those of bounds.",
+                fix=f"Did you mean eps={self.eps * width:.4g} ({self.eps:.4g} of the range)? If "
+                    "so small a radius is meant, count pixels from 0 to 1: "
+                    f"Threat({self.norm!r}, {self.eps / width:.4g}, mean={-low / width + 0:g}, "
+                    f"std={1 / width:.6g}).")
+
+    def __str__(self) -> str:
+        low, high = self.bounds
+        levels = self.eps * GREY_LEVELS / (high - low)
+        text = f"{'Linf' if self.norm == 'linf' else 'L2'}, eps {self.eps:.4g} in pixels of " \
+               f"{low:g}..{high:g}"
+        if self.norm == "linf" and 0 < levels < 0.999:
+            text += f" (less than a grey level, {(high - low) / GREY_LEVELS:.4g})"
+        elif self.bounds != (0.0, 1.0):
+            text += f" ({levels:.4g} of {GREY_LEVELS} grey levels)"
+        for name, values in (("mean", self.mean), ("std", self.std)):
+            if values is not None:
+                text += f", {name} {', '.join(format(v, '.4g') for v in values)}"
+        return text
+
     def to_dict(self) -> dict[str, Any]:
         """Return the settings as plain JSON types."""
         return asdict(self)
+
+    def at(self, eps: float) -> Threat:
+        """Return the same attacker with another radius, which may be as small as any."""
+        twin = copy.copy(self)
+        object.__setattr__(twin, "eps", float(eps))
+        return twin
+
+    def in_pixels_of(self, low: float, high: float) -> Threat:
+        """Return the same attacker, and the same model input, with pixels in other bounds."""
+        if (low, high) == self.bounds:
+            return self
+        scale = (high - low) / (self.bounds[1] - self.bounds[0])
+        twin = self.at(self.eps * scale)
+        mean = tuple((m - self.bounds[0]) * scale + low for m in self.mean or (0.0,))
+        std = tuple(s * scale for s in self.std or (1.0,))
+        for name, value in (("bounds", (low, high)), ("mean", mean), ("std", std)):
+            object.__setattr__(twin, name, value)
+        return twin
 
 
 def check_threat(threat: Any) -> None:

@@ -179,7 +179,9 @@ def test_evaluate_writes_report_json_and_adversarials(converted: str, digits: Di
     assert page.startswith("<!doctype html>") and "converted.qg" in page
     with np.load("a.npz") as file:
         assert file["x"].shape == (12, 1, 8, 8)
-        assert np.abs(file["x"] - digits[0][:12].numpy()).max() <= 0.1 + 1e-6
+        assert read.sample is not None and read.sample["of"] == 500
+        drawn = digits[0][read.sample["indices"]].numpy()
+        assert np.abs(file["x"] - drawn).max() <= 0.1 + 1e-6
         assert np.array_equal(file["broken"], read.correct & ~read.survived)
 
 

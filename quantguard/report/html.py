@@ -17,6 +17,7 @@ from .text import (
     flag_lines,
     headline,
     paired_lines,
+    sample_text,
     side_lines,
     spoken,
     threat_text,
@@ -90,8 +91,8 @@ def _comparison(comparison: Comparison) -> str:
         body += f"<td>{evaluation.verdict}</td></tr>"
     lines = [*paired_lines(comparison), *(f"Note: {n}." for n in comparison.notes)]
     return (f"<p>{first.images} images; {html.escape(threat_text(first))}; suite "
-            f"{html.escape(first.suite)}, seed {first.seed}. Per cent that is still classified "
-            "correctly, with its 95 % interval.</p>"
+            f"{html.escape(first.suite)}, seed {first.seed}{sample_text(first)}. Per cent that "
+            "is still classified correctly, with its 95 % interval.</p>"
             f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
             + "<ul>" + "".join(f"<li>{html.escape(line)}</li>" for line in lines) + "</ul>"
             + f"<p><small>{html.escape(_bounds(first))}</small></p>")

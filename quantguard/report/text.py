@@ -79,10 +79,15 @@ def table(rows: Sequence[Sequence[str]]) -> str:
 
 def threat_text(evaluation: Evaluation | Certificate) -> str:
     """Return the attacker in one phrase."""
-    threat = evaluation.threat
-    norm = {"linf": "Linf", "l2": "L2"}[threat.norm]
-    low, high = threat.bounds
-    return f"{norm}, eps {threat.eps:.4g} in pixels of {low:g}..{high:g}"
+    return str(evaluation.threat)
+
+
+def sample_text(result: Evaluation | Certificate) -> str:
+    """Return which images of a data set these are, to end a clause; empty if not recorded."""
+    if result.sample is None:
+        return ""
+    which = "the first" if result.sample["seed"] is None else "a seeded sample"
+    return f"; images: {which} of {result.sample['of']}"
 
 
 def headline(evaluation: Evaluation) -> str:
@@ -189,7 +194,8 @@ def evaluation_text(evaluation: Evaluation) -> str:
     bounds = UPPER_BOUND if evaluation.certificate is None else BOUNDS
     parts = [headline(evaluation),
              f"Clean accuracy {clean} %; attacks succeed on {broken} of {clean.count} correctly "
-             f"classified images. Threat: {threat_text(evaluation)}; seed {evaluation.seed}.",
+             f"classified images. Threat: {threat_text(evaluation)}; seed {evaluation.seed}"
+             f"{sample_text(evaluation)}.",
              *_doubts(evaluation), "", table(attack_rows(evaluation))]
     parts += ["", *side_lines(evaluation)]
     parts += [*flag_lines(evaluation), bounds]
@@ -213,7 +219,7 @@ def certificate_text(certificate: Certificate) -> str:
              "attack).",
              f"Clean accuracy {Cell(int(certificate.correct.sum()), cell.n)} %. Threat: "
              f"{threat_text(certificate)}; method {certificate.method}, "
-             f"{duration(certificate.seconds)}."]
+             f"{duration(certificate.seconds)}{sample_text(certificate)}."]
     if certificate.skipped:
         lines.append(f"{certificate.skipped} images were left out for lack of time and count as "
                      "not certified.")
@@ -254,7 +260,8 @@ def comparison_text(comparison: Comparison) -> str:
     """Return a comparison as text."""
     first = next(iter(comparison.rows.values()))
     parts = [f"Per cent of {first.images} images [95 % interval]. Threat: {threat_text(first)}; "
-             f"suite {first.suite}, seed {first.seed}.", "", table(comparison_rows(comparison)), ""]
+             f"suite {first.suite}, seed {first.seed}{sample_text(first)}.", "",
+             table(comparison_rows(comparison)), ""]
     parts += paired_lines(comparison)
     for name, evaluation in comparison.rows.items():
         parts += [f"{name}: {line}" for line in flag_lines(evaluation)]
