@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,8 @@ class _Group(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
-            return super().invoke(ctx)
+            with _notes():
+                return super().invoke(ctx)
         except QuantguardError as error:
             lines = str(error).splitlines()
             click.echo("\n  ".join(["Error: " + lines[0], *lines[1:]]), err=True)
@@ -34,13 +37,37 @@ class _Group(click.Group):
             ctx.exit(1)
 
 
+class _Notes(logging.Handler):
+    """Show what is logged of how a model was read; of several processes the first does."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if given.is_first():
+            click.echo(f"note: {record.getMessage()}", err=True)
+
+
+@contextmanager
+def _notes() -> Iterator[None]:
+    log, notes = logging.getLogger("quantguard.models"), _Notes()
+    before = log.level, log.propagate
+    log.addHandler(notes)
+    log.setLevel(logging.INFO)
+    log.propagate = False
+    try:
+        yield
+    finally:
+        log.removeHandler(notes)
+        log.level, log.propagate = before
+
+
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="torch-quantguard", prog_name="quantguard")
 def main() -> None:
     """Low-bit activations for a trained classifier, and a robustness figure to trust.
 
-    MODEL is a file (torch.save of a module or, with --arch, of a state dict; our own .qg) or an
-    arch spec: torchvision:NAME, timm:NAME, package.module:factory.
+    MODEL is a file (torch.save of a module or, with --arch, of weights; our own .qg), a folder of
+    transformers (hf:DIR) or an arch spec: torchvision:NAME, timm:NAME, package.module:factory,
+    file.py:factory; ?num_classes=3 behind it says what it is built with. FILE?weights=KEY names
+    one of several sets of weights.
     """
 
 
