@@ -40,7 +40,7 @@ from .running import (
     usable_device,
 )
 from .schedule import OTHERS, Schedule, State
-from .spec import Threat, check_seed, check_threat
+from .spec import Threat, check_seed, check_threat, plain
 from .world import world
 
 
@@ -91,6 +91,7 @@ def evaluate(model: nn.Module, loader: Iterable[Any], threat: Threat = Threat(),
     check_model(model)
     check_threat(threat)
     check_seed(seed)
+    seed, images = plain(seed), plain(images)
     suite = suite if isinstance(suite, str) else list(suite)
     check_suite(suite)
     limit = None if budget is None else seconds_of(budget)

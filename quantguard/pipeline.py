@@ -34,7 +34,7 @@ from .preparing import prepare
 from .recipes import Recipe, recipe_of
 from .results import Evaluation, same_images
 from .running import check_model, frozen, seconds_of, seeded
-from .spec import FLOAT_BITS, Threat, check_seed
+from .spec import FLOAT_BITS, Threat, check_seed, plain
 from .training import check_effort
 from .world import world
 
@@ -129,6 +129,8 @@ def compare(models: Mapping[str, nn.Module], loader: Iterable[Any], threat: Thre
         raise SpecError("no models to compare")
     if budget is not None:
         seconds_of(budget)  # before any work
+    check_seed(seed)
+    seed, images = plain(seed), plain(images)
     rows = {}
     suite = suite if isinstance(suite, str) else list(suite)
     for number, (name, model) in enumerate(models.items()):
@@ -188,6 +190,8 @@ def ablate(model: nn.Module, train_loader: Iterable[Any], test_loader: Iterable[
     """
     check_model(model)
     model = unwrap(model)
+    epochs, seed, images = plain(epochs), plain(seed), plain(images)
+    bits = {k: plain(v) for k, v in bits.items()} if isinstance(bits, Mapping) else plain(bits)
     if conversion_of(model) is not None:
         raise SpecError("ablate starts from a float model, and this one is converted",
                         fix="quantguard.restore(model) gives the float one.")

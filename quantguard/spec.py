@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from numbers import Integral, Real
 from typing import Any
 
 from .errors import SpecError
@@ -12,6 +13,24 @@ from .errors import SpecError
 FORMS = ("uniform", "tanh", "sign")
 NORMS = ("linf", "l2")
 FLOAT_BITS = 32
+
+
+def plain(value: Any) -> Any:
+    """Return Python's number for a scalar of numpy, torch or fractions; all else as it is.
+
+    Example:
+        >>> import numpy
+        >>> plain(numpy.int64(3)), plain(torch.tensor(0.5)), plain([1])
+        (3, 0.5, [1])
+    """
+    if type(value) in (bool, int, float):
+        return value
+    if getattr(value, "ndim", None) == 0 and hasattr(value, "item") \
+            and not getattr(value, "is_meta", False):
+        return value.item()
+    if isinstance(value, Integral):
+        return int(value)
+    return float(value) if isinstance(value, Real) else value
 
 
 @dataclass(frozen=True)
@@ -39,6 +58,8 @@ class QuantSpec:
     range_factor: float = 1.0
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "bits", plain(self.bits))
+        object.__setattr__(self, "range_factor", plain(self.range_factor))
         if not isinstance(self.bits, int) or isinstance(self.bits, bool) or not (
             1 <= self.bits <= 8 or self.bits == FLOAT_BITS
         ):
@@ -66,8 +87,9 @@ class QuantSpec:
 def _numbers(name: str, value: Any) -> tuple[float, ...] | None:
     if value is None:
         return None
-    values = (value,) if isinstance(value, (int, float)) else tuple(value)
+    value = plain(value)
     try:
+        values = (value,) if isinstance(value, (int, float)) else tuple(value)
         numbers = tuple(float(v) for v in values)
     except (TypeError, ValueError):
         raise SpecError(f"{name}={value!r} is not a list of numbers") from None
@@ -107,6 +129,7 @@ class Threat:
         bounds = _numbers("bounds", self.bounds)
         if bounds is None or len(bounds) != 2 or not bounds[0] < bounds[1]:
             raise SpecError(f"bounds={self.bounds!r} must be (lowest pixel, highest pixel)")
+        object.__setattr__(self, "eps", plain(self.eps))
         if not (isinstance(self.eps, (int, float)) and 0 <= self.eps < math.inf):
             raise SpecError(f"eps={self.eps!r} must be a finite number, 0 or more, in pixel units")
         if self.norm == "linf" and self.eps > bounds[1] - bounds[0]:
@@ -137,6 +160,7 @@ def check_threat(threat: Any) -> None:
         SpecError: threat is no :class:`Threat`.
     """
     if not isinstance(threat, Threat):
+        threat = plain(threat)
         number = isinstance(threat, (int, float))
         raise SpecError(f"threat is {threat!r}, and must be a quantguard.Threat",
                         fix=f"Write Threat(eps={threat:g})." if number else "Write Threat(eps=…).")
@@ -148,7 +172,7 @@ def check_seed(seed: Any) -> None:
     Raises:
         SpecError: seed is no such integer.
     """
-    if not isinstance(seed, int) or not 0 <= seed < 1 << 32:
+    if not isinstance(plain(seed), int) or not 0 <= seed < 1 << 32:
         raise SpecError(f"seed={seed!r} must be an integer from 0 to {(1 << 32) - 1}")
 
 
@@ -170,6 +194,7 @@ class InputSpec:
     high: Sequence[float]
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "bits", plain(self.bits))
         if not isinstance(self.bits, int) or not 1 <= self.bits <= 8:
             raise SpecError(f"input_bits={self.bits!r} must be 1 to 8")
         low, high = _numbers("input_range", self.low), _numbers("input_range", self.high)
