@@ -37,7 +37,6 @@ from .sites import check_convertible, find_sites
 from .spec import FLOAT_BITS, InputSpec, plain
 from .tracing import separate_aliases
 
-
 _NO_INPUT = "no input was found that the model accepts"
 _GIVE_ONE = "Give one: example=torch.randn(1, 3, 224, 224), or data= (--input-shape 3,224,224)."
 
