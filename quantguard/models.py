@@ -89,6 +89,8 @@ def load_model(model: str, *, arch: str | None = None, trust: bool = False) -> n
     if parted(split(arch)[0])[0] not in LIBRARIES:
         fix = "Name the arch that it was saved from; what it is built with goes behind a ?: " \
               f"--arch '{split(arch)[0]}?key=value'."
+    if arch.startswith("hf:"):
+        fix = f"{arch} alone, without a file, opens the weights of its folder."
     if whole:
         fix = f"The file holds a whole {type(content).__name__}, which opens without --arch. {fix}"
     if others:

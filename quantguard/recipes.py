@@ -150,7 +150,7 @@ class Recipe:
             values = self.sharpness if isinstance(self.sharpness, (tuple, list)) else \
                 (self.sharpness,)
             try:
-                object.__setattr__(self, "sharpness", tuple(float(k) for k in values))
+                object.__setattr__(self, "sharpness", tuple(float(plain(k)) for k in values))
             except (TypeError, ValueError):
                 raise SpecError(f"recipe {self.name}: sharpness={self.sharpness!r} must be "
                                 "numbers") from None
@@ -195,7 +195,7 @@ class Recipe:
             raise SpecError(f"recipe {self.name}: init={self.init!r} is unknown",
                             fix=f"Use one of {', '.join(INITS)}.")
         try:
-            first, last = (float(v) for v in self.growth)
+            first, last = (float(plain(v)) for v in self.growth)
         except (TypeError, ValueError):
             raise SpecError(f"recipe {self.name}: growth={self.growth!r} must be two numbers"
                             ) from None

@@ -19,7 +19,7 @@ def plain(value: Any) -> Any:
     """Return Python's number for a scalar of numpy, torch or fractions; all else as it is.
 
     Example:
-        >>> import numpy
+        >>> import numpy, torch
         >>> plain(numpy.int64(3)), plain(torch.tensor(0.5)), plain([1])
         (3, 0.5, [1])
     """
@@ -27,7 +27,7 @@ def plain(value: Any) -> Any:
         return value
     if getattr(value, "ndim", None) == 0 and hasattr(value, "item") \
             and not getattr(value, "is_meta", False):
-        return value.item()
+        return (value.detach() if hasattr(value, "detach") else value).item()
     if isinstance(value, Integral):
         return int(value)
     return float(value) if isinstance(value, Real) else value
@@ -90,7 +90,7 @@ def _numbers(name: str, value: Any) -> tuple[float, ...] | None:
     value = plain(value)
     try:
         values = (value,) if isinstance(value, (int, float)) else tuple(value)
-        numbers = tuple(float(v) for v in values)
+        numbers = tuple(float(plain(v)) for v in values)
     except (TypeError, ValueError):
         raise SpecError(f"{name}={value!r} is not a list of numbers") from None
     if not numbers or not all(math.isfinite(v) for v in numbers):
