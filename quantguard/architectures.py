@@ -240,8 +240,8 @@ def _not_imported(spec: str, module: str, error: Exception) -> LoadError:
 
 def _meant(name: str) -> str:
     """Return what somebody may have meant by a name without a colon."""
-    if name.endswith(".py"):
-        return f"What builds the model in it? {name}:FACTORY."
+    if name.endswith(".py") or os.path.isfile(f"{name}.py"):
+        return f"What builds the model in it? {name}:FACTORY"
     return suggestion(name)
 
 

@@ -14,6 +14,7 @@ import importlib
 import io
 import json
 import os
+import shlex
 import sys
 import zipfile
 from collections.abc import Iterator
@@ -274,8 +275,8 @@ def _float_model(manifest: dict[str, Any], skeleton: bytes | None, model: nn.Mod
         raise LoadError(
             f"{where} holds a {name}, which only your own code can build",
             why=f"{error.what} Loading a file imports nothing that the file chooses.",
-            fix=f"On the command line: --arch {spec}, or --trust; in Python: import its module "
-                "first, or quantguard.load(path, model=float_model).") from error
+            fix=f"On the command line: --arch {shlex.quote(spec)}, or --trust; in Python: import "
+                "its module first, or quantguard.load(path, model=float_model).") from error
 
 
 def _named(name: str, trust: bool) -> nn.Module:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shlex
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -366,7 +367,8 @@ def _save(model: Any, target: Path, arch: str | None) -> None:
     if not rebuilds(target):
         click.echo(f"note: {target} holds a {type(model).__name__}, which your own code builds: "
                    "give --arch "
-                   f"{arch or 'package.module:factory'} to the commands that read it, or "
+                   f"{shlex.quote(arch or 'package.module:factory')} to the commands that read "
+                   "it, or --trust, or "
                    "quantguard.load(path, model=...) in Python", err=True)
 
 

@@ -174,7 +174,8 @@ def _check_file(path: Path) -> None:
                             why=f"It holds {', '.join(names[:3]) or 'nothing'}.")
     elif not start.startswith(b"\x80"):  # the opcode that starts a binary pickle
         raise LoadError(f"{path} is not a model file", why=f"It starts with {start[:16]!r}.",
-                        fix=f"A model is {MODEL_HELP}.")
+                        fix=f"What builds the model in it? {path}:FACTORY"
+                        if path.suffix == ".py" else f"A model is {MODEL_HELP}.")
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:

@@ -60,9 +60,9 @@ def select(content: object, wanted: str | None, where: str) -> tuple[Any, str, l
         content = there[key]
     names = list(content) if isinstance(content, Mapping) and is_state(content) else []
     if ways and not any(k.startswith(ways[0]) for k in names):
-        there = [*([".".join(keys)] if keys else []), *others]
+        known = [*([".".join(keys)] if keys else []), *others]
         raise LoadError(f"{where} holds no weights under {wanted!r}",
-                        why=f"There are: {', '.join(there) or 'weights without a key'}.",
+                        why=f"There are: {', '.join(known) or 'weights without a key'}.",
                         fix="Name one of them: FILE?weights=KEY, or none.")
     return content, ".".join(keys), others
 

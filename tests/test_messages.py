@@ -96,7 +96,7 @@ def test_what_is_no_number_is_still_refused(value: Any) -> None:
     with pytest.raises(SpecError):
         qg.QuantSpec(bits=value)
     with pytest.raises(SpecError):
-        seconds_of(value)
+        seconds_of("x" if isinstance(value, str) else value)
 
 
 # --- what models return, and accept ---
@@ -165,8 +165,8 @@ class Counts(nn.Module):
 
 @pytest.mark.parametrize("verb", [qg.convert, qg.inspect])
 def test_an_input_that_nobody_found_is_what_is_missing(verb: Callable[..., Any]) -> None:
-    with pytest.raises(ConversionError, match=r"(?s)no input was found.*sets self\.calls.*example=")\
-            as caught:
+    with pytest.raises(ConversionError, match=r"(?s)no input was found.*sets self\.calls.*exampl"
+                       ) as caught:
         verb(Counts())
     assert "no activations" not in str(caught.value)
     with pytest.raises(DataError, match=r"does not accept inputs of shape \(2, 5\)"):
@@ -265,7 +265,7 @@ def test_a_file_that_is_not_there_is_said_not_to_exist(folder: Path, model: str,
                                                        ) -> None:
     result = quantguard(command, model)
     assert result.exit_code == 1 and "does not exist" in result.stderr
-    assert "imported" not in result.stderr and result.exception.__class__ is not TypeError
+    assert "imported" not in result.stderr and isinstance(result.exception, SystemExit)
 
 
 def test_the_name_of_a_model_alone_is_taken_for_an_architecture(folder: Path) -> None:
