@@ -266,7 +266,7 @@ def _float_model(manifest: dict[str, Any], skeleton: bytes | None, model: nn.Mod
         return from_settings(name, manifest["config"], where)
     try:
         if arch is not None and "?" in arch:  # its arguments are of the file's choice
-            raise LoadError(f"{arch} makes it.")
+            raise LoadError(f"{arch} builds it.")
         return _named(name, trust)
     except LoadError as error:
         module, _, short = name.rpartition(".")
@@ -275,8 +275,9 @@ def _float_model(manifest: dict[str, Any], skeleton: bytes | None, model: nn.Mod
         raise LoadError(
             f"{where} holds a {name}, which only your own code can build",
             why=f"{error.what} Loading a file imports nothing that the file chooses.",
-            fix=f"On the command line: --arch {shlex.quote(spec)}, or --trust; in Python: import "
-                "its module first, or quantguard.load(path, model=float_model).") from error
+            fix=f"On the command line: --arch {shlex.quote(spec)}, or --trust; in Python: "
+                + ("" if "?" in spec else "import its module first, or ")
+                + "quantguard.load(path, model=float_model), or trust=True.") from error
 
 
 def _named(name: str, trust: bool) -> nn.Module:

@@ -46,7 +46,7 @@ def parted(spec: str) -> tuple[str, str]:
     file, colon, name = spec.rpartition(":")
     if colon and file.endswith(".py"):
         return file, name
-    room, colon, name = spec.partition(":")
+    room, colon, name = spec.rpartition(":") if _DRIVE.match(spec) else spec.partition(":")
     return (room, name) if colon else ("", spec)
 
 

@@ -71,7 +71,7 @@ def load_model(model: str, *, arch: str | None = None, trust: bool = False) -> n
     content, key, others = select(content, wanted, str(path))
     whole = isinstance(content, nn.Module)
     if whole and (arch is None or trust):
-        _say(path, key, others, [])
+        _say(path, key, others, [], wanted)
         return _unwrap(content, path).eval()
     state = state_of(content) if whole or not is_state(content) else content
     if state is None:
@@ -98,7 +98,7 @@ def load_model(model: str, *, arch: str | None = None, trust: bool = False) -> n
     fill(network, named, f"{key} of {path}" if key else str(path), arch, fix)
     _say(path, key, others, [part for part in (
         done, f"not read: {', '.join(unread[:3])}" + (", ..." if len(unread) > 3 else "")
-        if unread else "") if part])
+        if unread else "") if part], wanted)
     return network.eval()
 
 
@@ -124,8 +124,11 @@ def _content(path: Path, arch: str | None, trust: bool) -> tuple[object, list[st
             return content, unread
 
 
-def _say(path: Path, key: str, others: list[str], done: list[str]) -> None:
-    """Log which weights were taken, where that is not all there is in the file."""
+def _say(path: Path, key: str, others: list[str], done: list[str], wanted: str | None) -> None:
+    """Log which weights were taken, where that is not all there is in the file.
+
+    Others that were there and that nobody has chosen between are a warning.
+    """
     parts = [f"weights from {key!r}" if key else "all weights", *done]
     if is_averaged(key):
         parts[0] += ", averaged over training"
@@ -133,7 +136,7 @@ def _say(path: Path, key: str, others: list[str], done: list[str]) -> None:
         raw = "raw" if is_averaged(key) and not any(map(is_averaged, others)) else others[0]
         parts.append(f"others: {', '.join(others)} ({path}?weights={raw})")
     if key or done:
-        (_log.warning if others else _log.info)("%s: %s", path, "; ".join(parts))
+        (_log.warning if others and wanted is None else _log.info)("%s: %s", path, "; ".join(parts))
 
 
 def _check_file(path: Path) -> None:

@@ -262,7 +262,8 @@ def _torch_load(file: BinaryIO, where: str) -> object:
 def _unreadable(where: str, error: BaseException) -> LoadError:
     reason = str(error).strip().partition("\n")[0]
     return LoadError(f"{where} cannot be read: it is damaged or was not written by torch.save",
-                     why=f"{type(error).__name__}: {reason}" if reason else type(error).__name__)
+                     why=f"{type(error).__name__}: {reason}" if reason else type(error).__name__,
+                     fix="Copy it again, or write it anew: torch.save(model.state_dict(), FILE).")
 
 
 def _refusal(where: str, names: list[str]) -> LoadError:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -163,20 +163,21 @@ def fill(model: nn.Module, state: Mapping[str, Any], where: str, arch: str, fix:
         raise LoadError(f"{where} does not fit {arch}", why=str(error)) from error
 
 
-def _known(there: Mapping[str, Any]) -> list[str]:
+def _known(there: Collection[str]) -> list[str]:
     """Return the keys that say of what they hold that it is weights, averaged ones first."""
     return [k for k in there if is_averaged(k)] + [k for k in _TRAINED if k in there]
 
 
-def _chosen(there: Mapping[str, Any], raw: bool, where: str, state: bool) -> str:
+def _chosen(there: Collection[str], raw: bool, where: str, state: bool) -> str:
     """Return the key to take, by the rule; nothing where the dict around them is the state."""
-    known = [k for k in _known(there) if not (raw and is_averaged(k))]
-    if known:
-        return known[0]
+    there = [k for k in there if not (raw and is_averaged(k))]
+    known = _known(there)
+    if known or state or not there:
+        return known[0] if known else ""
     if len(there) > 1:
         raise LoadError(f"{where} holds several sets of weights: {', '.join(there)}",
-                        fix=f"Name one: {where}?weights={next(iter(there))}")
-    return next((k for k in there if not (raw and is_averaged(k))), "") if not state else ""
+                        fix=f"Name one: {where}?weights={there[0]}")
+    return there[0]
 
 
 def holds_weights(value: object, depth: int = 3) -> bool:

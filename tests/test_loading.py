@@ -141,6 +141,7 @@ def test_averaged_weights_come_first_and_others_by_name(
     assert "others: model (c.pt?weights=raw)" in caplog.text
     assert_holds(loaded(content, "c.pt?weights=raw"), raw)
     assert_holds(loaded(content, "c.pt?weights=model"), raw)
+    assert_holds(loaded({"mine": raw, "mine_ema": ema}, "c.pt?weights=raw"), raw)
     assert_holds(loaded(content, "c.pt?weights=model_ema"), ema)
     with pytest.raises(LoadError, match=r"(?s)no weights under 'modle'.*There are: model_ema, model"
                        ):
@@ -430,7 +431,7 @@ def test_arguments_of_a_file_are_not_given_without_trust(net: nn.Module) -> None
     import qg_net
     wide = qg_net.Net(width=5)
     save(wide, "m.qg", arch="qg_net:Net?width=5")
-    with pytest.raises(LoadError, match=r"--arch qg_net:Net\?width=5"):
+    with pytest.raises(LoadError, match=r"--arch 'qg_net:Net\?width=5'"):
         load("m.qg")
     assert_holds(load("m.qg", trust=True), wide.state_dict())
 
