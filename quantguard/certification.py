@@ -57,7 +57,7 @@ from .running import (
     usable_device,
     version,
 )
-from .spec import Threat
+from .spec import Threat, plain
 
 # What an image has been through once branch and bound is done with it.
 _BRANCHED = 3
@@ -113,6 +113,7 @@ def certify(model: nn.Module, loader: Iterable[Any], threat: Threat | None = Non
         raise SpecError(f"method={method!r} is unknown", fix=f"Use one of {', '.join(METHODS)}.")
     check_model(model)
     threat = resolved(model, threat, progress)
+    images, splits = plain(images), plain(splits)
     if not isinstance(splits, Integral) or splits < 0 or (splits and threat.norm != "linf"):
         raise SpecError(f"splits={splits!r} in {threat.norm}",
                         fix="Give a whole number, 0 or more, and more than 0 in linf only.")

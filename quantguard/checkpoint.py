@@ -1,17 +1,21 @@
 """Our own file: one zip of a manifest, safetensors, and a skeleton. Loading never runs its code.
 
 ``manifest.json`` says which sites got which staircase, ``weights.safetensors`` holds every
-tensor, and the skeleton is an arch spec (``torchvision:`` or ``timm:``) or a pickle of the float
-model without its weights, read through the allow-list of models.py. The conversion is carried out
+tensor, and the skeleton is an arch spec (``torchvision:`` or ``timm:``), a pickle of the float
+model without its weights, read through the allow-list of pickles.py, or the configuration of a
+model of transformers. The conversion is carried out
 again on loading.
 """
 
 from __future__ import annotations
 
 import copy
+import importlib
 import io
 import json
 import os
+import shlex
+import sys
 import zipfile
 from collections.abc import Iterator
 from dataclasses import asdict, replace
@@ -23,6 +27,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from .activation import staircases
+from .architectures import build_fitting
 from .audit import Audit
 from .conversion import Conversion, carry_out, conversion_of, restore
 from .discovery import Intercepted
@@ -30,12 +35,14 @@ from .errors import LoadError
 from .files import replacing
 from .kinds import described, rebuilt
 from .metadata import ModelMetadata, annotate, metadata_from, metadata_of
-from .models import build_arch, is_our_file, load_model
-from .pickles import read_pickle
+from .model_spec import missing
+from .models import is_our_file, load_model
+from .pickles import read_pickle, working_directory_importable
 from .plan import Plan
 from .running import check_model, unwrap
 from .sites import find_sites
 from .spec import InputSpec, QuantSpec
+from .transformers_models import from_settings, settings_of
 
 FORMAT = 1
 # Factories that a manifest may name: others are code of somebody else's choosing.
@@ -66,7 +73,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, arch: str | None = N
     tensors, aliases = _unique(model)
     manifest: dict[str, Any] = {
         "format": FORMAT, "class": f"{type(model).__module__}.{type(model).__qualname__}",
-        "arch": arch, "training": model.training, "aliases": aliases,
+        "arch": arch, "config": settings_of(model), "training": model.training, "aliases": aliases,
         "sites": _sites(done.plan) if done else None,
         "unread": dict(done.plan.unread) if done else {},
         "input": asdict(done.plan.input) if done and done.plan.input else None,
@@ -83,19 +90,31 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, arch: str | None = N
             file.writestr(name, content)
 
 
-def load(path: str | os.PathLike[str], *, model: nn.Module | None = None) -> nn.Module:
+def load(path: str | os.PathLike[str], *, model: nn.Module | None = None,
+         trust: bool = False) -> nn.Module:
     """Read a model that :func:`save` or the command line wrote.
 
-    No code in the file is run: classes come from torch, torchvision, timm and quantguard only.
+    No code in the file is run, and none is imported that the file chooses: classes come from torch,
+    torchvision, timm, transformers and quantguard, or from a module that is imported already and
+    whose class can be made without arguments.
 
     Args:
         path: the file.
         model: the float model, where the file cannot rebuild its class; it is copied.
+        trust: import the class, or call the factory, that the file names.
 
     Raises:
         LoadError: not such a file, damaged, or of a class that only ``model=`` can give.
     """
+    return _load(path, model, trust)
+
+
+def _load(path: str | os.PathLike[str], model: nn.Module | None, trust: bool,
+          arch: str | None = None) -> nn.Module:
+    """Read a model; what arch builds takes the place of what the file names."""
     where = os.fspath(path)
+    if not Path(path).exists():
+        raise missing(where)
     if not Path(path).is_file() or not is_our_file(path):
         raise LoadError(f"{where} is not a file of quantguard",
                         fix="quantguard convert makes one from a torch file.")
@@ -106,9 +125,10 @@ def load(path: str | os.PathLike[str], *, model: nn.Module | None = None) -> nn.
             skeleton = file.read("skeleton.pt") if "skeleton.pt" in file.namelist() else None
         if manifest["format"] != FORMAT:
             raise LoadError(f"{where} has format {manifest['format']}, this version reads {FORMAT}")
-        float_model = _float_model(manifest, skeleton, model, where)
         state = _read_safetensors(weights)
         state |= {alias: state[name] for alias, name in manifest["aliases"].items()}
+        float_model = build_fitting(arch, lambda _: state) if arch is not None else _float_model(
+            manifest, skeleton, model, where, state, trust)
         plan = _plan(manifest, float_model, where)
         told = manifest["audit"]
         audit = None if told is None else Audit(tuple(told["ran"]), tuple(told["left"]),
@@ -127,7 +147,7 @@ def load(path: str | os.PathLike[str], *, model: nn.Module | None = None) -> nn.
         raise LoadError(f"the tensors of {where} do not fit {manifest['class']}",
                         why=str(error).splitlines()[-1].strip(),
                         fix="Pass model= with the float model that was converted.") from error
-    if model is not None or skeleton is None:
+    if model is not None or arch is not None or skeleton is None:
         result.train(training)
     if plan is not None:
         result.__dict__["quantguard"] = Conversion(plan, audit, **known)
@@ -143,7 +163,7 @@ def open_model(spec: str, *, arch: str | None = None, trust: bool = False) -> nn
         LoadError: none of these, or one that may not be read without ``trust``.
     """
     if Path(spec).is_file() and is_our_file(spec):
-        return load(spec, model=build_arch(arch) if arch else None)
+        return _load(spec, None, trust, arch)
     model = load_model(spec, arch=arch, trust=trust)
     if isinstance(model.__dict__.get("quantguard"), ModelMetadata):
         try:  # a pickle sets attributes without asking anybody
@@ -157,8 +177,9 @@ def open_model(spec: str, *, arch: str | None = None, trust: bool = False) -> nn
 def rebuilds(path: str | os.PathLike[str]) -> bool:
     """Return whether a file of ours can be read without the code that built its model."""
     with zipfile.ZipFile(path) as file:
-        arch = json.loads(file.read("manifest.json"))["arch"] or ""
-        return arch.startswith(_SAFE_ARCHES) or "skeleton.pt" in file.namelist()
+        manifest = json.loads(file.read("manifest.json"))
+        return (manifest["arch"] or "").startswith(_SAFE_ARCHES) or bool(manifest["config"]) \
+            or "skeleton.pt" in file.namelist()
 
 
 def _unique(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -243,22 +264,59 @@ def _plan(manifest: dict[str, Any], model: nn.Module, where: str) -> Plan | None
 
 
 def _float_model(manifest: dict[str, Any], skeleton: bytes | None, model: nn.Module | None,
-                 where: str) -> nn.Module:
+                 where: str, state: dict[str, Tensor], trust: bool) -> nn.Module:
     if model is not None:
         return unwrap(model)
-    arch = manifest["arch"]
-    if arch is not None and arch.startswith(_SAFE_ARCHES):
-        return build_arch(arch)
+    arch, name = manifest["arch"], str(manifest["class"])
+    if arch is not None and (trust or arch.startswith(_SAFE_ARCHES)):
+        return build_fitting(arch, lambda _: state)
     if skeleton is not None:
         read = read_pickle(io.BytesIO(skeleton), where)
         if isinstance(read, nn.Module):
             return read
-    made = f" It was built by {arch}; --arch {arch} would run that." if arch else ""
-    raise LoadError(f"{where} holds a {manifest['class']}, which only your own code can build",
-                    why="Loading a file never runs code that is not torch's, torchvision's, "
-                        "timm's or quantguard's; --trust is for pickles, and this is none." + made,
-                    fix="In Python: quantguard.load(path, model=float_model); on the command "
-                        "line: --arch package.module:factory.")
+    if manifest.get("config"):  # files of the first versions have none
+        return from_settings(name, manifest["config"], where)
+    try:
+        if arch is not None and "?" in arch:  # its arguments are of the file's choice
+            raise LoadError(f"{arch} builds it.")
+        return _named(name, trust)
+    except LoadError as error:
+        module, _, short = name.rpartition(".")
+        spec = arch or ("package.module:factory" if "<" in module else
+                        f"{'file.py' if module == '__main__' else module}:{short}")
+        raise LoadError(
+            f"{where} holds a {name}, which only your own code can build",
+            why=f"{error.what} Loading a file imports nothing that the file chooses.",
+            fix=f"On the command line: --arch {shlex.quote(spec)}, or --trust; in Python: "
+                + ("" if "?" in spec else "import its module first, or ")
+                + "quantguard.load(path, model=float_model), or trust=True.") from error
+
+
+def _named(name: str, trust: bool) -> nn.Module:
+    """Make the model whose class a file names: imported already, or to be imported with trust.
+
+    Raises:
+        LoadError: it is not, is no module's class, or cannot be made without arguments; ``what``
+            says so in one sentence.
+    """
+    home, _, short = name.rpartition(".")
+    if trust:
+        with working_directory_importable():
+            try:
+                importlib.import_module(home)
+            except Exception as error:  # whatever code does while it is imported
+                raise LoadError(f"{home} cannot be imported ({type(error).__name__}: {error})."
+                                ) from error
+    found = vars(sys.modules[home]).get(short) if home in sys.modules else None
+    if found is None:
+        raise LoadError(f"{name} is not imported.")
+    if not isinstance(found, type) or not issubclass(found, nn.Module) \
+            or found.__module__ != home:
+        raise LoadError(f"{name} is no class of a model.")
+    try:
+        return found()
+    except Exception as error:  # whatever its constructor does without arguments
+        raise LoadError(f"{name}() failed ({type(error).__name__}: {error}).") from error
 
 
 def _owners(model: nn.Module) -> Iterator[tuple[Any, str, Tensor]]:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import logging
+import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +23,8 @@ class _Group(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
-            return super().invoke(ctx)
+            with _notes():
+                return super().invoke(ctx)
         except QuantguardError as error:
             lines = str(error).splitlines()
             click.echo("\n  ".join(["Error: " + lines[0], *lines[1:]]), err=True)
@@ -34,13 +38,37 @@ class _Group(click.Group):
             ctx.exit(1)
 
 
+class _Notes(logging.Handler):
+    """Show what is logged of how a model was read; of several processes the first does."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if given.is_first():
+            click.echo(f"note: {record.getMessage()}", err=True)
+
+
+@contextmanager
+def _notes() -> Iterator[None]:
+    log, notes = logging.getLogger("quantguard.models"), _Notes()
+    before = log.level, log.propagate
+    log.addHandler(notes)
+    log.setLevel(logging.INFO)
+    log.propagate = False
+    try:
+        yield
+    finally:
+        log.removeHandler(notes)
+        log.level, log.propagate = before
+
+
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="torch-quantguard", prog_name="quantguard")
 def main() -> None:
     """Low-bit activations for a trained classifier, and a robustness figure to trust.
 
-    MODEL is a file (torch.save of a module or, with --arch, of a state dict; our own .qg) or an
-    arch spec: torchvision:NAME, timm:NAME, package.module:factory.
+    MODEL is a file (torch.save of a module or, with --arch, of weights; our own .qg), a folder of
+    transformers (hf:DIR) or an arch spec: torchvision:NAME, timm:NAME, package.module:factory,
+    file.py:factory; ?num_classes=3 behind it says what it is built with. FILE?weights=KEY names
+    one of several sets of weights.
     """
 
 
@@ -354,7 +382,8 @@ def _save(model: Any, target: Path, arch: str | None) -> None:
     if not rebuilds(target):
         click.echo(f"note: {target} holds a {type(model).__name__}, which your own code builds: "
                    "give --arch "
-                   f"{arch or 'package.module:factory'} to the commands that read it, or "
+                   f"{shlex.quote(arch or 'package.module:factory')} to the commands that read "
+                   "it, or --trust, or "
                    "quantguard.load(path, model=...) in Python", err=True)
 
 

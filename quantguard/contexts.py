@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .activation import staircases
 from .errors import SpecError
+from .spec import plain
 from .staircase import MODES, Surrogate
 
 
@@ -83,6 +84,7 @@ def soften(model: nn.Module, k: float, *, by_image: bool = False) -> Iterator[nn
     Raises:
         SpecError: k is not a positive number.
     """
+    k = plain(k)
     if not (isinstance(k, (int, float)) and 0 < k < math.inf):
         raise SpecError(f"sharpness k={k!r} must be a positive number")
     with switched(model, {"action": "soften", "sharpness": float(k), "by_image": by_image}):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -37,10 +38,12 @@ from .running import (
     unwrap,
 )
 from .sites import check_convertible, find_sites
-from .spec import FLOAT_BITS, InputSpec, Threat, check_threat
+from .spec import FLOAT_BITS, InputSpec, Threat, check_threat, plain
 from .tracing import separate_aliases
 
 _CALIBRATED = 16  # batches
+_NO_INPUT = "no input was found that the model accepts"
+_GIVE_ONE = "Give one: example=torch.randn(1, 3, 224, 224), or data= (--input-shape 3,224,224)."
 
 
 @dataclass(frozen=True)
@@ -71,7 +74,7 @@ class Conversion(ModelMetadata):
         if self.plan.kept:
             text += f"; kept: {self.plan.kept_by_reason()}"
         if self.audit is None:
-            text += "; audit not run"
+            text += f"; audit not run: {_NO_INPUT}"
         return text
 
 
@@ -140,6 +143,9 @@ def convert(model: nn.Module, bits: Bits = 2, dynamic: bool = False, *,
     known = known_of(original)
     converted.__dict__["quantguard"] = Conversion(plan, found, **(
         known if threat is None else {**known, "threat": threat}))
+    if found is None and plan.unread:
+        warnings.warn(f"{_NO_INPUT}: activations in {_unread(plan)} stay float. {_GIVE_ONE}",
+                      stacklevel=2)
     return converted
 
 
@@ -218,6 +224,12 @@ def make_plan(model: nn.Module, bits: Bits = 2, dynamic: bool = False, *, exampl
     found = find_sites(model, example, graphs=graphs)
     plan = replace(assign(found, model, bits, dynamic, per_channel, keep, gates), input=entry)
     if not plan.converted and entry is None:
+        if plan.unread and example is None and plan.example is None:
+            raise ConversionError(
+                f"{_NO_INPUT}, a {type(model).__name__}, and its activations are found by running",
+                why=f"torch.fx cannot trace {_unread(plan)}.", fix=_GIVE_ONE)
+        if plan.unread and example is not None:
+            _check_example(model, example)
         why = "None of its modules calls an activation that quantguard knows."
         if plan.sites:
             why = "Every one is kept: " + "; ".join(
@@ -242,13 +254,23 @@ def inspect(model: nn.Module, bits: Bits = 2, dynamic: bool = False, *,
     if done is not None:
         return done.plan
     if example is not None:
-        with torch.no_grad(), seeded(0):  # a copy: a forward may leave traces
-            run(duplicate(unwrap(model)).eval(), as_eaten(example, model),
-                "the example")
+        _check_example(unwrap(model), example)
     elif data is not None:
         example = next((unpack(batch)[0] for batch in data), None)
     return make_plan(unwrap(model), bits, dynamic, example=example, per_channel=per_channel,
                      keep=keep, gates=gates, entry=input_spec(input_bits, input_range))
+
+
+def _check_example(model: nn.Module, example: Any) -> None:
+    """Raise a DataError where a model does not accept an example."""
+    with torch.no_grad(), seeded(0):  # a copy: a forward may leave traces
+        run(duplicate(model).eval(), as_eaten(example, model), "the example")
+
+
+def _unread(plan: Plan) -> str:
+    """Return in words which forwards torch.fx cannot trace, and why."""
+    return "; ".join(f"{name or 'the model itself'} ({why})"
+                     for name, why in list(plan.unread.items())[:3])
 
 
 def input_spec(bits: int | None, ends: Any) -> InputSpec | None:
@@ -263,7 +285,7 @@ def input_spec(bits: int | None, ends: Any) -> InputSpec | None:
     if bits is None:
         return None
     try:
-        pairs = [ends] if isinstance(ends[0], (int, float)) else list(ends)
+        pairs = [ends] if isinstance(plain(ends[0]), (int, float)) else list(ends)
         low, high = zip(*((a, b) for a, b in pairs), strict=True)
     except (TypeError, ValueError, IndexError, KeyError):
         raise SpecError(f"input_range={ends!r} is no pair",

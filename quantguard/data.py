@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 from .errors import DataError, SpecError
 from .sources import DATA_HELP, SOURCES, Source, Split
+from .spec import plain
 
 # The seed by which images of a split are drawn to be measured, whatever the seed of the attacks:
 # every model and every command gets the same ones.
@@ -82,6 +83,7 @@ def load_data(spec: str, split: Split, *, batch_size: int = 128, size: int | Non
     """
     if split not in ("train", "test"):
         raise SpecError(f"split={split!r} is unknown", fix="Use train or test.")
+    batch_size, size = plain(batch_size), plain(size)
     for name, value in (("batch_size", batch_size), ("size", 1 if size is None else size)):
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise SpecError(f"{name}={value!r} must be an integer, 1 or more")
@@ -148,6 +150,8 @@ def _guess(spec: str) -> str:
         return f"It is a folder: imagefolder:{spec}?"
     if os.path.exists(spec):
         return f"It is a file: npz:{spec}?"
+    if any(mark in spec for mark in "/\\") or spec.endswith(".npz"):
+        return f"It looks like a path, and does not exist: {spec}"
     near = difflib.get_close_matches(spec.partition(":")[0], SOURCES, n=1)
     return f"Did you mean {near[0]}?" if near else ""
 
@@ -174,7 +178,10 @@ def _statistic(name: str, value: Sequence[float] | float | None, channels: int) 
     """Check a mean or std against the images; return it as (C or 1, 1, 1)."""
     if value is None:
         return None
-    numbers = torch.tensor(value, dtype=torch.float32).reshape(-1)
+    try:
+        numbers = torch.as_tensor(plain(value), dtype=torch.float32).reshape(-1)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise DataError(f"{name}={value!r} is not a list of numbers", why=str(error)) from error
     if len(numbers) not in (1, channels):
         raise DataError(f"{name} has {len(numbers)} numbers and the images have {channels} "
                         "channels", fix=f"Give 1 or {channels}.")

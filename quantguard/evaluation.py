@@ -41,7 +41,7 @@ from .running import (
     usable_device,
 )
 from .schedule import OTHERS, Schedule, State
-from .spec import Threat, check_seed
+from .spec import Threat, check_seed, plain
 from .world import world
 
 
@@ -95,6 +95,7 @@ def evaluate(model: nn.Module, loader: Iterable[Any], threat: Threat | None = No
     check_model(model)
     threat = resolved(model, threat, progress)
     check_seed(seed)
+    seed, images = plain(seed), plain(images)
     suite = suite if isinstance(suite, str) else list(suite)
     check_suite(suite)
     limit = None if budget is None else seconds_of(budget)

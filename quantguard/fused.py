@@ -8,6 +8,7 @@ compiled (no C++ compiler; torch.compile switched off), block by block is the on
 from __future__ import annotations
 
 import functools
+import importlib
 import logging
 import math
 import types
@@ -200,6 +201,7 @@ def _run(function: Callable[..., Any], variant: tuple[Any, ...], *args: Any) -> 
     key = function, args[0].device.type, *variant
     if key in _failed or (key not in _ready and args[0].numel() < WORTH):
         return False
+    _import_compiler()
     try:
         # Modes that watch a model's calls are for the model's calls.
         with torch._C.DisableTorchFunction(), torch.no_grad():
@@ -212,6 +214,22 @@ def _run(function: Callable[..., Any], variant: tuple[Any, ...], *args: Any) -> 
         return False
     _ready.add(key)
     return True
+
+
+@functools.cache
+def _import_compiler() -> None:
+    """Import what torch's compiler does, without its warning of a CUDA toolkit and no GPU.
+
+    Nobody has asked for a GPU: where there is one there is no such warning.
+    """
+    log = logging.getLogger("torch.utils.cpp_extension")
+    before, log.disabled = log.disabled, True
+    try:
+        importlib.import_module(log.name)
+    except ImportError as error:  # without setuptools, say; the compiler tells what it needs
+        _log.info("%s: %s", log.name, error)
+    finally:
+        log.disabled = before
 
 
 @functools.cache

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .errors import LoadError, SpecError
+from . import model_spec
+from .errors import SpecError
 from .files import try_writing
 
 if TYPE_CHECKING:
@@ -25,9 +26,9 @@ def there(*models: str) -> None:
         LoadError: there is none of such a name.
     """
     for model in models:
-        if ":" not in model and not Path(model).exists():
-            raise LoadError(f"{model} does not exist", fix="A model is a file, torchvision:NAME, "
-                                                           "timm:NAME or package.module:factory.")
+        file = model_spec.file_of(model)
+        if file is not None and not Path(file).exists():
+            raise model_spec.missing(file)
 
 
 def opened(model: str, arch: str | None, trust: bool) -> nn.Module:
@@ -38,20 +39,12 @@ def opened(model: str, arch: str | None, trust: bool) -> nn.Module:
 
 def arch_of(model: str, arch: str | None) -> str | None:
     """Return the arch spec that a file is to name, where there is one."""
-    from .models import is_arch_spec
-    return arch or (model if is_arch_spec(model) else None)
+    return arch or (model if model_spec.is_arch_spec(model) else None)
 
 
 def output_of(model: str, output: str | None, suffix: str, force: bool) -> Path:
     """Return where to write, refusing a file that is there before any work is done."""
-    if output:
-        path = Path(output)
-    elif ":" not in model:
-        path = Path(model).with_suffix(suffix)
-    else:
-        from .models import is_arch_spec
-        path = Path(model.partition(":")[2].replace(":", "-") + suffix) if is_arch_spec(model) \
-            else Path(model).with_suffix(suffix)
+    path = Path(output) if output else Path(model_spec.default_name(model) + suffix)
     writable(path, force)
     return path
 
@@ -68,7 +61,8 @@ def outputs(inputs: Iterable[str], **files: str | Path | None) -> None:
         WriteError: a folder takes no files.
     """
     taken: dict[Path, str] = {}
-    read = {Path(name).resolve() for name in inputs if Path(name).exists()}
+    named = [model_spec.file_of(name) or "" for name in inputs]
+    read = {Path(name).resolve() for name in named if name and Path(name).exists()}
     for name, file in files.items():
         if file is None:
             continue

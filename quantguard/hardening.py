@@ -49,7 +49,7 @@ from .running import (
     usable_device,
 )
 from .sensitive import costs
-from .spec import FLOAT_BITS, Threat, check_seed
+from .spec import FLOAT_BITS, Threat, check_seed, plain
 from .training import check_effort, fit
 from .world import world
 
@@ -154,6 +154,8 @@ def hardened(model: nn.Module, loader: Iterable[Any], threat: Threat | None, *,
     if threat.eps == 0 and (chosen.attacks or chosen.certifies):
         raise SpecError(f"eps=0 leaves recipe {chosen.name} nothing to train against",
                         fix="Use recipe clean, or an eps above 0.")
+    bits = {k: plain(v) for k, v in bits.items()} if isinstance(bits, Mapping) else plain(bits)
+    epochs, seed, max_clean_drop = plain(epochs), plain(seed), plain(max_clean_drop)
     if isinstance(bits, Mapping):
         bits = _table(model, bits)
     if device is not None:

@@ -2,30 +2,26 @@
 
 from __future__ import annotations
 
-import difflib
-import functools
-import importlib
-import inspect
+import logging
 import os
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .architectures import build_arch, build_fitting, module_of
+from .blank import read_blank, state_of
 from .errors import LoadError
-from .pickles import read_pickle, working_directory_importable
+from .model_spec import ARCH_HELP, LIBRARIES, MODEL_HELP, is_arch_spec, missing, parted, split
+from .pickles import read_pickle
+from .transformers_models import load_hf
+from .weights import fill, fitted, holds_weights, is_averaged, is_state, select
 
-MODEL_HELP = "a file, torchvision:NAME, timm:NAME or package.module:factory"
+__all__ = ["MODEL_HELP", "build_arch", "is_arch_spec", "is_our_file", "load_model"]
 
-_STATE_KEYS = ("state_dict", "model_state_dict", "model", "net")
-
-
-def is_arch_spec(model: str) -> bool:
-    """Tell whether ``model`` is an arch spec: it has a colon and no such file exists."""
-    return ":" in model and not os.path.exists(model)
+_log = logging.getLogger("quantguard.models")
 
 
 def is_our_file(path: str | os.PathLike[str]) -> bool:
@@ -37,63 +33,21 @@ def is_our_file(path: str | os.PathLike[str]) -> bool:
         return False
 
 
-def build_arch(spec: str) -> nn.Module:
-    """Build the untrained model that an arch spec names; nothing is downloaded.
-
-    Args:
-        spec: ``torchvision:resnet18``, ``timm:NAME``, or
-            ``package.module:factory``, called without arguments; the working directory is
-            importable meanwhile.
-
-    Raises:
-        LoadError: an unknown name, a failing import or factory, or a result that is no nn.Module.
-
-    Example:
-        >>> type(build_arch("torchvision:resnet18")).__name__
-        'ResNet'
-    """
-    room, colon, name = spec.partition(":")
-    if not colon or not room or not name:
-        raise LoadError(f"{spec!r} is not an arch spec",
-                        fix="Use torchvision:NAME, timm:NAME or package.module:factory.")
-    if room == "torchvision":
-        models = _import("torchvision.models", spec)
-        _check_name(spec, name, models.list_models(), "torchvision's models")
-        taken = inspect.signature(models.get_model_builder(name)).parameters
-        # Nothing is downloaded, and the quantized ones come as the float networks that they are.
-        options: dict[str, Any] = {"weights_backbone": None} if "weights_backbone" in taken else {}
-        if "quantize" in taken:
-            options["quantize"] = False
-        # Their default fills the weights from a slow truncated normal; the modules are the same.
-        if name.removeprefix("quantized_") in ("googlenet", "inception_v3"):
-            options["init_weights"] = False
-        return _made(spec, functools.partial(models.get_model, name, weights=None, **options))
-    if room == "timm":
-        timm = _import("timm", spec)
-        # The part before the dot is the architecture; "hf-hub:" and "local-dir:" are not names.
-        _check_name(spec, name.partition(".")[0], timm.list_models(), "timm's models")
-        return _made(spec, functools.partial(timm.create_model, name, pretrained=False))
-    with working_directory_importable():
-        module = _import(room, spec)
-        factory = getattr(module, name, None)
-        if not callable(factory) or isinstance(factory, nn.Module):
-            have = [n for n, v in vars(module).items() if callable(v) and not n.startswith("_")]
-            raise LoadError(f"{spec}: {room} has no function or class {name!r}"
-                            if factory is None else f"{spec}: {name} is a {type(factory).__name__}",
-                            why=_nearest(name, have),
-                            fix="Name a function or class that returns the model when called "
-                                "without arguments.")
-        return _made(spec, factory)
-
-
 def load_model(model: str, *, arch: str | None = None, trust: bool = False) -> nn.Module:
-    """Load a model from a file or an arch spec, on the CPU and in eval mode.
+    """Load a model from a file, a folder of transformers or an arch spec: on the CPU, eval mode.
+
+    Which weights of a file were taken, and what was done to their names, is logged
+    (``quantguard.models``): as a warning where there were others to choose from.
 
     Args:
-        model: an arch spec; or a file: a whole model or a state dict from ``torch.save``, or
-            safetensors. A checkpoint dict is searched for ``state_dict``, ``model_state_dict``,
-            ``model`` and ``net``; DataParallel and torch.compile wrappers are taken off.
-        arch: arch spec of the model that a state dict fills.
+        model: an arch spec, of which ``hf:DIR`` has its weights with it; or a file: a whole model
+            or a state dict from ``torch.save``, or safetensors. A checkpoint is searched for its
+            weights, averaged ones (EMA, SWA) before those as trained: ``FILE?weights=KEY`` names
+            others, ``FILE?weights=raw`` those as trained. What stands before the model's own names
+            (``module.``, ``model.``, ``_orig_mod.``) is taken off, and what stands beside the
+            weights is not looked at.
+        arch: arch spec of the model that the weights fill; with trust, also of the module that has
+            the classes which a script pickled from its ``__main__``.
         trust: let the file's pickle import and run anything.
 
     Raises:
@@ -103,43 +57,95 @@ def load_model(model: str, *, arch: str | None = None, trust: bool = False) -> n
         if arch is not None:
             raise LoadError(f"{model} is an arch spec already, and so is arch={arch!r}",
                             fix="Give a file and --arch, or an arch spec alone.")
-        return build_arch(model).eval()
-    path = Path(model)
+        room, name = parted(split(model)[0])
+        return (load_hf(name) if room == "hf" else build_arch(model)).eval()
+    name, settings = split(model)
+    wanted = settings.pop("weights", None)
+    if settings:
+        raise LoadError(f"{model}: a file has no setting {next(iter(settings))!r}",
+                        fix="FILE?weights=KEY is the only one; what a model is built with goes "
+                            "behind --arch.")
+    path = Path(name)
     _check_file(path)
-    if path.suffix == ".safetensors":
-        content: object = _read_safetensors(path)
-    else:
-        with path.open("rb") as file:
-            content = read_pickle(file, str(path), trust=trust)
-    if isinstance(content, Mapping):
-        content = next((content[key] for key in _STATE_KEYS
-                        if isinstance(content.get(key), (Mapping, nn.Module))), content)
-    if isinstance(content, nn.Module):
-        if arch is not None:
-            raise LoadError(f"{path} holds a whole {type(content).__name__}, not a state dict",
-                            fix="Leave --arch out.")
+    content, unread = _content(path, arch, trust)
+    content, key, others = select(content, wanted, str(path))
+    whole = isinstance(content, nn.Module)
+    if whole and (arch is None or trust):
+        _say(path, key, others, [], wanted)
         return _unwrap(content, path).eval()
-    if not isinstance(content, Mapping) or not all(isinstance(k, str) for k in content) or not any(
-            isinstance(v, Tensor) for v in content.values()):
+    state = state_of(content) if whole or not is_state(content) else content
+    if state is None:
         keys = ", ".join(map(repr, list(content)[:5])) if isinstance(content, Mapping) else ""
         raise LoadError(f"{path} holds a {type(content).__name__}"
                         + (f" with the keys {keys}" if keys else ""),
                         why="That is neither a model nor a state dict.")
     if arch is None:
         raise LoadError(f"{path} is a state dict: weights without the model they belong to",
-                        fix="Name the model with --arch: torchvision:NAME, timm:NAME or "
-                            "package.module:factory.")
-    network = build_arch(arch)
-    _fill(network, content, path, arch)
+                        fix=f"Name the model with --arch. {ARCH_HELP}")
+    rest = None if wanted is None else wanted.removeprefix(key).lstrip(".") or None
+    network = build_fitting(arch, lambda built: fitted(state, built, rest)[0])
+    named, done = fitted(state, network, rest)
+    fix = "Name the arch that it was saved from, or a factory: --arch file.py:factory."
+    if parted(split(arch)[0])[0] not in LIBRARIES:
+        fix = "Name the arch that it was saved from; what it is built with goes behind a ?: " \
+              f"--arch '{split(arch)[0]}?key=value'."
+    if arch.startswith("hf:"):
+        fix = f"{arch} alone, without a file, opens the weights of its folder."
+    if whole:
+        fix = f"The file holds a whole {type(content).__name__}, which opens without --arch. {fix}"
+    if others:
+        fix = f"Other weights in the file: {', '.join(others)} ({path}?weights={others[0]}). {fix}"
+    fill(network, named, f"{key} of {path}" if key else str(path), arch, fix)
+    _say(path, key, others, [part for part in (
+        done, f"not read: {', '.join(unread[:3])}" + (", ..." if len(unread) > 3 else "")
+        if unread else "") if part], wanted)
     return network.eval()
+
+
+def _content(path: Path, arch: str | None, trust: bool) -> tuple[object, list[str]]:
+    """Return what a file holds, and the names of what in it was not read."""
+    if path.suffix == ".safetensors":
+        return _read_safetensors(path), []
+    with path.open("rb") as file:
+        try:
+            main = module_of(arch) if trust and arch is not None else None
+            return read_pickle(file, str(path), trust=trust, main=main), []
+        except LoadError as refused:
+            if trust or arch is None:
+                raise
+            # The weights can be had without the rest, of a whole model, too.
+            file.seek(0)
+            try:
+                content, unread = read_blank(file, str(path))
+            except LoadError:
+                raise refused from None
+            if not holds_weights(content):
+                raise
+            return content, unread
+
+
+def _say(path: Path, key: str, others: list[str], done: list[str], wanted: str | None) -> None:
+    """Log which weights were taken, where that is not all there is in the file.
+
+    Others that were there and that nobody has chosen between are a warning.
+    """
+    parts = [f"weights from {key!r}" if key else "all weights", *done]
+    if is_averaged(key):
+        parts[0] += ", averaged over training"
+    if others:
+        raw = "raw" if is_averaged(key) and not any(map(is_averaged, others)) else others[0]
+        parts.append(f"others: {', '.join(others)} ({path}?weights={raw})")
+    if key or done:
+        (_log.warning if others and wanted is None else _log.info)("%s: %s", path, "; ".join(parts))
 
 
 def _check_file(path: Path) -> None:
     """Raise what can be said about a file before any reader sees it."""
     if not path.exists():
-        raise LoadError(f"{path} does not exist", fix=f"A model is {MODEL_HELP}.")
+        raise missing(str(path))
     if path.is_dir():
-        raise LoadError(f"{path} is a directory", fix="Name the file in it.")
+        raise LoadError(f"{path} is a directory", fix=f"It holds a model of transformers: hf:{path}"
+                        if (path / "config.json").is_file() else "Name the file in it.")
     try:
         with path.open("rb") as file:
             start = file.read(64)
@@ -171,7 +177,8 @@ def _check_file(path: Path) -> None:
                             why=f"It holds {', '.join(names[:3]) or 'nothing'}.")
     elif not start.startswith(b"\x80"):  # the opcode that starts a binary pickle
         raise LoadError(f"{path} is not a model file", why=f"It starts with {start[:16]!r}.",
-                        fix=f"A model is {MODEL_HELP}.")
+                        fix=f"What builds the model in it? {path}:FACTORY"
+                        if path.suffix == ".py" else f"A model is {MODEL_HELP}.")
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -185,9 +192,10 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def _unwrap(model: nn.Module, path: Path) -> nn.Module:
-    """Take off DataParallel, DistributedDataParallel and torch.compile."""
+    """Take off DataParallel, DistributedDataParallel, AveragedModel and torch.compile."""
     while True:
-        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel,
+                              torch.optim.swa_utils.AveragedModel)):
             inner = model.module
         elif "_orig_mod" in model._modules:
             inner = model._modules["_orig_mod"]
@@ -201,71 +209,3 @@ def _unwrap(model: nn.Module, path: Path) -> nn.Module:
                         why="Its forward is compiled code without modules to convert.",
                         fix="Use the model it was scripted from.")
     return model
-
-
-def _fill(model: nn.Module, state: Mapping[str, Any], path: Path, arch: str) -> None:
-    """Load ``state`` into ``model``: every key and shape, or one error that lists the rest."""
-    own = model.state_dict()
-
-    def strip(key: str) -> str:
-        return key.replace("_orig_mod.", "")
-
-    while all(strip(k).startswith("module.") for k in state) and not all(
-            k.startswith("module.") for k in own):
-        state = {strip(k).removeprefix("module."): v for k, v in state.items()}
-    state = {strip(k): v for k, v in state.items()}
-    both = [(k, v, own.get(k)) for k, v in state.items()]
-    shapes = [(k, tuple(v.shape), tuple(o.shape)) for k, v, o in both
-              if isinstance(v, Tensor) and isinstance(o, Tensor) and v.shape != o.shape]
-    # Files from before torch 0.4 lack this counter, which changes nothing in eval mode.
-    missing = [k for k in own if k not in state and not k.endswith("num_batches_tracked")]
-    unexpected = [k for k in state if k not in own]
-    problems = [f"{k} is {there} in the file and {here} in the model"
-                + (": number of classes?" if there[1:] == here[1:] else "")
-                for k, there, here in shapes[:3]]
-    problems += [f"{len(keys)} {what}: {', '.join(keys[:3])}" + (", ..." if len(keys) > 3 else "")
-                 for keys, what in ((missing, "missing from the file"),
-                                    (unexpected, "not in the model")) if keys]
-    if len(shapes) > 3:
-        problems.append(f"{len(shapes) - 3} more shapes differ")
-    if problems:
-        raise LoadError(f"{path} does not fit {arch}", why="\n".join(problems),
-                        fix="Name the arch that it was saved from; for another number of classes, "
-                            "write a factory: --arch package.module:factory")
-    # Some modules (MNASNet) need their version beside the weights; bare dicts have lost it.
-    filled = type(own)(state)
-    filled._metadata = own._metadata  # type: ignore[attr-defined]
-    try:
-        model.load_state_dict(filled, strict=False)
-    except Exception as error:
-        raise LoadError(f"{path} does not fit {arch}", why=str(error)) from error
-
-
-def _made(spec: str, factory: Any) -> nn.Module:
-    try:
-        model = factory()
-    except Exception as error:
-        raise LoadError(f"{spec} failed while building the model",
-                        why=f"{type(error).__name__}: {error}") from error
-    if not isinstance(model, nn.Module):
-        raise LoadError(f"{spec} returned a {type(model).__name__}, not an nn.Module")
-    return model
-
-
-def _import(module: str, spec: str) -> Any:
-    try:
-        return importlib.import_module(module)
-    except Exception as error:
-        raise LoadError(f"{spec}: {module} cannot be imported",
-                        why=f"{type(error).__name__}: {error}",
-                        fix="Install it, or start where it can be imported.") from error
-
-
-def _check_name(spec: str, name: str, known: list[str], what: str) -> None:
-    if name not in known:
-        raise LoadError(f"{spec}: {name!r} is not one of {what}", why=_nearest(name, known))
-
-
-def _nearest(name: str, known: list[str]) -> str:
-    near = difflib.get_close_matches(name, known, n=3)
-    return f"Did you mean {' or '.join(near)}?" if near else ""

@@ -74,9 +74,10 @@ def _options(*decorators: Callable[..., Any]) -> Callable[..., Any]:
 
 
 MODEL = _options(
-    click.option("--arch", help="Builds the float model of a state dict: torchvision:NAME, "
-                                "timm:NAME or package.module:factory."),
-    click.option("--trust", is_flag=True, help="Load a pickle of any class: this runs its code."))
+    click.option("--arch", help="Builds the model that weights are for: torchvision:NAME, "
+                                "timm:NAME, hf:DIR, package.module:factory or file.py:factory."),
+    click.option("--trust", is_flag=True, help="Import whatever classes the file names: this runs "
+                                               "code of its choice."))
 CONVERSION = _options(
     click.option("--bits", type=_Bits(), multiple=True, default=["2"], metavar="BITS",
                  help="2 by default; PATTERN=BITS for some sites (a name, a pattern, a kind, "

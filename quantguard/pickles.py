@@ -5,9 +5,11 @@ from __future__ import annotations
 import functools
 import importlib
 import os
+import pickle
 import pickletools
 import re
 import sys
+import types
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import is_dataclass
@@ -18,6 +20,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import nn
 
+from .blank import is_torchs
 from .errors import LoadError
 
 # What a pickle may name, and why that is safe. torch's weights-only reader calls any global on its
@@ -51,24 +54,28 @@ _PLAIN = ("PROTO", "STOP", "NONE", "NEWFALSE", "NEWTRUE", "EMPTY_TUPLE", "EMPTY_
           "SHORT_BINSTRING", "LONG1", "TUPLE1", "TUPLE2", "TUPLE3")
 
 
-def read_pickle(file: BinaryIO, where: str, *, trust: bool = False) -> object:
+def read_pickle(file: BinaryIO, where: str, *, trust: bool = False, main: Any = None) -> object:
     """Read what ``torch.save`` wrote, importing only what the allow-list above takes.
 
     Args:
         file: an open, seekable binary file.
         where: its name, for errors.
-        trust: import and run whatever the file asks for.
+        trust: import and run whatever the file asks for; also of a plain pickle.
+        main: with trust, the module that has the classes which the file calls ``__main__.NAME``.
 
     Raises:
         LoadError: a damaged file, or one that names a global outside the allow-list.
     """
+    start = file.read(14)
+    file.seek(0)
+    plain = start[:4] != b"PK\x03\x04" and start[:1] == b"\x80" and not is_torchs(start)
     if trust:
         with working_directory_importable():
-            return _torch_load(file, where, weights_only=False)
+            return _trusted(file, where, main, plain)
+    if plain:
+        raise _plain(file, where)
     names: list[str] = []
-    start = file.read(4)
-    file.seek(0)
-    if start == b"PK\x03\x04":
+    if start[:4] == b"PK\x03\x04":
         try:
             names = torch.serialization.get_unsafe_globals_in_checkpoint(file)
             file.seek(0)
@@ -76,8 +83,8 @@ def read_pickle(file: BinaryIO, where: str, *, trust: bool = False) -> object:
         except Exception as error:  # whatever a hostile or damaged file makes the readers raise
             raise _unreadable(where, error) from error
         file.seek(0)
-    elif start[:2] != b"\x80\x02":
-        raise _unreadable(where, ValueError("neither a zip nor a pickle of protocol 2"))
+    elif not is_torchs(start):
+        raise _unreadable(where, ValueError("neither a zip nor a pickle"))
     allowed = {name: _allowed(name) for name in names}
     refused = sorted(name for name, value in allowed.items() if value is None)
     if not refused and names:
@@ -86,7 +93,7 @@ def read_pickle(file: BinaryIO, where: str, *, trust: bool = False) -> object:
         raise _refusal(where, refused)
     # What the user registered is not among `names`, so leaving this context removes only ours.
     with torch.serialization.safe_globals([(value, name) for name, value in allowed.items()]):
-        return _torch_load(file, where, weights_only=True)
+        return _torch_load(file, where)
 
 
 def _inside(module: str, rooms: tuple[str, ...]) -> bool:
@@ -193,33 +200,74 @@ def _check_calls(code: bytes, allowed: Mapping[str, Any], where: str) -> list[st
     return sorted(refused)
 
 
-def _torch_load(file: BinaryIO, where: str, *, weights_only: bool) -> object:
+def _trusted(file: BinaryIO, where: str, main: Any, plain: bool) -> object:
+    """Read a file that is let do anything; what a script pickled of its own is found in main."""
+    class Unpickler(pickle.Unpickler):
+        def find_class(self, module: str, name: str) -> Any:
+            if module == "__main__" and main is not None:
+                return functools.reduce(getattr, name.split("."), main)
+            return super().find_class(module, name)
+
+    def load(source: Any, **options: Any) -> Any:
+        return Unpickler(source, **options).load()
+
+    reader: Any = types.SimpleNamespace(Unpickler=Unpickler, load=load, __name__="pickle")
     try:
-        return torch.load(file, map_location="cpu", weights_only=weights_only)
+        if plain:
+            return load(file)
+        return torch.load(file, map_location="cpu", pickle_module=reader, weights_only=False)
+    except Exception as error:  # a damaged file raises anything
+        if not isinstance(error, (ImportError, AttributeError)):
+            raise _unreadable(where, error) from error
+        fix = "Start where that module can be imported, or save the state dict and name the " \
+              "model with --arch."
+        if "__main__" in str(error):
+            fix = "A script saved it, of a class of its own: say where that is, by --arch " \
+                  "file.py:Class."
+        elif main is not None:
+            fix = f"The file was saved by a script, whose names are looked for in {main.__name__}."
+        raise LoadError(f"{where} needs a class that is not here",
+                        why=f"{type(error).__name__}: {error}", fix=fix) from error
+
+
+def _plain(file: BinaryIO, where: str) -> LoadError:
+    """Return the error for a pickle that torch did not write."""
+    try:
+        names = [str(a).replace(" ", ".") for op, a, _ in pickletools.genops(file)
+                 if op.name == "GLOBAL"]
+    except Exception as error:  # whatever a damaged file makes of it
+        return _unreadable(where, error)
+    asked = f" It asks for {', '.join(dict.fromkeys(names[:3]))}." if names else ""
+    return LoadError(f"{where} was written by pickle, not by torch.save",
+                     why=f"A pickle runs what it names. Nothing was run.{asked}",
+                     fix="Name its model with --arch, and the weights alone are read; or write it "
+                         "again: torch.save(model.state_dict(), FILE). If you trust the file, use "
+                         "--trust (trust=True).")
+
+
+def _torch_load(file: BinaryIO, where: str) -> object:
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged or hostile file raises anything
-        if weights_only:
-            text = str(error)
-            found = (re.search(r"GLOBAL (\S+) was not an allowed global", text)
-                     or re.search(r"unsupported GLOBAL (\S+) whose", text))
-            if found and _allowed(found[1]) is not None:
-                raise LoadError(f"{where} is a whole model in torch's old file format",
-                                why="Of that format only state dicts can be read safely.",
-                                fix="Save it again with torch 1.6 or later, or use --trust "
-                                    "(trust=True) if you trust the file.") from error
-            if found:
-                raise _refusal(where, [found[1]]) from error
-        elif isinstance(error, (ImportError, AttributeError)):
-            raise LoadError(f"{where} needs a class that is not here",
-                            why=f"{type(error).__name__}: {error}",
-                            fix="Start where that module can be imported, or save the state dict "
-                                "and name the model with --arch.") from error
+        text = str(error)
+        found = (re.search(r"GLOBAL (\S+) was not an allowed global", text)
+                 or re.search(r"unsupported GLOBAL (\S+) whose", text))
+        if found and _allowed(found[1]) is not None:
+            raise LoadError(f"{where} is a whole model in torch's old file format",
+                            why="Of that format only weights can be read safely.",
+                            fix="Name its model with --arch, and they are; or save it again with "
+                                "torch 1.6 or later, or use --trust (trust=True) if you trust the "
+                                "file.") from error
+        if found:
+            raise _refusal(where, [found[1]]) from error
         raise _unreadable(where, error) from error
 
 
 def _unreadable(where: str, error: BaseException) -> LoadError:
     reason = str(error).strip().partition("\n")[0]
     return LoadError(f"{where} cannot be read: it is damaged or was not written by torch.save",
-                     why=f"{type(error).__name__}: {reason}" if reason else type(error).__name__)
+                     why=f"{type(error).__name__}: {reason}" if reason else type(error).__name__,
+                     fix="Copy it again, or write it anew: torch.save(model.state_dict(), FILE).")
 
 
 def _refusal(where: str, names: list[str]) -> LoadError:
@@ -229,8 +277,8 @@ def _refusal(where: str, names: list[str]) -> LoadError:
                      why="A pickle can run code through what it names; only modules of torch.nn, "
                          "torchvision and timm are taken as harmless. Nothing was run.",
                      fix=("It is a torch.compile wrapper: save its _orig_mod. " if compiled else "")
-                         + "If you trust the file, use --trust (trust=True); else save the state "
-                         "dict and name the model with --arch.")
+                         + "Name its model with --arch, and the weights alone are read; if you "
+                         "trust the file, use --trust (trust=True).")
 
 
 @contextmanager

@@ -35,7 +35,7 @@ from .preparing import prepare
 from .recipes import Recipe, recipe_of
 from .results import Evaluation, same_images
 from .running import check_model, frozen, seconds_of, seeded, unwrap
-from .spec import FLOAT_BITS, Threat, check_seed
+from .spec import FLOAT_BITS, Threat, check_seed, plain
 from .training import check_effort
 from .world import world
 
@@ -136,6 +136,8 @@ def compare(models: Mapping[str, nn.Module], loader: Iterable[Any],
     for model in models.values():
         check_model(model)
     threat = shared(models.items(), threat, progress)
+    check_seed(seed)
+    seed, images = plain(seed), plain(images)
     rows = {}
     suite = suite if isinstance(suite, str) else list(suite)
     for number, (name, model) in enumerate(models.items()):
@@ -195,6 +197,8 @@ def ablate(model: nn.Module, train_loader: Iterable[Any], test_loader: Iterable[
     """
     check_model(model)
     model = unwrap(model)
+    epochs, seed, images = plain(epochs), plain(seed), plain(images)
+    bits = {k: plain(v) for k, v in bits.items()} if isinstance(bits, Mapping) else plain(bits)
     if conversion_of(model) is not None:
         raise SpecError("ablate starts from a float model, and this one is converted",
                         fix="quantguard.restore(model) gives the float one.")

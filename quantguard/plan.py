@@ -181,7 +181,7 @@ def assign(plan: Plan, model: nn.Module, bits: Bits, dynamic: bool, per_channel:
     for pattern in [*keep, *table]:
         if pattern not in used and pattern != "*":
             names = [s.name for s in plan.sites] + sorted({s.kind for s in plan.sites})
-            near = difflib.get_close_matches(str(pattern), names, 1, 0.3)
+            near = difflib.get_close_matches(str(pattern), names, 1)
             raise SpecError(f"{pattern!r} matches no activation site",
                             fix=f"Did you mean {near[0]!r}?" if near else
                             "See quantguard.inspect(model), or quantguard inspect MODEL.")

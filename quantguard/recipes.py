@@ -9,7 +9,7 @@ from numbers import Real
 from typing import Any
 
 from .errors import SpecError
-from .spec import FLOAT_BITS
+from .spec import FLOAT_BITS, plain
 
 # Fields that are numbers of something, and those that are several numbers.
 _INTEGERS, _LISTS = ("steps", "batch_size", "input_bits"), ("sharpness", "walk", "growth")
@@ -129,18 +129,17 @@ class Recipe:
 
     def __post_init__(self) -> None:
         if self.name not in _DEFAULTS:
-            near = difflib.get_close_matches(self.name, _DEFAULTS, 1, 0.3)
+            near = difflib.get_close_matches(self.name, _DEFAULTS, 1)
             raise SpecError(f"recipe {self.name!r} is unknown",
                             fix=f"Use one of {', '.join(_DEFAULTS)}"
                             + (f"; did you mean {near[0]!r}?" if near else "."))
         for name in _NUMBERS:
-            value = getattr(self, name)
+            value = plain(getattr(self, name))
             if value is None:
                 continue
             if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
                 raise SpecError(f"recipe {self.name}: {name}={value!r} must be a finite number")
-            if not isinstance(value, (int, float)):  # numpy's, which is not for JSON
-                object.__setattr__(self, name, float(value))
+            object.__setattr__(self, name, value)
         if not 0 < self.box <= 1:
             raise SpecError(f"recipe {self.name}: box={self.box!r} must be above 0, and 1 at most")
         small = _SMALL_BOX if self.certifies and self.box < 1 else {}
@@ -151,12 +150,13 @@ class Recipe:
             values = self.sharpness if isinstance(self.sharpness, (tuple, list)) else \
                 (self.sharpness,)
             try:
-                object.__setattr__(self, "sharpness", tuple(float(k) for k in values))
+                object.__setattr__(self, "sharpness", tuple(float(plain(k)) for k in values))
             except (TypeError, ValueError):
                 raise SpecError(f"recipe {self.name}: sharpness={self.sharpness!r} must be "
                                 "numbers") from None
         for name in _INTEGERS:
-            value = getattr(self, name)
+            value = plain(getattr(self, name))
+            object.__setattr__(self, name, value)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
                 raise SpecError(f"recipe {self.name}: {name}={value!r} must be an integer")
         for name in ("lr", "threshold_lr", "batch_size", "range_factor"):
@@ -173,10 +173,11 @@ class Recipe:
             if not 0 <= getattr(self, name) <= 1:
                 raise SpecError(f"recipe {self.name}: {name}={getattr(self, name)!r} must be in "
                                 "[0, 1]")
-        walk = self.walk if isinstance(self.walk, (tuple, list)) else (self.walk,)
+        walk = tuple(map(plain, self.walk if isinstance(self.walk, (tuple, list)) else
+                         (self.walk,)))
         if not all(isinstance(b, int) and (1 <= b <= 8 or b == FLOAT_BITS) for b in walk):
             raise SpecError(f"recipe {self.name}: walk={self.walk!r} must be bits, 1 to 8 or 32")
-        object.__setattr__(self, "walk", tuple(walk))
+        object.__setattr__(self, "walk", walk)
         if self.precision not in PRECISIONS:
             raise SpecError(f"recipe {self.name}: precision={self.precision!r} is unknown",
                             fix=f"Use one of {', '.join(PRECISIONS)}.")
@@ -194,7 +195,7 @@ class Recipe:
             raise SpecError(f"recipe {self.name}: init={self.init!r} is unknown",
                             fix=f"Use one of {', '.join(INITS)}.")
         try:
-            first, last = (float(v) for v in self.growth)
+            first, last = (float(plain(v)) for v in self.growth)
         except (TypeError, ValueError):
             raise SpecError(f"recipe {self.name}: growth={self.growth!r} must be two numbers"
                             ) from None

@@ -9,17 +9,20 @@ import random
 import re
 import signal
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 import numpy
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 from torch.nn.parameter import is_lazy
 
 from .errors import ConversionError, DataError, SpecError
+from .spec import plain
 
 
 def check_model(model: Any) -> None:
@@ -47,8 +50,16 @@ def run(model: nn.Module, inputs: Any, where: str = "") -> Any:
         shape = changed(inputs, lambda x: tuple(x.shape))  # type: ignore[arg-type,return-value]
         said = (str(error).strip() or type(error).__name__).splitlines()[0]
         fix = "Check channels and size: nothing is converted silently; --size resizes images."
-        if isinstance(inputs, dict) and isinstance(error, TypeError):
+        if "more than 1 value per channel" in said or "more than 1 spatial element" in said:
+            fix = "A normalisation in training mode needs two images at least: give larger " \
+                  "batches, and leave no last one of a single image (drop_last=True)."
+        elif isinstance(error, TypeError) and isinstance(inputs, dict):
             fix = "Of a dict batch all but labels are keyword arguments of the model's forward."
+        elif isinstance(error, TypeError) and "positional argument" in said:
+            fix = "Its forward takes another number of inputs: yield dicts with their names, or " \
+                  "bind the others into the model."
+        elif "same device" in said:
+            fix = "A part of the model is on another device than its first weight: use model.to."
         eaten = eaten_by(model)
         given = {x.dtype for x in tensors_in(inputs) if x.is_floating_point()} or {torch.uint8}
         if eaten is not None and eaten not in given:
@@ -57,6 +68,44 @@ def run(model: nn.Module, inputs: Any, where: str = "") -> Any:
         raise DataError(
             f"{where}: " * bool(where) + f"the model does not accept inputs of shape {shape}",
             why=f"It says: {said}", fix=fix) from error
+
+
+def picked(output: Any) -> Any:
+    """Return what stands for the logits in whatever a model returns.
+
+    A tensor itself; ``logits`` of a dict or an object; the only entry that is not None; the first
+    of a tuple or list; else output as it is. Values may be those of torch.fx.
+    """
+    if isinstance(output, (Tensor, Proxy)):
+        return output
+    named = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
+    if named is not None:
+        return picked(named)
+    entries: list[Any] = []
+    if isinstance(output, Mapping):
+        entries = list(output.values())
+    elif isinstance(output, (tuple, list)):
+        entries = list(output)
+    elif is_dataclass(output):
+        entries = [getattr(output, field.name) for field in fields(output)]
+    there = [value for value in entries if value is not None]
+    if len(there) == 1:
+        return picked(there[0])
+    return output[0] if isinstance(output, (tuple, list)) and output else output
+
+
+def described(output: Any) -> str:
+    """Return in words what a model has put out: types, names and shapes."""
+    if isinstance(output, Tensor):
+        return str(tuple(output.shape))
+    kind = type(output).__name__
+    if isinstance(output, Mapping):
+        parts = [f"{k!r}: {described(v)}" for k, v in list(output.items())[:6]]
+    elif isinstance(output, (tuple, list)):
+        parts = [described(v) for v in output[:6]]
+    else:
+        return "None" if output is None else kind
+    return f"a {kind} of {', '.join(parts) or 'nothing'}"
 
 
 def accepts(model: nn.Module, inputs: Any) -> bool:
@@ -310,7 +359,8 @@ def seconds_of(budget: float | str) -> float:
         found = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*([smh]?)\s*", budget)
         seconds = float(found[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[found[2]] if found else 0.0
     else:
-        seconds = float(budget)
+        budget = plain(budget)
+        seconds = float(budget) if isinstance(budget, (int, float)) else 0.0
     if not 0 < seconds < float("inf"):
         raise SpecError(f"budget {budget!r} is no time", fix="Give it as '90s', '5m' or '2h'.")
     return seconds

@@ -51,8 +51,13 @@ def _digits(root: str | None, split: Split, size: int | None, augment: bool) -> 
     if root is not None:
         raise SpecError(f"digits:{root}: digits is a part of scikit-learn and takes no ROOT",
                         fix="Use digits.")
-    datasets = importlib.import_module("sklearn.datasets")
-    selection = importlib.import_module("sklearn.model_selection")
+    try:
+        datasets = importlib.import_module("sklearn.datasets")
+        selection = importlib.import_module("sklearn.model_selection")
+    except ImportError as error:
+        raise DataError("digits is a part of scikit-learn, which cannot be imported",
+                        why=f"{type(error).__name__}: {error}",
+                        fix="Install it: pip install scikit-learn.") from error
     images, labels = datasets.load_digits(return_X_y=True)
     chosen = selection.train_test_split(images, labels, test_size=500, stratify=labels,
                                         random_state=0)
@@ -147,11 +152,12 @@ def _download(name: str, split: Split) -> None:
     try:
         getattr(datasets, name)(_cache(), train=split == "train", download=True)
     except Exception as error:  # the network, the disk, the mirror, a checksum
-        package = "apt-get install dataset-fashion-mnist, or " if name == "FashionMNIST" else ""
+        package = " Or install it: apt-get install dataset-fashion-mnist." \
+            if name == "FashionMNIST" else ""
         spec = {"FashionMNIST": "fashion-mnist", "MNIST": "mnist", "CIFAR10": "cifar10"}[name]
         raise DataError(f"{name} is not here and could not be downloaded to {_cache()}",
                         why=f"{type(error).__name__}: {error}",
-                        fix=f"Use {package}give the folder that has it: {spec}:ROOT") from error
+                        fix=f"Name the folder that has it: {spec}:ROOT.{package}") from error
 
 
 def _npz(file: str | None, split: Split, size: int | None, augment: bool) -> Source:

@@ -6,6 +6,7 @@ import copy
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from numbers import Integral, Real
 from typing import Any
 
 from .errors import SpecError
@@ -21,6 +22,24 @@ _COUNTED = 16
 # smallest change of an image of 8 bits; L2 radii for pixels of 0..1 go up to 3.
 _FEWEST_LEVELS = {"linf": 1.0, "l2": 4.0}
 _UNSET: Any = None
+
+
+def plain(value: Any) -> Any:
+    """Return Python's number for a scalar of numpy, torch or fractions; all else as it is.
+
+    Example:
+        >>> import numpy, torch
+        >>> plain(numpy.int64(3)), plain(torch.tensor(0.5)), plain([1])
+        (3, 0.5, [1])
+    """
+    if type(value) in (bool, int, float):
+        return value
+    if getattr(value, "ndim", None) == 0 and hasattr(value, "item") \
+            and not getattr(value, "is_meta", False):
+        return (value.detach() if hasattr(value, "detach") else value).item()
+    if isinstance(value, Integral):
+        return int(value)
+    return float(value) if isinstance(value, Real) else value
 
 
 @dataclass(frozen=True)
@@ -48,6 +67,8 @@ class QuantSpec:
     range_factor: float = 1.0
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "bits", plain(self.bits))
+        object.__setattr__(self, "range_factor", plain(self.range_factor))
         if not isinstance(self.bits, int) or isinstance(self.bits, bool) or not (
             1 <= self.bits <= 8 or self.bits == FLOAT_BITS
         ):
@@ -75,9 +96,10 @@ class QuantSpec:
 def _numbers(name: str, value: Any) -> tuple[float, ...] | None:
     if value is None:
         return None
-    values = (value,) if isinstance(value, (int, float)) else tuple(value)
+    value = plain(value)
     try:
-        numbers = tuple(float(v) for v in values)
+        values = (value,) if isinstance(value, (int, float)) else tuple(value)
+        numbers = tuple(float(plain(v)) for v in values)
     except (TypeError, ValueError):
         raise SpecError(f"{name}={value!r} is not a list of numbers") from None
     if not numbers or not all(math.isfinite(v) for v in numbers):
@@ -125,6 +147,7 @@ class Threat:
                                 why="The radius that is usual depends on the size of the images.",
                                 fix="Give eps (--eps), such as 0.5 for 3x32x32 pixels of 0..1.")
             object.__setattr__(self, "eps", DEFAULT_EPS * width)
+        object.__setattr__(self, "eps", plain(self.eps))
         if not (isinstance(self.eps, (int, float)) and 0 <= self.eps < math.inf):
             raise SpecError(f"eps={self.eps!r} must be a finite number, 0 or more, in pixel units")
         self._check_units(bounds[0], bounds[1])
@@ -205,6 +228,7 @@ def check_threat(threat: Any) -> None:
         SpecError: threat is no :class:`Threat`.
     """
     if not isinstance(threat, Threat):
+        threat = plain(threat)
         number = isinstance(threat, (int, float))
         raise SpecError(f"threat is {threat!r}, and must be a quantguard.Threat",
                         fix=f"Write Threat(eps={threat:g})." if number else "Write Threat(eps=…).")
@@ -216,7 +240,7 @@ def check_seed(seed: Any) -> None:
     Raises:
         SpecError: seed is no such integer.
     """
-    if not isinstance(seed, int) or not 0 <= seed < 1 << 32:
+    if not isinstance(plain(seed), int) or not 0 <= seed < 1 << 32:
         raise SpecError(f"seed={seed!r} must be an integer from 0 to {(1 << 32) - 1}")
 
 
@@ -238,6 +262,7 @@ class InputSpec:
     high: Sequence[float]
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "bits", plain(self.bits))
         if not isinstance(self.bits, int) or not 1 <= self.bits <= 8:
             raise SpecError(f"input_bits={self.bits!r} must be 1 to 8")
         low, high = _numbers("input_range", self.low), _numbers("input_range", self.high)

@@ -41,7 +41,7 @@ from .probing import (
 from .progress import Progress
 from .recipes import Recipe
 from .running import environment, modes_kept, seeded, true_float32, uninterrupted
-from .spec import Threat
+from .spec import Threat, plain
 from .world import world
 
 _SAVE_EVERY = 60.0
@@ -417,6 +417,7 @@ def check_effort(epochs: int, train: str) -> None:
     """
     if train not in ("all", "thresholds"):
         raise SpecError(f"train={train!r} is unknown", fix="Use all or thresholds.")
+    epochs = plain(epochs)
     if not isinstance(epochs, int) or isinstance(epochs, bool) or epochs < 1:
         raise SpecError(f"epochs={epochs!r} must be an integer, 1 or more")
 

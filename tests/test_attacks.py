@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -346,6 +347,14 @@ def test_project_leaves_what_is_inside_and_shortens_what_is_not(norm: str) -> No
     assert torch.equal(project(center, center, 0.0, norm, (0, 1)), center)
 
 
+@dataclass
+class Answer:
+    """What some models return of their own."""
+
+    pred: Tensor | None
+    aux: Tensor | None = None
+
+
 class Output(dict[str, Tensor]):
     """What Hugging Face models return."""
 
@@ -356,15 +365,21 @@ class Output(dict[str, Tensor]):
 
 @pytest.mark.parametrize("wrap", [
     lambda z: z, lambda z: (z, None), lambda z: [z], lambda z: {"logits": z, "loss": 0},
-    lambda z: Output(logits=z)])
+    lambda z: Output(logits=z), lambda z: {"pred": z}, lambda z: {"pred": z, "loss": None},
+    lambda z: (None, z), lambda z: Answer(z), lambda z: Answer(None, z), lambda z: ({"pred": z},),
+    lambda z: {"logits": (z, z + 1)}])
 def test_logits_are_found_in_what_models_return(wrap: Callable[[Tensor], Any]) -> None:
     z = torch.randn(3, 4)
     assert logits_of(wrap(z)) is z
 
 
 @pytest.mark.parametrize(("output", "said"), [
-    (torch.zeros(3), r"\(3,\)"), (torch.zeros(3, 4, 2, 2), r"\(3, 4, 2, 2\)"), ({}, "NoneType"),
-    ((), "tuple"), ("text", "str"), (({"logits": 1},), "dict")])
+    (torch.zeros(3), r"\(3,\)"), (torch.zeros(3, 4, 2, 2), r"\(3, 4, 2, 2\)"),
+    ({}, "a dict of nothing"), ((), "a tuple of nothing"), ("text", "str"), (None, "None"),
+    (({"logits": 1},), "a tuple of a dict of 'logits': int"),
+    ({"out": torch.zeros(3, 4), "h": torch.zeros(3, 9)},
+     r"a dict of 'out': \(3, 4\), 'h': \(3, 9\)"),
+    ((None, torch.zeros(3, 4), torch.zeros(3, 9)), r"a tuple of None, \(3, 4\), \(3, 9\)")])
 def test_other_outputs_are_refused_by_what_they_are(output: Any, said: str) -> None:
     with pytest.raises(ConversionError, match=f"returns {said} where logits"):
         logits_of(output)

@@ -449,10 +449,12 @@ def test_mnasnet_loads_though_safetensors_lost_its_version(tmp_path: Path) -> No
 def test_another_number_of_classes_is_said_plainly(tmp_path: Path) -> None:
     state = resnet_state()
     state["fc.weight"], state["fc.bias"] = torch.zeros(10, 512), torch.zeros(10)
-    message = error_of(saved(state, tmp_path / "s.pt"), arch="torchvision:resnet18")
-    assert ("fc.weight is (10, 512) in the file and (1000, 512) in the model: number of classes?"
+    path = saved(state, tmp_path / "s.pt")
+    assert load_model(path, arch="torchvision:resnet18").fc.out_features == 10
+    message = error_of(path, arch="torchvision:resnet18?num_classes=4")
+    assert ("fc.weight is (10, 512) in the file and (4, 512) in the model: number of classes?"
             in message)
-    assert "package.module:factory" in message
+    assert "file.py:factory" in message
 
 
 def test_another_model_is_said_with_counts(tmp_path: Path) -> None:

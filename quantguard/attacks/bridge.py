@@ -15,7 +15,7 @@ from ..contexts import soften
 from ..errors import ConversionError, SpecError
 from ..fewchannels import FewChannels
 from ..layout import channels_last, is_compiled, takes_channels_last
-from ..running import device_of, eaten_by
+from ..running import described, device_of, eaten_by, picked
 from ..spec import Threat
 from ..step_sites import Site, find_sites
 from ..straight import has_foreign_steps
@@ -31,16 +31,13 @@ def logits_of(output: Any) -> Tensor:
     Raises:
         ConversionError: no (N, classes) tensor in it.
     """
-    if isinstance(output, dict) or hasattr(output, "logits"):
-        output = output.get("logits") if isinstance(output, dict) else output.logits
-    if isinstance(output, (tuple, list)) and output:
-        output = output[0]
-    if not isinstance(output, Tensor) or output.dim() != 2:
-        said = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+    logits = picked(output)
+    if not isinstance(logits, Tensor) or logits.dim() != 2:
         raise ConversionError(
-            f"the model returns {said} where logits (N, classes) are needed",
-            fix="Return a tensor, a dict with 'logits', or a tuple that starts with them.")
-    return output
+            f"the model returns {described(output)} where logits (N, classes) are needed",
+            fix="Return a tensor, a dict with 'logits' or with nothing else, or a tuple that "
+                "starts with them.")
+    return logits
 
 
 class PixelModel(nn.Module):

@@ -251,6 +251,12 @@ _SUITES: dict[str, tuple[int, int, int]] = {
 }
 
 
+# What people call a suite by how long it takes.
+_MEANT = {**dict.fromkeys(("fast", "small", "short", "light", "tiny"), "quick"),
+          **dict.fromkeys(("normal", "default", "medium", "std"), "standard"),
+          **dict.fromkeys(("slow", "large", "big", "long", "all", "complete", "strong"), "full")}
+
+
 def build_suite(suite: str | Sequence[Any], threat: Threat, *, seed: int, quantized: bool,
                 saturated: bool = False, fidelity: Mapping[str, float] | None = None) -> Suite:
     """Return a named suite, or one of a list of Foolbox attacks or entries.
@@ -280,7 +286,8 @@ def check_suite(suite: str | Sequence[Any]) -> None:
     """
     if isinstance(suite, str):
         if suite not in _SUITES:
-            near = difflib.get_close_matches(suite, _SUITES, 1, 0.3)
+            near = [_MEANT[suite.lower()]] if suite.lower() in _MEANT else \
+                difflib.get_close_matches(suite, _SUITES, 1)
             raise SpecError(f"suite {suite!r} is unknown",
                             fix=f"Use one of {', '.join(_SUITES)}" +
                             (f"; did you mean {near[0]!r}?" if near else "."))

@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 from ..activation import QuantActivation
 from ..batches import to_pixels
 from ..errors import ConversionError
-from ..running import duplicate
+from ..running import duplicate, picked
 from ..spec import Threat
 from ..tracing import place_of
 
@@ -39,11 +39,7 @@ class Whole(nn.Module):
         if self.std is not None:
             x = x / self.std
         output = self.model(x) if self.key is None else self.model(**{self.key: x})
-        if isinstance(output, (fx.Proxy, Tensor)):
-            return output
-        if isinstance(output, dict) or hasattr(output, "logits"):
-            return output["logits"] if isinstance(output, dict) else output.logits
-        return output[0]
+        return picked(output)
 
 
 class _InPlace(fx.Proxy):
