@@ -392,5 +392,39 @@ class true_float32:
 @contextmanager
 def measuring(model: nn.Module, seed: int) -> Iterator[None]:
     """Hold everything still that a measurement must neither change nor depend on."""
-    with evaluating(model), frozen(model), seeded(seed), true_float32():
+    with evaluating(model), frozen(model), seeded(seed), true_float32(), observers_still(model):
         yield
+
+
+@contextmanager
+def observers_still(model: nn.Module) -> Iterator[None]:
+    """Switch off, inside the context, what torch.ao's fake quantizers learn from each input.
+
+    They observe in eval mode, too, until somebody disables it: each image would move the grid.
+    """
+    flags: list[Tensor] = []
+    for module in model.modules():
+        flag = getattr(module, "observer_enabled", None)
+        if isinstance(flag, Tensor) and callable(getattr(module, "disable_observer", None)):
+            flags.append(flag)
+    before = [flag.clone() for flag in flags]
+    try:
+        for flag in flags:
+            flag.zero_()
+        yield
+    finally:
+        for flag, value in zip(flags, before, strict=True):
+            flag.copy_(value)
+
+
+@contextmanager
+def buffers_kept(model: nn.Module) -> Iterator[None]:
+    """Put every buffer back to what it was, after forwards that change some."""
+    before = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in before:
+                if not torch.equal(buffer, value):
+                    buffer.copy_(value)

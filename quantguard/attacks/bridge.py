@@ -15,7 +15,7 @@ from ..contexts import soften
 from ..errors import ConversionError, SpecError
 from ..fewchannels import FewChannels
 from ..layout import channels_last, is_compiled, takes_channels_last
-from ..running import described, device_of, eaten_by, picked
+from ..running import buffers_kept, described, device_of, eaten_by, picked
 from ..spec import Threat
 from ..step_sites import Site, find_sites
 from ..straight import has_foreign_steps
@@ -99,7 +99,7 @@ class PixelModel(nn.Module):
             noise = torch.rand(few.shape, generator=torch.Generator().manual_seed(0)) - 0.5
             few = (few + (high - low) / 4 * noise.to(few)).clamp(low, high)
             self._looking = True
-            with soften(self, 8.0):
+            with soften(self, 8.0), buffers_kept(self):
                 self.sites = find_sites(self, few)
             self._looking = False
         self.foreign = has_foreign_steps(self, pixels[:2], self.sites)
