@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx, nn
 
-from .errors import SpecError
+from .errors import ConversionError, SpecError
+from .plain import recording, unrecorded
 from .spec import QuantSpec
 from .staircase import (
     MOST_SOFTENED,
@@ -214,6 +215,10 @@ class QuantActivation(nn.Module):
         Args:
             x: what f is applied to.
             value: f(x), where the model has computed it already in its own way.
+
+        Raises:
+            ConversionError: torch.jit.trace runs it in training mode, or torch.onnx.export with
+                dynamo=False where it writes over x.
         """
         if isinstance(x, fx.Proxy):
             # A tracer that walked in would lose the surrogate gradient: be a leaf for every tracer.
@@ -237,6 +242,12 @@ class QuantActivation(nn.Module):
                 self._listener(z)
             answers = None if self.inplace else self._state.answers
             y = self.quantized(z) if answers is None else answers(self, z)
+        if self.inplace and recording() and torch.onnx.is_in_onnx_export():
+            raise ConversionError(
+                "torch.onnx.export(dynamo=False) cannot hold an activation that writes over its "
+                "input where that is read again",
+                why="That exporter loses the write where it is read through a view.",
+                fix="Build the model with inplace=False and convert it, or use dynamo=True.")
         return x.copy_(y) if self.inplace else y
 
     def quantized(self, z: Tensor, state: _State | None = None) -> Tensor:
@@ -245,12 +256,19 @@ class QuantActivation(nn.Module):
             return self._quantized(z, self._state if state is None else state)
 
     def _quantized(self, z: Tensor, state: _State) -> Tensor:
-        t, step, zero, axis = self.thresholds, self.step, self.zero_level, self.axis
-        window = self._window(t)
-        if state.bits is not None:
-            t, step, zero, window = resampled(t, step, zero, window, 2**state.bits - 1)
+        if recording() and self.training:
+            raise ConversionError(
+                "torch.jit.trace and the ONNX exporter built on it do not record a quantized "
+                "activation in training mode",
+                why="What they record has no surrogate gradient.",
+                fix="Call model.eval() first; to train what is compiled, use torch.compile.")
+        with unrecorded():  # also learned numbers, by operations that ONNX does not have
+            t, step, zero, axis = self.thresholds, self.step, self.zero_level, self.axis
+            window = self._window(t)
+            if state.bits is not None:
+                t, step, zero, window = resampled(t, step, zero, window, 2**state.bits - 1)
         if state.action == "soften" and state.by_image and t.shape[-1] <= MOST_SOFTENED \
-                and not spelled_out():
+                and not (spelled_out() or recording()):
             return soft_by_image(z, t.detach(), step.detach().unsqueeze(-1).expand(t.shape),
                                  (-zero * step).detach(), state.sharpness, axis)
         if state.action == "soften":
@@ -260,8 +278,9 @@ class QuantActivation(nn.Module):
     @torch.no_grad()
     def levels(self, z: Tensor) -> Tensor:
         """Return the number of the level that each element of z is quantized to, 0 to m."""
-        t, ones = self.thresholds, torch.ones_like(self.step)
-        zero = torch.zeros_like(self.zero_level)
+        with unrecorded():
+            t, ones = self.thresholds, torch.ones_like(self.step)
+            zero = torch.zeros_like(self.zero_level)
         return staircase(z.detach().float(), t, ones, ones, zero, axis=self.axis).long()
 
     def _float(self, x: Tensor) -> Tensor:
@@ -288,6 +307,10 @@ class QuantActivation(nn.Module):
     def in_float(self) -> bool:
         """Return whether the float activation's value is what it gives just now."""
         return self._state.action in ("bypass", "observe")
+
+    def __prepare_scriptable__(self) -> Any:
+        raise ConversionError("torch.jit.script cannot read a quantized activation",
+                              fix="Use torch.jit.trace(model.eval(), example).")
 
     def extra_repr(self) -> str:
         kind = "dynamic" if self.spec.dynamic else "fixed"

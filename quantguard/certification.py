@@ -100,7 +100,8 @@ def certify(model: nn.Module, loader: Iterable[Any], threat: Threat | None = Non
 
     Raises:
         ConversionError: a layer or operation without a rule (it is named), a forward that cannot
-            be traced, or a model that returns no logits.
+            be traced, that carries anything from call to call or asks a clock, or a model that
+            returns no logits.
         DataError: images or labels that do not fit.
         SpecError: an unknown method, a budget that is no time, images or splits that are no
             number, splits in L2 or below 0, a run_dir of other settings.

@@ -2,15 +2,22 @@
 
 The same function and gradients as in staircase.py, which is faster without a compiler. The forward
 is the hard staircase; a linear piece whose value is taken off again brings the surrogate gradient.
+:func:`recorded` is the forward alone, for torch.jit.trace and the ONNX exporter built on it.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
 
 # Up to here comparisons are spelled out one by one, which a compiler vectorises.
 _UNROLL_UP_TO = 31
+# The same in a recorded graph, where each comparison is an operation over the whole tensor.
+_RECORD_UP_TO = 7
 
 
 def _rows(values: Tensor, x: Tensor, axis: int | None) -> Tensor:
@@ -53,6 +60,58 @@ def _pick(table: Tensor, index: Tensor, axis: int | None) -> Tensor:
 def _hard(x: Tensor, t: Tensor, step: Tensor, zero: Tensor, axis: int | None) -> Tensor:
     value = (_count(x, t.detach(), axis) - zero) * _rows(step, x, axis)
     return torch.where(x != x, x, value)  # NaN stays NaN
+
+
+def recording() -> bool:
+    """Return whether torch.jit.trace, or the ONNX exporter built on it, records what runs."""
+    return not torch.compiler.is_compiling() and torch._C._get_tracing_state() is not None
+
+
+@contextmanager
+def _paused() -> Iterator[None]:
+    binding: Any = torch._C  # its stubs lack the setter
+    state = binding._get_tracing_state()
+    binding._set_tracing_state(None)
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        binding._set_tracing_state(state)
+
+
+def unrecorded() -> AbstractContextManager[Any]:
+    """Return a context whose results are constants of the graph that is being recorded, if any."""
+    return _paused() if recording() else nullcontext()
+
+
+def recorded(x: Tensor, t: Tensor, step: Tensor, zero: Tensor, axis: int | None) -> Tensor:
+    """Return the hard staircase by operations that TorchScript saves and ONNX knows.
+
+    It has no gradient: what is recorded answers, and is not trained or attacked.
+
+    Args:
+        x: float32, any shape; the others as in staircase.py, constants of the graph.
+    """
+    x = x.detach()
+    with unrecorded():  # sizes, too: recorded, they would be tensors
+        m, flat, size = t.shape[-1], t.detach().reshape(-1), _rows(step.detach(), x, axis)
+        bounds = [_rows(bound, x, axis) for bound in t.detach().unbind(-1)]
+        half = (m + 1) // 2
+        # where each row's search goes on in `flat`, by how far it halves
+        rows = torch.arange(flat.shape[0] // m, device=t.device) * m - 1
+        places = {half >> n: _rows(rows + (half >> n), x, axis) for n in range(m.bit_length())}
+    level = (x > bounds[half - 1]).float()
+    if m <= _RECORD_UP_TO:
+        for bound in (*bounds[: half - 1], *bounds[half:]):
+            level = level + (x > bound).float()
+    else:
+        # A binary search: m is 2^bits - 1, and each halving asks for one more bit of the level.
+        found = level.long() * half
+        while half > 1:
+            half //= 2
+            found = found + (x > flat[found + places[half]]).long() * half
+        level = found.float()
+    return torch.where(torch.isnan(x), x, (level - zero.detach()) * size)
 
 
 def windowed(x: Tensor, t: Tensor, step: Tensor, edges: Tensor, widths: Tensor, zero: Tensor,

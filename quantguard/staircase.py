@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from . import blockwise, fused, plain
+from .plain import recording, unrecorded
 from .windows import image_windows, placed, windows
 
 # A sigmoid this far from its threshold is 0 or 1 to float32; how many thresholds of equal steps may
@@ -48,6 +49,9 @@ def staircase(x: Tensor, t: Tensor, step: Tensor, width: Tensor, zero: Tensor,
         gate: (lo, hi) outside which the derivative of an absorbed f is 0 (mode ``parent``).
         axis: the channel dimension of x where thresholds are per channel.
     """
+    if recording():
+        rows = None if axis is None else axis % x.dim()
+        return plain.recorded(x.float(), t, step, zero, rows).to(x.dtype)
     if spelled_out():
         edges, widths = windows(t, width)
         wide, rows = x.float(), None if axis is None else axis % x.dim()
@@ -68,9 +72,11 @@ def soft_staircase(x: Tensor, t: Tensor, step: Tensor, width: Tensor, zero: Tens
     sigma is the logistic function; w_i is held constant; k grows from 2 (smooth) towards infinity
     (q itself). Arguments as in :func:`staircase`.
     """
-    if spelled_out():
+    if spelled_out() or recording():
         rows = None if axis is None else axis % x.dim()
-        return plain.soft(x.float(), t, step, windows(t, width).widths, zero, k, rows).to(x.dtype)
+        with unrecorded():
+            widths = windows(t, width).widths
+        return plain.soft(x.float(), t, step, widths, zero, k, rows).to(x.dtype)
     return _apply(_Bell, x, t, step, width, zero, k, False, axis)
 
 

@@ -16,8 +16,9 @@ from torch import Tensor, fx, nn
 
 from ..activation import QuantActivation
 from ..errors import ConversionError
-from ..running import stand_in
+from ..running import evaluating, seeded
 from ..spec import Threat
+from ..state import carried
 from .arithmetic import normed
 from .nodes import asked, attribute, layer_name, node_name, plain_rule
 from .rules import LAYERS, NORMS
@@ -112,7 +113,7 @@ def flattened(model: nn.Module, threat: Threat, key: str | None, pixels: Tensor)
     """Trace a model into one graph from pixels to logits.
 
     Args:
-        model: in eval mode; it is not touched.
+        model: its mode is put back; nothing else of it is changed but by its own forward.
         threat: mean and std.
         key: the keyword under which the model eats images; None: its first argument.
         pixels: (N, ...), for their shape.
@@ -129,10 +130,16 @@ def flattened(model: nn.Module, threat: Threat, key: str | None, pixels: Tensor)
                                   why="A certificate is for the model that runs in float32.",
                                   fix="Certify model.float(), and run that.")
     root, graph = traced(model, threat, key, pixels)
-    whole = Whole(stand_in(model), threat, key, pixels).eval()
+    whole = Whole(model, threat, key, pixels)  # itself: a copy may be made to be another one
+    few = pixels[:_WATCHED]
+    more, named = torch.cat([few, few[:1]]).flip(-1), functools.partial(node_name, root)
     try:
-        different = compared(whole, root, graph, pixels[:_WATCHED],
-                             lambda node: node_name(root, node))
+        with evaluating(whole):
+            different = compared(whole, root, graph, few, named)
+            with torch.no_grad(), seeded(0):
+                different = different or carried(model, lambda: whole(few.clone()))
+            # later, of other images, of another number, and where gradients are wanted
+            different = different or compared(whole, root, graph, more, named, grad=True)
     except Exception as error:  # whatever the forward raises
         said = str(error).strip().splitlines() or [type(error).__name__]
         different = f"It says: {said[0]}"
@@ -142,8 +149,8 @@ def flattened(model: nn.Module, threat: Threat, key: str | None, pixels: Tensor)
     if different is not None:
         raise ConversionError(f"the forward of {kind} does not compute what its graph says",
                               why=different,
-                              fix="A certificate needs a forward that neither branches on values "
-                                  "nor asks whether it is given tensors.")
+                              fix="A certificate needs a forward that neither branches on values, "
+                                  "nor asks whether it is given tensors, nor changes with calls.")
     return flat
 
 
