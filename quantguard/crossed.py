@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from .attacks import PixelModel
+from .attacks.losses import fools
 from .evidence import flags_of_attacks, predict
 from .images import batch_size
 from .results import AttackResult, Evaluation
@@ -46,9 +47,10 @@ def _with(model: PixelModel, result: Evaluation, other: str, theirs: Evaluation)
     if result.adversarials is None or theirs.adversarials is None or not attacked.any():
         return result
     x = torch.from_numpy(theirs.adversarials[attacked]).to(device_of(model))
-    answers = predict(model, x, batch_size(x)).argmax(1).cpu().numpy()
+    y = torch.from_numpy(result.labels[attacked]).to(x.device)
+    fooled = fools(predict(model, x, batch_size(x), attacked=True), y)
     broke = np.zeros(result.images, dtype=bool)
-    broke[np.flatnonzero(attacked)] = answers != result.labels[attacked]
+    broke[np.flatnonzero(attacked)] = fooled.cpu().numpy()
     attack = AttackResult({"label": f"transfer from {other}", "class": "crossed",
                            "group": "transfer", "everywhere": False},
                           attacked, broke, None, None, model.queries - before, 0,

@@ -15,7 +15,7 @@ import torch
 
 from .attacks import PGD, Entry, FoolboxModel, PixelModel
 from .attacks._foolbox import fb
-from .attacks.losses import project
+from .attacks.losses import fools, project
 from .evidence import batches
 from .images import Images
 from .results import AttackResult, CurvePoint
@@ -109,8 +109,7 @@ def _broken(attack: PGD, model: PixelModel, data: Images, threat: Threat, batch:
                          epsilon=eps)
         trial = project(raw, x, eps, threat.norm, threat.bounds)
         with torch.no_grad():
-            logits = model(trial)
-        fooled = ((logits.argmax(1) != y) & logits.isfinite().all(1))[:size].cpu().numpy()
+            fooled = fools(model(trial), y)[:size].cpu().numpy()
         here = rows[first : first + size]
         broke[here] = fooled
         for at in np.flatnonzero(fooled):

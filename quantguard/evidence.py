@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import masking
 from .attacks import PGD, FoolboxModel, PixelModel
-from .attacks.losses import input_gradient, margin
+from .attacks.losses import fools, input_gradient, margin, named
 from .attacks.noise import image_noise
 from .attacks.suites import BLIND
 from .contexts import backward, soften
@@ -31,21 +31,29 @@ _FEW = 64
 _DIRECTIONS = 64
 
 
-def predict(model: PixelModel, x: Tensor, batch: int, where: str = "") -> Tensor:
+def predict(model: PixelModel, x: Tensor, batch: int, where: str = "",
+            attacked: bool = False) -> Tensor:
     """Return the logits of all images.
+
+    Args:
+        attacked: whether the images are an attacker's: then rows that name no class are NaN, and
+            no error.
 
     Raises:
         DataError: the model does not accept images of this shape.
-        ConversionError: NaN logits.
+        ConversionError: logits that name no class.
     """
     parts = []
     for start in range(0, len(x), batch):
         part, size = padded(x[start : start + batch], batch)
         with torch.no_grad():
             logits = run(model, part, where)[:size]
-        if torch.isnan(logits).any():
+        if torch.isnan(logits).any() and not attacked:
             first = start + int(logits.isnan().any(1).nonzero()[0])
-            raise ConversionError("the model puts out NaN logits", why=f"First at image {first}.")
+            raise ConversionError("the model puts out NaN logits, or infinite ones that name no "
+                                  "class", why=f"First at image {first}.",
+                                  fix="Look at what it computes there: log of 0, 0 / 0, or an "
+                                      "overflow in half precision.")
         parts.append(logits)
     return torch.cat(parts)
 
@@ -119,8 +127,9 @@ def fidelity(model: PixelModel, data: Images, correct: np.ndarray, threat: Threa
                         for i in range(_DIRECTIONS)])
     if threat.norm == "l2":
         unit = unit / x[0].numel() ** 0.5
-    changes = torch.stack([margin(predict(model, x + h * d, batch), y)
-                           - margin(predict(model, x - h * d, batch), y) for d in unit])
+    changes = torch.stack([margin(predict(model, x + h * d, batch, attacked=True), y)
+                           - margin(predict(model, x - h * d, batch, attacked=True), y)
+                           for d in unit]).nan_to_num(0.0, 0.0, 0.0)
     found = {}
     surrogates = {"ramp": backward(model, "ramp"), "sigmoid(8)": backward(model, "sigmoid(8)"),
                   "twin k 8": soften(model, 8.0)} if model.quantized else \
@@ -212,15 +221,15 @@ def _unsteady(model: PixelModel, pixels: Tensor, batch: int) -> tuple[int, int]:
     """
     x = pixels[:_FEW]
     with soften(model, 2.0):
-        once, twice = predict(model, x, batch), predict(model, x, batch)
-        halved = predict(model, x, max(batch // 2, 1))
+        once, twice, halved = (predict(model, x, size, attacked=True)
+                               for size in (batch, batch, max(batch // 2, 1)))
     random = _differs(once, twice, 0.0)
     return int(random.sum()), int((_differs(once, halved, 1e-4) & ~random).sum())
 
 
 def _differs(one: Tensor, two: Tensor, share: float) -> Tensor:
     gap = (one - two).abs().amax(1)
-    return (one.argmax(1) != two.argmax(1)) | (gap > share * one.abs().amax(1))
+    return (named(one) != named(two)) | (gap > share * one.abs().amax(1))
 
 
 def _zero_gradients(model: PixelModel, x: Tensor, y: Tensor, size: int, threat: Threat,
@@ -245,4 +254,4 @@ def _unbounded(model: PixelModel, x: Tensor, y: Tensor, size: int, threat: Threa
     found = attack.run(FoolboxModel(model, threat), x, fb.criteria.Misclassification(y),
                        epsilon=eps)
     with torch.no_grad():
-        return int((model(found).argmax(1) == y)[:size].sum())
+        return int((~fools(model(found), y))[:size].sum())

@@ -14,7 +14,7 @@ import torch
 
 from . import masking
 from .attacks import Entry, FoolboxModel, PixelModel, Substitute, Suite
-from .attacks.losses import margin, project
+from .attacks.losses import fools, margin, project
 from .errors import SpecError
 from .evidence import padded
 from .files import indices, mask_of, replacing
@@ -232,7 +232,7 @@ def _attack(fmodel: FoolboxModel, entry: Entry, data: Images, threat: Threat, ba
         if minimum:
             raw = entry.attack.run(fmodel, x, criterion)
             # Foolbox answers "none found" with zeros, ours with the image.
-            found = (model(raw).argmax(1) != y) & (raw != 0).flatten(1).any(1)
+            found = fools(model(raw), y) & (raw != 0).flatten(1).any(1)
             own += int(found[:size].sum())
             lengths = (raw - x)[:size].flatten(1).norm(dim=1)
             norms[rows] = torch.where(found[:size], lengths, torch.nan).cpu().numpy()
@@ -250,8 +250,7 @@ def _attack(fmodel: FoolboxModel, entry: Entry, data: Images, threat: Threat, ba
         trial = project(raw, x, threat.eps, threat.norm, threat.bounds)
         with torch.no_grad():
             logits = model(trial)
-        # NaN would pass for class 0
-        fooled = ((logits.argmax(1) != y) & logits.isfinite().all(1))[:size].cpu().numpy()
+        fooled = fools(logits, y)[:size].cpu().numpy()
         broke[rows] = fooled
         height = margin(logits, y)[:size].cpu().numpy()
         new = state.survived[rows] & (fooled | (height > state.margins[rows]))

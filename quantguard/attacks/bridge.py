@@ -18,6 +18,7 @@ from ..running import device_of, eaten_by
 from ..spec import Threat
 from ..straight import has_foreign_steps
 from ._foolbox import fb
+from .losses import decided
 
 
 def logits_of(output: Any) -> Tensor:
@@ -64,11 +65,18 @@ class PixelModel(nn.Module):
         self.queries = self.gradients = 0
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """Return logits (N, classes) in float32 for pixels (N, C, H, W) within the bounds."""
+        """Return logits (N, classes) in float32 for pixels (N, C, H, W) within the bounds.
+
+        Each row is finite, or NaN where it names no class: see
+        :func:`quantguard.attacks.losses.decided`. A gradient that is NaN comes back as zero.
+        """
         self.queries += pixels.shape[0]
         attacked = pixels.requires_grad and torch.is_grad_enabled()
         if attacked:
             self.gradients += pixels.shape[0]
+            # 0 / 0, as where the logarithm of no vote is masked: it would end every climb
+            pixels = pixels.view_as(pixels)
+            pixels.register_hook(torch.nan_to_num)  # type: ignore[no-untyped-call]
         x = from_pixels(pixels, self.threat).to(eaten_by(self.model) or pixels.dtype)
         with FewChannels() if attacked and not is_compiled(self.model) else nullcontext():
             output = self.model(x) if self.key is None else self.model(**{self.key: x})
@@ -78,7 +86,7 @@ class PixelModel(nn.Module):
         if attacked and not logits.requires_grad:
             # no path back: an attack sees the zero gradient that this is, and a flag says so
             logits = logits + 0 * pixels.flatten(1).sum(1, keepdim=True)
-        return logits
+        return decided(logits)
 
     def look_for_foreign_steps(self, pixels: Tensor) -> None:
         """Find out once whether there are any; these images are not counted."""

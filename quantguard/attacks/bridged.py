@@ -102,7 +102,7 @@ class _Watched(fb.models.Model):
     def fooled(self, logits: Tensor) -> Tensor:
         """Return which logits, (N, classes) or any number of one image's, name a wrong class."""
         height = margin(logits, self.labels.expand(len(logits)))
-        return (height > self.clear) & logits.isfinite().all(1)
+        return height > self.clear
 
     def _note(self, point: Tensor, pixels: Tensor, logits: Tensor) -> None:
         fooled = self.fooled(logits)

@@ -8,18 +8,63 @@ from torch import Tensor, nn
 
 # What ``scaled`` brings the top logit's distance from the mean to: far from rounding to 0 or 1.
 _SPREAD = 3.0
+# A class is ruled out where the top logit is so many times as far away as the top logit's own size,
+# the next one's distance, or 1: logits as nets have them are not.
+_RULED_OUT = 100.0
+
+
+def decided(logits: Tensor) -> Tensor:
+    """Return logits (N, classes) of which every row is finite, or NaN where it names no class.
+
+    The arg max stays. Minus infinity (a class that is ruled out, the logarithm of no vote) becomes
+    a number so far below the row's others that a softmax rounds it to 0, and a lone infinity one
+    above them, so that no loss and no gradient of the others turns into NaN. A row with NaN, with
+    several infinities, or with nothing but minus infinity names no class.
+    """
+    finite = logits.isfinite()
+    if bool(finite.all()):
+        return logits
+    with torch.no_grad():
+        z, some = logits.double(), finite.any(1, keepdim=True)
+        high = z.masked_fill(~finite, -torch.inf).amax(1, keepdim=True).where(some, 0.0)
+        low = z.masked_fill(~finite, torch.inf).amin(1, keepdim=True).where(some, 0.0)
+        size = torch.maximum(high.abs(), low.abs())
+        gap = _RULED_OUT * torch.maximum(high - low, size.clamp_min(_RULED_OUT))
+        top = logits == torch.inf
+        nothing = logits.isnan().any(1) | (top.sum(1) > 1) | (logits == -torch.inf).all(1)
+        most = torch.finfo(logits.dtype).max
+        replaced = torch.where(top, high + gap, low - gap).clamp(-most, most).to(logits.dtype)
+        replaced = replaced.masked_fill(nothing.unsqueeze(1), torch.nan)
+    return torch.where(finite & ~nothing.unsqueeze(1), logits, replaced)
+
+
+def fools(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return which rows (N,) name another class than labels, or none at all.
+
+    The one judge of whether an image is broken. The arg max decides, whatever other classes have;
+    a row of NaN would pass for class 0.
+    """
+    return named(logits) != labels
+
+
+def named(logits: Tensor) -> Tensor:
+    """Return the class (N,) that each row names; -1 where it names none."""
+    z = decided(logits)
+    return z.argmax(1).masked_fill(z.isnan().any(1), -1)
 
 
 def margin(logits: Tensor, labels: Tensor, target: Tensor | None = None) -> Tensor:
     """Return ``max_{j != y} z_j - z_y`` for each row: positive where misclassified.
 
-    With target, (N,) classes, ``z_target - z_y``.
+    With target, (N,) classes, ``z_target - z_y``. Infinite where a row is NaN, and names no class.
     """
+    logits = decided(logits)
     own = logits.gather(1, labels.unsqueeze(1)).squeeze(1)
     if target is not None:
         return logits.gather(1, target.unsqueeze(1)).squeeze(1) - own
     others = logits.scatter(1, labels.unsqueeze(1), -torch.inf)
-    return others.amax(1) - own
+    gap = others.amax(1) - own
+    return gap.masked_fill(gap.isnan(), torch.inf)
 
 
 def rival(logits: Tensor, labels: Tensor, rank: int) -> Tensor:
@@ -63,9 +108,17 @@ def image_losses(logits: Tensor, labels: Tensor, loss: str,
     if loss in ("margin", "dlr"):
         return (margin if loss == "margin" else dlr)(logits, labels, target)
     if loss == "scaled":
-        spread = (logits.amax(1, keepdim=True) - logits.mean(1, keepdim=True)).detach()
-        logits = logits / spread.clamp_min(1e-30) * _SPREAD
+        logits = logits / _spread(logits.detach()).clamp_min(1e-30) * _SPREAD
     return F.cross_entropy(logits, labels, reduction="none")
+
+
+def _spread(logits: Tensor) -> Tensor:
+    """Return how far the top logit is from the mean of those not ruled out, (N, 1)."""
+    top = logits.topk(min(2, logits.shape[1]), dim=1).values
+    first, second = top[:, :1], top[:, -1:]
+    away = first - logits
+    far = away > _RULED_OUT * torch.maximum(first - second, first.abs().clamp_min(1))
+    return away.masked_fill(far, 0).sum(1, keepdim=True) / (~far).sum(1, keepdim=True)
 
 
 def attack_loss(logits: Tensor, labels: Tensor, loss: str, target: Tensor | None = None) -> Tensor:
