@@ -48,7 +48,7 @@ def _with(model: PixelModel, result: Evaluation, other: str, theirs: Evaluation)
         return result
     x = torch.from_numpy(theirs.adversarials[attacked]).to(device_of(model))
     y = torch.from_numpy(result.labels[attacked]).to(x.device)
-    fooled = fools(predict(model, x, batch_size(x), attacked=True), y)
+    fooled = fools(predict(model, x, batch_size(x, result.images), attacked=True), y)
     broke = np.zeros(result.images, dtype=bool)
     broke[np.flatnonzero(attacked)] = fooled.cpu().numpy()
     attack = AttackResult({"label": f"transfer from {other}", "class": "crossed",
@@ -61,5 +61,7 @@ def _with(model: PixelModel, result: Evaluation, other: str, theirs: Evaluation)
     again = {flag.name: flag for flag in flags_of_attacks(
         attacks, result.correct, survived, result.certified, model.quantized, 0)}
     flags = tuple(again.pop(flag.name, flag) for flag in result.flags)
-    return dataclasses.replace(result, survived=survived, attacks=attacks,
+    curve = tuple(point if point.eps < result.threat.eps else dataclasses.replace(
+        point, standing=min(point.standing, int(survived.sum()))) for point in result.curve)
+    return dataclasses.replace(result, survived=survived, attacks=attacks, curve=curve,
                                flags=(*flags, *again.values()), adversarials=adversarials)

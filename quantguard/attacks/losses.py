@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -11,6 +13,21 @@ _SPREAD = 3.0
 # A class is ruled out where the top logit is so many times as far away as the top logit's own size,
 # the next one's distance, or 1: logits as nets have them are not.
 _RULED_OUT = 100.0
+# What a margin is at least where a tie names the wrong class, and at most where none is named:
+# differences of it must stay numbers.
+_LEAST, _MOST = 1e-30, 1e9
+
+
+class _Finite(torch.autograd.Function):
+    """Put numbers in the place of infinities, which have the gradient that those would have."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, replaced: Tensor) -> Tensor:
+        return replaced
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient, None
 
 
 def decided(logits: Tensor) -> Tensor:
@@ -34,8 +51,10 @@ def decided(logits: Tensor) -> Tensor:
         nothing = logits.isnan().any(1) | (top.sum(1) > 1) | (logits == -torch.inf).all(1)
         most = torch.finfo(logits.dtype).max
         replaced = torch.where(top, high + gap, low - gap).clamp(-most, most).to(logits.dtype)
+        replaced = torch.where(finite, logits, replaced)
         replaced = replaced.masked_fill(nothing.unsqueeze(1), torch.nan)
-    return torch.where(finite & ~nothing.unsqueeze(1), logits, replaced)
+    result: Tensor = _Finite.apply(logits, replaced)
+    return result
 
 
 def fools(logits: Tensor, labels: Tensor) -> Tensor:
@@ -65,6 +84,12 @@ def margin(logits: Tensor, labels: Tensor, target: Tensor | None = None) -> Tens
     others = logits.scatter(1, labels.unsqueeze(1), -torch.inf)
     gap = others.amax(1) - own
     return gap.masked_fill(gap.isnan(), torch.inf)
+
+
+def height(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return a finite margin (N,) that is above 0 exactly where a row fools, also among ties."""
+    gap = margin(logits, labels)
+    return torch.where(fools(logits, labels), gap.clamp(_LEAST, _MOST), gap.clamp_max(0))
 
 
 def rival(logits: Tensor, labels: Tensor, rank: int) -> Tensor:
@@ -112,12 +137,38 @@ def image_losses(logits: Tensor, labels: Tensor, loss: str,
     return F.cross_entropy(logits, labels, reduction="none")
 
 
-def _spread(logits: Tensor) -> Tensor:
-    """Return how far the top logit is from the mean of those not ruled out, (N, 1)."""
+def ruled_out(logits: Tensor) -> Tensor:
+    """Return which logits (N, classes) are so low that they stand for no class at all.
+
+    Those that :func:`decided` replaced, and others' -1e4 or less.
+    """
     top = logits.topk(min(2, logits.shape[1]), dim=1).values
     first, second = top[:, :1], top[:, -1:]
-    away = first - logits
-    far = away > _RULED_OUT * torch.maximum(first - second, first.abs().clamp_min(1))
+    size = torch.maximum(first - second, first.abs().clamp_min(1))
+    far: Tensor = first - logits > _RULED_OUT * size
+    return far
+
+
+def says_one(logits: Tensor) -> Tensor:
+    """Return which rows (N,) say only what the largest class is, of logits from :func:`decided`.
+
+    All others are ruled out, or the largest was infinite: then no gradient leads to another.
+    """
+    order = logits.sort(dim=1, descending=True).values
+    if order.shape[1] < 2:
+        return torch.zeros_like(order[:, 0], dtype=torch.bool)
+    first, second, last = order[:, 0], order[:, 1], order[:, -1]
+    size = torch.maximum(second.abs(), last.abs()).clamp_min(_RULED_OUT)
+    infinite = torch.isclose(first - second, _RULED_OUT * torch.maximum(second - last, size),
+                             rtol=1e-4)
+    alone: Tensor = (first - second > 0.99 * _RULED_OUT ** 2) & (second == last)
+    return alone | infinite
+
+
+def _spread(logits: Tensor) -> Tensor:
+    """Return how far the top logit is from the mean of those not ruled out, (N, 1)."""
+    far = ruled_out(logits)
+    away = logits.amax(1, keepdim=True) - logits
     return away.masked_fill(far, 0).sum(1, keepdim=True) / (~far).sum(1, keepdim=True)
 
 
