@@ -27,7 +27,7 @@ from torch import Tensor, fx, nn
 
 from .attacks import PGD, FoolboxModel, PixelModel
 from .attacks._foolbox import fb
-from .attacks.losses import project
+from .attacks.losses import fools, project
 from .batches import check_labels
 from .bounds import (
     Box,
@@ -201,7 +201,7 @@ def _certify(model: nn.Module, data: Images, threat: Threat, method: str, limit:
     check_labels(data.labels, logits.shape[1], "the loader")
     check_classes(model, data.classes, logits.shape[1])
     warn_if_sorted(data, logits.shape[1])
-    correct = (logits.argmax(1) == data.labels).cpu().numpy()
+    correct = (~fools(logits, data.labels)).cpu().numpy()
     flat = flattened(model, threat, data.key, data.pixels)
     _agrees(flat, pixel_model, data, threat, batch)
     digest = hashlib.blake2b(data.pixels.cpu().numpy().tobytes()
@@ -301,13 +301,13 @@ def _branch(flat: Flat, model: PixelModel, data: Images, threat: Threat, batch: 
         with torch.enable_grad():
             found = attack.run(FoolboxModel(model, threat), x, fb.criteria.Misclassification(y),
                                epsilon=threat.eps)
-        stands = (model(projected(found, x)).argmax(1) == y)[:size].cpu().numpy()
+        stands = (~fools(model(projected(found, x)), y))[:size].cpu().numpy()
         for row in rows[stands]:
             image, label = data.pixels[row : row + 1], data.labels[row : row + 1]
 
             def broken(images: Tensor, image: Tensor = image, label: Tensor = label) -> bool:
-                answers = model(projected(images, image.expand_as(images))).argmax(1)
-                return bool((answers != label).any())
+                answers = model(projected(images, image.expand_as(images)))
+                return bool(fools(answers, label).any())
             ball = around(image, threat, data.snapped)
             lower = divided(flat, ball, label, splits, together, broken, late)
             state.lower[row] = max(state.lower[row], lower)

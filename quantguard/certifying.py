@@ -17,6 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
 from .attacks import PixelModel
+from .attacks.losses import fools
 from .bounds import Flat, check_faithful
 from .errors import DataError, SpecError
 from .interval_rules import Interval
@@ -111,7 +112,7 @@ def certified_probe(objective: CertifiedObjective, val: Iterable[Any] | None,
     with evaluating(model), frozen(model), torch.no_grad():
         for number, batch in enumerate(val):
             x, y = batches(batch, number, "val")
-            right = model(x).argmax(1) == y
+            right = ~fools(model(x), y)
             worst = worst_case(objective.intervals(x, objective.threat.eps), y)
             worst = worst.scatter(1, y.unsqueeze(1), -math.inf)
             clean += int(right.sum())

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from .attacks import PixelModel
+from .attacks.losses import fools
 from .evidence import flags_of_attacks, predict
 from .images import batch_size
 from .results import AttackResult, Evaluation
@@ -46,9 +47,10 @@ def _with(model: PixelModel, result: Evaluation, other: str, theirs: Evaluation)
     if result.adversarials is None or theirs.adversarials is None or not attacked.any():
         return result
     x = torch.from_numpy(theirs.adversarials[attacked]).to(device_of(model))
-    answers = predict(model, x, batch_size(x)).argmax(1).cpu().numpy()
+    y = torch.from_numpy(result.labels[attacked]).to(x.device)
+    fooled = fools(predict(model, x, batch_size(x, result.images), attacked=True), y)
     broke = np.zeros(result.images, dtype=bool)
-    broke[np.flatnonzero(attacked)] = answers != result.labels[attacked]
+    broke[np.flatnonzero(attacked)] = fooled.cpu().numpy()
     attack = AttackResult({"label": f"transfer from {other}", "class": "crossed",
                            "group": "transfer", "everywhere": False},
                           attacked, broke, None, None, model.queries - before, 0,
@@ -59,5 +61,7 @@ def _with(model: PixelModel, result: Evaluation, other: str, theirs: Evaluation)
     again = {flag.name: flag for flag in flags_of_attacks(
         attacks, result.correct, survived, result.certified, model.quantized, 0)}
     flags = tuple(again.pop(flag.name, flag) for flag in result.flags)
-    return dataclasses.replace(result, survived=survived, attacks=attacks,
+    curve = tuple(point if point.eps < result.threat.eps else dataclasses.replace(
+        point, standing=min(point.standing, int(survived.sum()))) for point in result.curve)
+    return dataclasses.replace(result, survived=survived, attacks=attacks, curve=curve,
                                flags=(*flags, *again.values()), adversarials=adversarials)

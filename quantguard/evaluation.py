@@ -20,12 +20,23 @@ from torch import nn
 
 from . import masking
 from .attacks import PixelModel, build_suite
-from .attacks.suites import check_suite
+from .attacks.losses import fools
+from .attacks.suites import check_suite, listed
 from .batches import check_labels
+from .budget import Budget
 from .certification import certificate_of
-from .curve import LABEL, Curve, accuracy_over_eps
+from .curve import LABEL, Curve, accuracy_over_eps, curve_cost
 from .errors import DataError, Interrupted, SpecError
-from .evidence import all_flags, are_probabilities, fidelity, flags_of_attacks, predict, saturated
+from .evidence import (
+    all_flags,
+    are_probabilities,
+    fidelity,
+    fidelity_cost,
+    flags_of_attacks,
+    pace,
+    predict,
+    saturated,
+)
 from .images import batch_size, gather, warn_if_sorted
 from .keeping import locked
 from .masking import Flag
@@ -62,16 +73,20 @@ def evaluate(model: nn.Module, loader: Iterable[Any], threat: Threat | None = No
             None: the model's own (``model.quantguard.threat``), which :func:`quantguard.harden`
             sets, else ``Threat()``. One without mean and std gets the model's.
         suite: ``quick``, ``standard``, ``full``, ``paper`` (what arXiv:1807.06714 tables), or a
-            list of ``foolbox.attacks.Attack``.
+            list of ``foolbox.attacks.Attack``, or one of them. Of a list what raises is a row that
+            says so, beside those of the others, and the verdict is *undecided*.
         images: how many images, the loader's first; None: all.
         run_dir: keeps the state after every attack; run again, it goes on from there.
         seed: of every random start.
         device: where to run; None: where the model is.
         progress: whether to show it.
-        budget: seconds, or as in ``"90s"``, ``"5m"``, ``"2h"``, that the attacks may take: what
-            does not fit is left out and listed. An attack that has begun is not cut short.
+        budget: seconds, or as in ``"90s"``, ``"5m"``, ``"2h"``, that the whole call may take:
+            certificate, fidelity, attacks, accuracy over eps and checks. What does not fit, by the
+            speed that is measured first, is left out and listed, and the verdict is *undecided*
+            for it. Predictions are made whatever they take, and an attack that has begun is not
+            cut short.
         certify: find out first which images no attack can break, as :func:`quantguard.certify`
-            does; the budget is for what is left. Only attacks that have a column of their own try
+            does, within a third of the budget. Only attacks that have a column of their own try
             their luck on those, too.
         replay: run the attacks that this evaluation ran, on its images, under its threat and seed,
             whatever the clock says; threat, suite, images, seed, budget and certify are not looked
@@ -81,12 +96,12 @@ def evaluate(model: nn.Module, loader: Iterable[Any], threat: Threat | None = No
         DataError: images or labels that do not fit, or other ones than ``replay`` had.
         ConversionError: a model that returns no logits, or NaN; or one that cannot be certified.
         SpecError: an unknown suite, a run_dir of other settings, a budget that is no time, mean,
-            std or bounds that contradict the model's own, or a replay of attacks that the suite
-            does not have.
+            std or bounds that contradict the model's own, a replay of attacks that the suite does
+            not have, or a list of which every attack raised.
 
     Example:
         >>> evaluation = evaluate(model, loader, Threat(eps=8 / 255))  # doctest: +SKIP
-        >>> evaluation.robust_accuracy, evaluation.verdict  # doctest: +SKIP
+        >>> evaluation.robust_accuracy, evaluation.conclusion  # doctest: +SKIP
     """
     if replay is not None:
         threat, seed, images, budget = replay.threat, replay.seed, replay.images, None
@@ -96,7 +111,7 @@ def evaluate(model: nn.Module, loader: Iterable[Any], threat: Threat | None = No
     threat = resolved(model, threat, progress)
     check_seed(seed)
     seed, images = plain(seed), plain(images)
-    suite = suite if isinstance(suite, str) else list(suite)
+    suite = listed(suite)
     check_suite(suite)
     limit = None if budget is None else seconds_of(budget)
     before, device = device_of(model), device or world().device
@@ -116,6 +131,7 @@ def _evaluate(model: nn.Module, loader: Iterable[Any], threat: Threat, suite: st
               show: bool, budget: float | None, certify: bool,
               replay: Evaluation | None) -> Evaluation:
     start, show = time.monotonic(), show and world().first
+    time_left = Budget(budget, start, None if replay is None else replay.skipped)
     data = gather(model, loader, threat, images)
     pixel_model = PixelModel(model, threat, data.key)
     batch = batch_size(data.pixels)
@@ -127,7 +143,7 @@ def _evaluate(model: nn.Module, loader: Iterable[Any], threat: Threat, suite: st
     check_classes(model, data.classes, logits.shape[1])
     if not certify:  # which warns, too
         warn_if_sorted(data, logits.shape[1])
-    correct = (logits.argmax(1) == data.labels).cpu().numpy()
+    correct = (~fools(logits, data.labels)).cpu().numpy()
     digest = hashlib.blake2b(data.pixels.cpu().numpy().tobytes()
                              + data.labels.cpu().numpy().tobytes(), digest_size=16).hexdigest()
     if replay is not None and digest != replay.image_hash:
@@ -135,11 +151,23 @@ def _evaluate(model: nn.Module, loader: Iterable[Any], threat: Threat, suite: st
                         fix="Give the same loader, in the same order.")
     certificate = None
     if certify:
-        certificate = certificate_of(model, data, threat, run_dir=run_dir, show=show)
+        limit = None if time_left.limit is None else max(0.0, time_left.left / 3)
+        certificate = certificate_of(model, data, threat, limit=limit, run_dir=run_dir, show=show)
     proven = np.zeros_like(correct) if certificate is None else certificate.certified
-    faithful = fidelity(pixel_model, data, correct, threat, batch, seed)
-    chosen = build_suite(suite, threat, seed=seed, quantized=pixel_model.quantized,
-                         saturated=saturated(logits, data.labels), fidelity=faithful)
+    if time_left.limit is not None:
+        forward, gradient = world().agreed(
+            pace(pixel_model, data.pixels[:batch], data.labels[:batch]))
+        time_left.measured(forward, gradient, judged=pixel_model.quantized)
+    options: dict[str, Any] = {"seed": seed, "quantized": pixel_model.quantized,
+                               "saturated": saturated(logits, data.labels)}
+    planned, right = build_suite(suite, threat, **options), int(correct.sum())
+    certain = [*planned.entries, *planned.reseeded, *planned.blind]
+    asked, drawn = fidelity_cost(data, correct), curve_cost(right) * bool(planned.curve)
+    bar = Progress("evaluate", asked + sum(e.cost for e in certain) * right + drawn, show,
+                   deadline=time_left.deadline)
+    faithful = fidelity(pixel_model, data, correct, threat, batch, seed, time_left)
+    bar.advance(asked, "fidelity measured")
+    chosen = build_suite(suite, threat, fidelity=faithful, **options)
     if replay is not None:
         known = {e.label for e in chosen.every}
         known |= {LABEL, *(f"{label}{OTHERS}" for label in known)}
@@ -163,14 +191,12 @@ def _evaluate(model: nn.Module, loader: Iterable[Any], threat: Threat, suite: st
         path.parent.mkdir(parents=True, exist_ok=True)
     state = State(path, settings, data, correct)
     ended = len(state.results)
-    certain = [*chosen.entries, *chosen.reseeded, *chosen.blind]
-    bar = Progress("evaluate", sum(e.cost for e in certain) * int(correct.sum()), show)
     if ended:
         bar.say(f"going on from {run_dir}, where {ended} attack{'s' * (ended > 1)} had ended")
-    schedule = Schedule(pixel_model, data, threat, batch, correct, proven, state, bar, budget,
-                        None if replay is None else [r.label for r in replay.attacks])
-    if replay is not None:  # what it had no time for is missing here, too
-        schedule.skipped = list(replay.skipped)
+    schedule = Schedule(pixel_model, data, threat, batch, correct, proven, state, bar, time_left,
+                        None if replay is None else {
+                            r.label: bool(r.settings["everywhere"]) for r in replay.attacks},
+                        forgiving=not isinstance(suite, str))
 
     def result(flags: tuple[Flag, ...], curve: Curve) -> Evaluation:
         broken = (correct & ~state.survived).reshape(-1, *[1] * (data.pixels.dim() - 1))
@@ -180,17 +206,20 @@ def _evaluate(model: nn.Module, loader: Iterable[Any], threat: Threat, suite: st
             adversarials[row] = curve.adversarials[int(row)]
         return Evaluation(
             correct, survived, tuple(results),
-            (*flags, masking.left_out(schedule.skipped)), adversarials, data.labels.cpu().numpy(),
-            threat, suite if isinstance(suite, str) else "list", seed,
+            (*flags, masking.left_out(time_left.skipped),
+             masking.failed([r.label for r in results if r.error is not None])),
+            adversarials, data.labels.cpu().numpy(), threat,
+            suite if isinstance(suite, str) else "list", seed,
             environment(data.pixels.device), digest, time.monotonic() - start, faithful,
-            curve.points, tuple(schedule.skipped), certificate, data.sample)
+            curve.points, tuple(time_left.skipped), certificate, data.sample)
     try:
         schedule.run(chosen)
+        _check_some_ended(state.results)
         curve = accuracy_over_eps(pixel_model, data, threat, batch, seed, correct,
-                                  state.survived, chosen.curve)
+                                  state.survived, chosen.curve, time_left, bar)
         results, survived = _with(curve, state)
         flags = all_flags(pixel_model, data, threat, batch, seed, correct, survived, proven,
-                          results, len(chosen.rounds), list(curve.masks))
+                          results, len(chosen.rounds), list(curve.masks), time_left)
     except KeyboardInterrupt:
         bar.close()
         many = f"{len(certain)} attacks" + " or more" * bool(chosen.rounds)
@@ -199,7 +228,7 @@ def _evaluate(model: nn.Module, loader: Iterable[Any], threat: Threat, suite: st
             raise Interrupted(f"{done}; nothing was kept", fix="With run_dir= (--run-dir DIR) the "
                               "next run goes on from where it stopped.") from None
         ran = {r.label for r in state.results}
-        schedule.skipped = [e.label for e in certain if e.label not in ran]
+        time_left.skipped = [e.label for e in certain if e.label not in ran]
         partial = path.with_name("partial.json")
         result(flags_of_attacks(state.results, correct, state.survived, proven,
                                 pixel_model.quantized, 0), Curve()).save(partial)
@@ -207,6 +236,18 @@ def _evaluate(model: nn.Module, loader: Iterable[Any], threat: Threat, suite: st
                           fix="Run the same command again to go on.") from None
     bar.close()
     return result(flags, curve)
+
+
+def _check_some_ended(results: Sequence[AttackResult]) -> None:
+    """Refuse a figure that no attack has tried to lower.
+
+    Raises:
+        SpecError: every attack raised.
+    """
+    if results and all(result.error is not None for result in results):
+        raise SpecError(f"{results[0].label} failed: {results[0].error}",
+                        why="Every attack of the suite raised, so that there is no figure.",
+                        fix="Look at what the attack needs, or give other attacks beside it.")
 
 
 def _with(curve: Curve, state: State) -> tuple[list[AttackResult], np.ndarray]:

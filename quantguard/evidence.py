@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
-from itertools import pairwise
 
 import numpy as np
 import torch
@@ -12,9 +13,17 @@ from torch import Tensor
 
 from . import masking
 from .attacks import PGD, FoolboxModel, PixelModel
-from .attacks.losses import input_gradient, margin
+from .attacks.losses import (
+    fools,
+    input_gradient,
+    margin,
+    named,
+    ruled_out,
+    says_one,
+)
 from .attacks.noise import image_noise
 from .attacks.suites import BLIND
+from .budget import FIDELITY, Budget
 from .contexts import backward, soften
 from .errors import ConversionError
 from .images import Images
@@ -29,23 +38,37 @@ _SATURATED = 12.0
 # Images that are enough to see that a forward is random, or looks at its whole batch.
 _FEW = 64
 _DIRECTIONS = 64
+# With less time fidelity is that of fewer images, but of so many, and in so many directions.
+_FEWEST, _FEWEST_DIRECTIONS = 4, 16
+# Gradient steps of the attack that may change pixels to anything.
+_STEPS = 20
+# Images of a batch that tell how fast a model is, where they take at least so many seconds.
+_PACED, _TELLING = 8, 0.05
 
 
-def predict(model: PixelModel, x: Tensor, batch: int, where: str = "") -> Tensor:
+def predict(model: PixelModel, x: Tensor, batch: int, where: str = "",
+            attacked: bool = False) -> Tensor:
     """Return the logits of all images.
+
+    Args:
+        attacked: whether the images are an attacker's: then rows that name no class are NaN, and
+            no error.
 
     Raises:
         DataError: the model does not accept images of this shape.
-        ConversionError: NaN logits.
+        ConversionError: logits that name no class.
     """
     parts = []
     for start in range(0, len(x), batch):
         part, size = padded(x[start : start + batch], batch)
         with torch.no_grad():
             logits = run(model, part, where)[:size]
-        if torch.isnan(logits).any():
+        if torch.isnan(logits).any() and not attacked:
             first = start + int(logits.isnan().any(1).nonzero()[0])
-            raise ConversionError("the model puts out NaN logits", why=f"First at image {first}.")
+            raise ConversionError("the model puts out NaN logits, or infinite ones that name no "
+                                  "class", why=f"First at image {first}.",
+                                  fix="Look at what it computes there: log of 0, 0 / 0, or an "
+                                      "overflow in half precision.")
         parts.append(logits)
     return torch.cat(parts)
 
@@ -71,10 +94,36 @@ def saturated(logits: Tensor, labels: Tensor) -> bool:
     return bool((gaps > _SATURATED).sum() > 0.01 * correct.sum())
 
 
+def pace(model: PixelModel, x: Tensor, labels: Tensor) -> tuple[float, float]:
+    """Return the seconds that one of a batch's images takes, forward and with a gradient.
+
+    As it is attacked: through the softened twin, where there is one. Where few images take long,
+    they tell.
+    """
+    x, labels = (padded(v, max(len(v), 2))[0] for v in (x, labels))
+    seconds = [_seconds(model, x[:_PACED], labels[:_PACED], gradient) for gradient in (False, True)]
+    if sum(seconds) * _PACED < _TELLING:
+        seconds = [_seconds(model, x, labels, gradient) for gradient in (False, True)]
+    return seconds[0], seconds[1]
+
+
+def _seconds(model: PixelModel, x: Tensor, labels: Tensor, gradient: bool) -> float:
+    """Return the seconds that each of these images takes."""
+    with soften(model, 8.0), pools_first(model):
+        for _ in range(2):  # the first compiles, or looks for the fastest kernel
+            begin = time.monotonic()
+            if gradient:
+                input_gradient(model, x, labels, "margin")[0].sum().item()
+            else:
+                predict(model, x, len(x), attacked=True).sum().item()
+            took = time.monotonic() - begin
+    return took / len(x)
+
+
 def all_flags(model: PixelModel, data: Images, threat: Threat, batch: int, seed: int,
               correct: np.ndarray, survived: np.ndarray, certified: np.ndarray,
               results: Iterable[AttackResult], rounds: int,
-              over_eps: Sequence[np.ndarray]) -> tuple[Flag, ...]:
+              over_eps: Sequence[np.ndarray], budget: Budget) -> tuple[Flag, ...]:
     """Return every check of the model and of its evaluation.
 
     Args:
@@ -82,45 +131,64 @@ def all_flags(model: PixelModel, data: Images, threat: Threat, batch: int, seed:
             doubted.
         rounds: how many rounds of escalation there could have been.
         over_eps: masks (n,) of what one attack broke at ascending eps.
+        budget: survivors that there is no time for are not looked at, which is noted in it.
     """
     results, pixels, labels = list(results), data.pixels, data.labels
     unsteady, beside = _unsteady(model, pixels, batch)
     flags = [masking.probabilities(model.probabilities),
              *flags_of_attacks(results, correct, survived, certified, model.quantized, rounds),
              masking.random_forward(unsteady, min(len(pixels), _FEW)),
-             masking.looks_at_its_batch(beside, min(len(pixels), _FEW))]
+             masking.looks_at_its_batch(beside, min(len(pixels), _FEW)),
+             masking.one_class_alone(
+                 int(says_one(predict(model, pixels[:_FEW], batch, attacked=True)).sum()),
+                 min(len(pixels), _FEW))]
     if over_eps:
         flags.append(masking.not_monotone(
-            sum(int((less & ~more).sum()) for less, more in pairwise(over_eps)),
+            sum(int((less & ~more).sum()) for less, more in itertools.pairwise(over_eps)),
             (len(over_eps) - 1) * int(correct[:len(over_eps[0])].sum())))
     chosen = np.flatnonzero(survived & ~certified)
-    zeros = standing = 0
-    for x, y, size in batches(pixels, labels, chosen, batch):
-        zeros += _zero_gradients(model, x, y, size, threat, seed)
-        standing += _unbounded(model, x, y, size, threat, seed)
-    return (*flags, masking.zero_gradients(zeros, len(chosen)),
-            masking.unbounded(standing, len(chosen)))
+    for name, check, flag, each in (
+            ("zero input gradients", _zero_gradients, masking.zero_gradients,
+             2 * budget.gradient),
+            ("survives without bounds", _unbounded, masking.unbounded, _STEPS * budget.step)):
+        few = chosen[:budget.fitting(name, len(chosen), each)]
+        flags.append(flag(sum(check(model, x, y, size, threat, seed) for x, y, size
+                              in batches(pixels, labels, few, batch)), len(few)))
+    return tuple(flags)
 
 
 def fidelity(model: PixelModel, data: Images, correct: np.ndarray, threat: Threat, batch: int,
-             seed: int) -> dict[str, float]:
+             seed: int, budget: Budget) -> dict[str, float]:
     """Return, for each surrogate gradient, how well it foretells what the margin really does.
 
     The median over correct images of the correlation, over random sign directions d, between the
     margin's change from ``x - h d`` to ``x + h d``, h = eps / 4, and the surrogate's derivative in
-    direction d; 0 where either is constant.
+    direction d; 0 where either is constant. With little time it is that of fewer images, and then
+    in fewer directions, which is noted in the budget; with less there is none.
     """
     pixels, labels = data.pixels, data.labels
-    rows = np.flatnonzero(correct)[:_FEW if pixels[0].numel() <= 3 * 64 * 64 else 8]
-    if not len(rows):
+    rows = fidelity_rows(data, correct)
+    # counted in images whose answers are asked for; what a gradient takes is little beside it
+    asked = 2 * _DIRECTIONS * len(rows)
+    few = budget.fitting("fidelity", asked, budget.forward, share=FIDELITY, noun="answers")
+    directions = _DIRECTIONS
+    if few < asked:
+        rows = rows[:max(few // (2 * _DIRECTIONS), min(_FEWEST, len(rows)))]
+        directions = min(_DIRECTIONS, few // (2 * max(len(rows), 1)))
+    if not len(rows) or directions < _FEWEST_DIRECTIONS:
         return {}
     x, y, h = pixels[rows], labels[rows], threat.eps / 4
     unit = torch.stack([image_noise(x, "linf", seed, f"fidelity {i}").sign()
-                        for i in range(_DIRECTIONS)])
+                        for i in range(directions)])
     if threat.norm == "l2":
         unit = unit / x[0].numel() ** 0.5
-    changes = torch.stack([margin(predict(model, x + h * d, batch), y)
-                           - margin(predict(model, x - h * d, batch), y) for d in unit])
+    sides = []
+    for side in (h, -h):  # whole batches, of several directions where images are few
+        moved = ((x + side * d) for d in unit)
+        points = torch.cat([predict(model, torch.cat(some), batch, attacked=True)
+                            for some in _lots(moved, max(1, batch // len(x)))])
+        sides.append(margin(points, y.repeat(directions)).reshape(directions, -1))
+    changes = (sides[0] - sides[1]).nan_to_num(0.0, 0.0, 0.0)
     found = {}
     surrogates = {"ramp": backward(model, "ramp"), "sigmoid(8)": backward(model, "sigmoid(8)"),
                   "twin k 8": soften(model, 8.0, by_image=True)} if model.quantized else \
@@ -135,6 +203,23 @@ def fidelity(model: PixelModel, data: Images, correct: np.ndarray, threat: Threa
     return found
 
 
+def fidelity_rows(data: Images, correct: np.ndarray) -> np.ndarray:
+    """Return the correct images that fidelity is measured on, where there is time."""
+    return np.flatnonzero(correct)[:_FEW if data.pixels[0].numel() <= 3 * 64 * 64 else 8]
+
+
+def fidelity_cost(data: Images, correct: np.ndarray) -> float:
+    """Return roughly how many gradients fidelity takes, for the ETA."""
+    return 2 * _DIRECTIONS * len(fidelity_rows(data, correct)) / 3
+
+
+def _lots(values: Iterable[Tensor], size: int) -> Iterator[list[Tensor]]:
+    """Yield so many of the values at a time."""
+    values = iter(values)
+    while some := list(itertools.islice(values, size)):
+        yield some
+
+
 def _correlation(a: Tensor, b: Tensor) -> Tensor:
     """Return the correlation over the first dimension; 0 where either is constant."""
     a, b = (v.double() - v.double().mean(0) for v in (a, b))
@@ -144,11 +229,14 @@ def _correlation(a: Tensor, b: Tensor) -> Tensor:
 
 def batches(pixels: Tensor, labels: Tensor, chosen: np.ndarray,
             batch: int) -> Iterator[tuple[Tensor, Tensor, int]]:
-    """Yield the chosen images and labels in batches of one size, and how many are of account."""
+    """Yield the chosen images and labels in batches, and how many are of account.
+
+    A lone image is doubled, for a forward that squeezes its axes of size 1.
+    """
     for first in range(0, len(chosen), batch):
         rows = chosen[first : first + batch]
-        x, size = padded(pixels[rows], batch)
-        yield x, padded(labels[rows], batch)[0], size
+        x, size = padded(pixels[rows], max(len(rows), 2))
+        yield x, padded(labels[rows], len(x))[0], size
 
 
 def flags_of_attacks(results: Sequence[AttackResult], correct: np.ndarray, survived: np.ndarray,
@@ -159,7 +247,7 @@ def flags_of_attacks(results: Sequence[AttackResult], correct: np.ndarray, survi
         certified: (N,) images that no attack can break, or so it was proven.
         rounds: how many rounds of escalation there could have been.
     """
-    n = len(correct)
+    n, results = len(correct), [r for r in results if r.error is None]
     none = np.zeros(n, dtype=bool)
     by_group: dict[str, np.ndarray] = {}
     for result in results:
@@ -172,7 +260,8 @@ def flags_of_attacks(results: Sequence[AttackResult], correct: np.ndarray, survi
     if "pgd" in by_group:
         rest = correct & ~by_group["pgd"] & ~by_group.get("fgsm", none)
         flags.append(masking.overstated(int((rest & ~survived).sum()), n, int(survived.sum())))
-        if "fgsm" in by_group:
+        whole = any(r.group == "pgd" and bool((r.attacked | ~correct).all()) for r in results)
+        if "fgsm" in by_group and whole:
             one, many = by_group["fgsm"], by_group["pgd"]
             flags.append(masking.one_step_beats_many(int((one & ~many).sum()),
                                                      int((many & ~one).sum()), n))
@@ -212,15 +301,16 @@ def _unsteady(model: PixelModel, pixels: Tensor, batch: int) -> tuple[int, int]:
     """
     x = pixels[:_FEW]
     with soften(model, 2.0):
-        once, twice = predict(model, x, batch), predict(model, x, batch)
-        halved = predict(model, x, max(batch // 2, 1))
+        once, twice, halved = (predict(model, x, size, attacked=True)
+                               for size in (batch, batch, max(batch // 2, 1)))
     random = _differs(once, twice, 0.0)
     return int(random.sum()), int((_differs(once, halved, 1e-4) & ~random).sum())
 
 
 def _differs(one: Tensor, two: Tensor, share: float) -> Tensor:
-    gap = (one - two).abs().amax(1)
-    return (one.argmax(1) != two.argmax(1)) | (gap > share * one.abs().amax(1))
+    no_class = ruled_out(one) & ruled_out(two)
+    gap, size = (v.masked_fill(no_class, 0).abs().amax(1) for v in (one - two, one))
+    return (named(one) != named(two)) | (gap > share * size)
 
 
 def _zero_gradients(model: PixelModel, x: Tensor, y: Tensor, size: int, threat: Threat,
@@ -241,8 +331,9 @@ def _unbounded(model: PixelModel, x: Tensor, y: Tensor, size: int, threat: Threa
     import foolbox as fb
     low, high = threat.bounds
     eps = (high - low) * (x[0].numel() ** 0.5 if threat.norm == "l2" else 1.0)
-    attack = PGD("margin", 20, rel_step=0.25, decay=True, twin=(2, 16), norm=threat.norm, seed=seed)
+    attack = PGD("margin", _STEPS, rel_step=0.25, decay=True, twin=(2, 16), norm=threat.norm,
+                 seed=seed)
     found = attack.run(FoolboxModel(model, threat), x, fb.criteria.Misclassification(y),
                        epsilon=eps)
     with torch.no_grad():
-        return int((model(found).argmax(1) == y)[:size].sum())
+        return int((~fools(model(found), y))[:size].sum())

@@ -176,9 +176,14 @@ def check_images_shape(x: Tensor, where: str) -> None:
         raise DataError(f"{where} has shape {tuple(x.shape)}", fix="Give images as (N, C, H, W).")
 
 
-def batch_size(x: Tensor) -> int:
-    """Return the one batch size for images of this shape: the last batch is filled up to it."""
+def batch_size(x: Tensor, images: int | None = None) -> int:
+    """Return the one batch size for images of this shape: the last batch is filled up to it.
+
+    Args:
+        x: images.
+        images: how many there are in all: few take one batch of their own; None: those of x.
+    """
     small = x[0].numel() <= 3 * 64 * 64
-    if x.device.type == "cpu":
-        return 64 if small else 16
-    return 512 if small else 64
+    most = (64 if small else 16) if x.device.type == "cpu" else (512 if small else 64)
+    # a forward that squeezes its axes of size 1 takes no single image
+    return min(most, max(2, len(x) if images is None else images))

@@ -23,6 +23,9 @@ WITHHELD = ("random forward", "depends on its batch")
 ENOUGH = 149
 # Attacks without time that one reason names.
 _NAMED = 3
+# A model is robust, or not, as the share that survives is above or below this share of what it gets
+# right unattacked: a convention.
+HALF = 0.5
 # How a reason ends where nothing speaks but how few images there are.
 TOO_FEW = ": too few images to tell. Evaluate more images."
 
@@ -226,12 +229,21 @@ def refuted(broken: int, certified: int) -> Flag:
                 f"None of {certified} certified images was broken.")
 
 
+def failed(labels: Sequence[str]) -> Flag:
+    """Say that attacks raised instead of ending."""
+    several = ", ".join(labels[:_NAMED]) + \
+        f" and {len(labels) - _NAMED} more" * (len(labels) > _NAMED)
+    return Flag("attacks failed", "undecided", bool(labels), float(len(labels)), 0.0,
+                "no attack raised", f"{several} raised an error and tried nothing more: see the "
+                "table." if labels else "No attack raised.")
+
+
 def left_out(skipped: Sequence[str]) -> Flag:
-    """Say that attacks were left out for lack of time."""
+    """Say that attacks, points of the curve or checks were left out for lack of time."""
     several = ", ".join(skipped[:_NAMED]) + \
-        f" and {len(skipped) - _NAMED} more attacks" * (len(skipped) > _NAMED)
+        f" and {len(skipped) - _NAMED} more" * (len(skipped) > _NAMED)
     return Flag("attacks left out", "undecided", bool(skipped), float(len(skipped)), 0.0,
-                "all attacks of the suite ran",
+                "all attacks of the suite, the whole curve and all checks ran",
                 f"No time was left for {several}. Give a larger budget." if skipped else
                 "All attacks ran.")
 
@@ -275,6 +287,17 @@ def probabilities(found: bool) -> Flag:
                 "every row is non-negative and sums to 1",
                 "The model puts out probabilities. Their logarithm was attacked; attacks that take "
                 "them for logits overstate it." if found else "The model puts out logits.")
+
+
+def one_class_alone(alone: int, n: int) -> Flag:
+    """Say that the model names a class and rules all others out: attacks see none to go to."""
+    raised = clopper_pearson(alone, n)[0] > 0.1
+    return Flag("one class alone", "unresolved", raised, 100 * alone / n if n else 0.0, 10.0,
+                "all other logits are minus infinity or the like; one-sided 95 % Clopper-Pearson "
+                "lower bound over 10 %",
+                f"For {alone} of {n} images every class but the named one is ruled out"
+                + (": no attack sees how near the others are. Evaluate the scores before that."
+                   if raised else "."))
 
 
 def random_forward(differ: int, n: int) -> Flag:
@@ -334,3 +357,32 @@ def verdict(flags: tuple[Flag, ...]) -> str:
     """Return ``resolved``, ``undecided`` or ``unresolved``: the worst of the raised flags."""
     kinds = {flag.kind for flag in flags if flag.raised}
     return next((kind for kind in ("unresolved", "undecided") if kind in kinds), "resolved")
+
+
+def conclusion(flags: Sequence[Flag], images: int, correct: int, survived: int, certified: int,
+               settled: str) -> str:
+    """Return what to make of an evaluation, in one phrase: the first of these that applies.
+
+    ``no figure``: the forward is random or looks at its batch. ``proven robust``: the lower end of
+    what is certified, by Wilson's 95 % interval, is at least half of clean accuracy. ``not
+    robust``: the upper end of what survives is below that, or nothing survives. ``hidden
+    gradients``: a flag of kind masked. ``not settled``: unresolved or undecided. ``robust as
+    measured``. That an upper bound might be lower still changes nothing about ``not robust``.
+
+    Args:
+        flags: of the evaluation.
+        images, correct, survived, certified: how many there are, are right unattacked, survive
+            every attack, and are proven to; certified 0 where the proof is void.
+        settled: its verdict.
+    """
+    raised = [flag for flag in flags if flag.raised]
+    bar = HALF * correct / images if images else 0.0
+    if any(flag.name in WITHHELD for flag in raised):
+        return "no figure"
+    if certified and wilson(certified, images)[0] >= bar:
+        return "proven robust"
+    if not survived or wilson(survived, images)[1] < bar:
+        return "not robust"
+    if any(flag.kind == "masked" for flag in raised):
+        return "hidden gradients"
+    return "robust as measured" if settled == "resolved" else "not settled"

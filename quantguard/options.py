@@ -127,11 +127,13 @@ EVALUATION = _options(
     IMAGES,
     click.option("--certify", is_flag=True, help="Prove first which images no attack can break: "
                                                   "the truth is bracketed."),
-    click.option("--budget", help="Time that the attacks may take on a model, as 90s, 5m or 2h; "
+    click.option("--budget", help="Time that all of it may take on a model, as 90s, 5m or 2h; "
                                   "what does not fit is listed."),
     click.option("--report", type=click.Path(dir_okay=False), help="Write an HTML page."),
     click.option("--json", "json_file", type=click.Path(dir_okay=False), help="Write JSON."),
-    click.option("--strict", is_flag=True, help="Exit with 1 unless the verdict is resolved."))
+    click.option("--strict", is_flag=True,
+                 help="Exit with 1 unless the figure is resolved: nothing that was found speaks "
+                      "against it, be it high or low."))
 TRAINING = _options(
     click.option("--recipe", default="pgd", show_default=True,
                  help="pgd, trades, nfgsm, clean, or ibp (trains for a certificate)."),

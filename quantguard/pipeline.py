@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from .activation import staircases
-from .attacks.suites import check_suite
+from .attacks.suites import check_suite, listed
 from .batches import require_reiterable, unpack
 from .batching import hold_out
 from .certification import certificate_of
@@ -139,7 +139,7 @@ def compare(models: Mapping[str, nn.Module], loader: Iterable[Any],
     check_seed(seed)
     seed, images = plain(seed), plain(images)
     rows = {}
-    suite = suite if isinstance(suite, str) else list(suite)
+    suite = listed(suite)
     for number, (name, model) in enumerate(models.items()):
         if progress:
             print(f"[{number + 1}/{len(models)}] {name}", flush=True, file=_stderr())
@@ -212,7 +212,7 @@ def ablate(model: nn.Module, train_loader: Iterable[Any], test_loader: Iterable[
     chosen = recipe_of(recipe)
     # what the evaluation would refuse, too, before the fine-tunes
     check_effort(epochs, train)
-    suite = suite if isinstance(suite, str) else list(suite)
+    suite = listed(suite)
     check_suite(suite)
     check_count(images)
     require_reiterable(test_loader, "the test loader")

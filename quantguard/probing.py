@@ -16,6 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from .activation import staircases
 from .attacks import PGD, FoolboxModel, PixelModel
+from .attacks.losses import fools
 from .batches import check_images, check_labels, to_pixels, unpack
 from .batching import Source
 from .contexts import bypass, listening
@@ -129,14 +130,14 @@ def probe(model: PixelModel, val: Iterable[Any] | None, batches: PixelBatches, t
             if not len(x):
                 continue  # no label among them
             with torch.no_grad():
-                standing = (model(x).argmax(1) == y).nonzero().flatten()
+                standing = (~fools(model(x), y)).nonzero().flatten()
             total += len(x)
             clean += len(standing)
             for attack in attacks if attacked else ():
                 if len(standing):
-                    _, _, fooled = attack(fmodel, x[standing], y[standing],
-                                              epsilons=threat.eps)
-                    standing = standing[~fooled]
+                    moved = attack.run(fmodel, x[standing], y[standing], epsilon=threat.eps)
+                    with torch.no_grad():
+                        standing = standing[~fools(model(moved), y[standing])]
             robust += len(standing)
             if attacked and total >= SOME:
                 break
@@ -157,7 +158,7 @@ def accuracy_under(attack: Callable[[Tensor, Tensor], Tensor], model: PixelModel
                 continue
             with torch.no_grad():
                 moved = attack(x, y)
-                right += int((model(moved).argmax(1) == y).sum())
+                right += int((~fools(model(moved), y)).sum())
             total += len(x)
             if total >= SOME:
                 break

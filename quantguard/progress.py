@@ -6,6 +6,8 @@ import sys
 import time
 from typing import TextIO
 
+# From which share of the whole a first piece of work, which may compile, foretells the rest.
+_TELLING = 0.05
 _LIVE_EVERY, _LOG_EVERY = 0.2, 15.0
 
 
@@ -27,10 +29,11 @@ class Progress:
         total: number of units; more may be found to be unnecessary, then call :meth:`skip`.
         show: False is silent.
         stream: where to; None: standard error.
+        deadline: when it ends at the latest, by ``time.monotonic``; None: when all is done.
     """
 
     def __init__(self, title: str, total: float, show: bool = True,
-                 stream: TextIO | None = None) -> None:
+                 stream: TextIO | None = None, deadline: float | None = None) -> None:
         self.title, self.total, self.done = title, max(total, 1e-9), 0.0
         self.note = ""
         self.stream = stream if stream is not None else sys.stderr
@@ -39,12 +42,18 @@ class Progress:
         self.start = self.last = time.monotonic()
         self.width = 0
         self._skipped = 0.0
+        self.deadline = deadline
+        # when the first piece of work was done, and how much that was: it may compile, and says
+        # nothing about the speed of the others
+        self._first: tuple[float, float] | None = None
 
     def advance(self, units: float = 1, note: str | None = None) -> None:
         """Count units as done; note is what to say beside them."""
         self.done += units
         self.note = self.note if note is None else note
         now = time.monotonic()
+        if self._first is None and self.done > self._skipped:
+            self._first = now, self.done - self._skipped
         if self.show and now - self.last >= (_LIVE_EVERY if self.live else _LOG_EVERY):
             self.last = now
             self._write(self._line(now))
@@ -74,10 +83,16 @@ class Progress:
 
     def _line(self, now: float) -> str:
         share = min(self.done / self.total, 1.0)
-        worked = self.done - self._skipped
         line = f"{self.title}: {share:4.0%}"
-        if worked > 0:
-            left = max(self.total - self.done, 0) * (now - self.start) / worked
+        begin, first = self._first or (now, 0.0)
+        worked = self.done - self._skipped
+        rates = [(now - begin) / (worked - first)] if worked > first else []
+        if worked > 0 and (rates or first >= _TELLING * self.total):
+            rates.append((now - self.start) / worked)
+        if rates:
+            left = max(self.total - self.done, 0) * min(rates)
+            if self.deadline is not None:
+                left = min(left, max(self.deadline - now, 0))
             line += f", {duration(left)} left"
         return line + (f"  {self.note}" if self.note else "")
 

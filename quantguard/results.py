@@ -33,6 +33,8 @@ class AttackResult:
             threat, and its median L2 norm; None for other attacks.
         queries, gradients: images passed forward, and with a gradient.
         seconds: wall time.
+        error: what it raised, one line; it attacked no more images than it had been through then.
+            None: it ended as it should.
     """
 
     settings: dict[str, Any]
@@ -43,6 +45,7 @@ class AttackResult:
     queries: int
     gradients: int
     seconds: float
+    error: str | None = None
 
     @property
     def label(self) -> str:
@@ -81,7 +84,7 @@ class Evaluation:
         fidelity: for each surrogate gradient, its correlation with true differences of the margin
             at eps / 4: 1 where it tells all, 0 where nothing; empty where it was not measured.
         curve: accuracy over eps, from 0 up, see :mod:`quantguard.curve`.
-        skipped: labels of the attacks that there was no time for.
+        skipped: what there was no time for: labels of attacks, points of the curve, checks.
         certificate: which of the images no attack can break, where that was asked for.
         sample: which images of a data set these are: ``of`` how many, at which ``indices``, drawn
             by which ``seed`` (None: the first). None: all, or what the loader gave first.
@@ -137,6 +140,17 @@ class Evaluation:
         return masking.verdict(self.flags) if open_.any() or self.refuted else "resolved"
 
     @property
+    def conclusion(self) -> str:
+        """Return what to make of it in one phrase, beside which the figure belongs.
+
+        ``no figure``, ``proven robust``, ``not robust``, ``hidden gradients``, ``not settled`` or
+        ``robust as measured``: see :func:`quantguard.masking.conclusion`.
+        """
+        proven = 0 if self.refuted else int(self.certified.sum())
+        return masking.conclusion(self.flags, self.images, int(self.correct.sum()),
+                                  int(self.survived.sum()), proven, self.verdict)
+
+    @property
     def certified(self) -> np.ndarray:
         """Return (N,) the images that are proven to withstand every attack; none if not asked."""
         none = np.zeros(self.images, dtype=bool)
@@ -160,7 +174,10 @@ class Evaluation:
 
     @property
     def reliable(self) -> bool:
-        """Return whether the evaluation found nothing against its own figure."""
+        """Return whether the evaluation found nothing against its own figure: it is resolved.
+
+        That the figure is high is not asked: see :attr:`conclusion`.
+        """
         return self.verdict == "resolved"
 
     def surviving(self, *groups: str) -> np.ndarray:
@@ -185,6 +202,7 @@ class Evaluation:
             "format": FORMAT, "images": self.images, "clean": int(self.correct.sum()),
             "survived": int(self.survived.sum()), "robust_accuracy": self.robust_accuracy,
             "interval": list(self.interval), "verdict": self.verdict,
+            "conclusion": self.conclusion,
             "note": "robust_accuracy is an upper bound; the interval covers the sampling only",
             "threat": self.threat.to_dict(), "suite": self.suite, "seed": self.seed,
             "environment": self.environment, "image_hash": self.image_hash,
@@ -193,7 +211,8 @@ class Evaluation:
             "attacks": [{**r.settings, "attacked_images": indices(r.attacked),
                          "broke_images": indices(r.broke), "own_success": r.own_success,
                          "median_norm": r.median_norm, "queries": r.queries,
-                         "gradients": r.gradients, "seconds": r.seconds} for r in self.attacks],
+                         "gradients": r.gradients, "seconds": r.seconds, "error": r.error}
+                        for r in self.attacks],
             "flags": [vars(flag) for flag in self.flags], "fidelity": self.fidelity,
             "curve": [vars(point) for point in self.curve], "skipped": list(self.skipped),
             "certificate": None if self.certificate is None else self.certificate.to_dict()}
@@ -244,6 +263,7 @@ class Evaluation:
                                                                   "broke_images"))
                 rest = {k: row.pop(k) for k in ("own_success", "median_norm", "queries",
                                                 "gradients", "seconds")}
+                rest["error"] = row.pop("error", None)
                 attacks.append(AttackResult(row, attacked, broke, **rest))
             return cls(mask_of(data["correct_images"], n), mask_of(data["survived_images"], n),
                        tuple(attacks), tuple(Flag(**f) for f in data["flags"]), None,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,8 @@ import torch
 
 from . import masking
 from .attacks import Entry, FoolboxModel, PixelModel, Substitute, Suite
-from .attacks.losses import margin, project
+from .attacks.losses import fools, margin, project
+from .budget import Budget
 from .errors import SpecError
 from .evidence import padded
 from .files import indices, mask_of, replacing
@@ -35,8 +36,6 @@ _SAID = {"predictions": "what the model answers", "suite": "the attacks",
 # The share of a budget that is kept for what sees no gradient: on staircases other attacks break
 # more.
 _KEPT = 0.25
-# By so much of a budget the last attacks may be late: how long they take is an estimate.
-_LATE = 0.1
 # Survivors that are enough to see whether another seed would break more.
 _RESEEDED = 64
 
@@ -49,6 +48,7 @@ class State:
         self.path, self.settings = path, settings
         self.survived = correct.copy()
         self.results: list[AttackResult] = []
+        self.ended = 0.0  # the budget of a run that came to its end, in seconds
         # What broke an image; of one that stands, what came nearest.
         self.adversarials = images.pixels.cpu().numpy().copy()
         self.margins = np.full(len(correct), -np.inf)
@@ -65,6 +65,7 @@ class State:
                             why=f"Different: {', '.join(_SAID.get(k, k) for k in different)}.",
                             fix="Use another run directory, or delete this one.")
         self.adversarials, self.margins = adversarials, margins
+        self.ended = told.get("ended", 0.0)
         for row in told["results"]:
             row |= {k: mask_of(row[k], n) for k in ("attacked", "broke")}
             self.results.append(AttackResult(**row))
@@ -73,13 +74,22 @@ class State:
     def add(self, result: AttackResult) -> None:
         self.results.append(result)
         self.survived &= ~result.broke
+        self._save()
+
+    def end(self, limit: float) -> None:
+        """Note that within this budget nothing more fits."""
+        self.ended = max(self.ended, limit)
+        self._save()
+
+    def _save(self) -> None:
         if self.path is None or not world().first:
             return
         rows = [{**vars(r), "attacked": indices(r.attacked), "broke": indices(r.broke)}
                 for r in self.results]
         with replacing(self.path) as beside:
             np.savez(beside, adversarials=self.adversarials, margins=self.margins,
-                     state=json.dumps({"settings": self.settings, "results": rows}))
+                     state=json.dumps({"settings": self.settings, "results": rows,
+                                       "ended": self.ended}))
 
 
 class Schedule:
@@ -91,24 +101,21 @@ class Schedule:
         batch: the one size of all batches.
         state: what is done already.
         bar: shows progress.
-        budget: seconds that all of it may take; None: no limit.
-        replay: labels of the attacks that another evaluation ran: those run, no others.
-
-    Attributes:
-        skipped: labels of what there was no time for.
+        budget: the time that there is; labels of what does not fit are noted in it.
+        replay: the attacks that another evaluation ran, by label, and whether on all correct
+            images: those run, no others.
+        forgiving: whether an attack that raises is a row like the others; else its error is ours.
     """
 
     def __init__(self, model: PixelModel, data: Images, threat: Threat, batch: int,
                  correct: np.ndarray, certified: np.ndarray, state: State, bar: Progress,
-                 budget: float | None = None,
-                 replay: Sequence[str] | None = None) -> None:
+                 budget: Budget, replay: Mapping[str, bool] | None = None,
+                 forgiving: bool = False) -> None:
         self.model, self.data, self.threat, self.batch = model, data, threat, batch
         self.correct, self.certified, self.state, self.bar = correct, certified, state, bar
-        self.replay = None if replay is None else set(replay)
-        spent = sum(result.seconds for result in state.results)
-        self.budget = budget or 0.0
-        self.deadline = None if budget is None else time.monotonic() + budget - spent
-        self.skipped: list[str] = []
+        self.replay = replay
+        self.budget, self.forgiving = budget, forgiving
+        budget.spend(sum(result.seconds for result in state.results))
         self._number = 0
         self._work = self._seconds = 0.0  # of the attacks that ran: how fast this machine is
 
@@ -119,10 +126,7 @@ class Schedule:
         return mask
 
     def run(self, suite: Suite) -> None:
-        """Run the suite; what sees no gradient comes last, and its time is kept for it.
-
-        Nothing is left out before PGD has shown how fast the model is.
-        """
+        """Run the suite; what sees no gradient comes last, and its time is kept for it."""
         last = [*suite.reseeded, *suite.blind]
         for entry in suite.entries:
             self._one(entry, reserved=suite.blind)
@@ -138,6 +142,8 @@ class Schedule:
                           self.standing & ~few, reserved=suite.blind)
         for entry in suite.blind:
             self._one(entry)
+        if self.budget.limit is not None:
+            self.state.end(self.budget.limit)
 
     def _one(self, entry: Entry, mask: np.ndarray | None = None,
              reserved: Sequence[Entry] | None = None) -> AttackResult | None:
@@ -157,13 +163,18 @@ class Schedule:
             self._number += 1
             self._count(entry, state.results[self._number - 1])
             return state.results[self._number - 1]
-        if mask is None:
-            mask = self.correct if entry.everywhere else self.standing
+        if mask is None and entry.everywhere and self.replay is None \
+                and self._wanted(entry, every, reserved):
+            mask = self.correct
+        elif mask is None:  # no time for a figure of its own, but perhaps for what stands
+            everywhere = entry.everywhere and (self.replay or {}).get(entry.label, False)
+            entry = replace(entry, everywhere=everywhere)
+            mask = self.correct if everywhere else self.standing
         if not self._wanted(entry, int(mask.sum()), reserved):
             self._left_out(entry)
             return None
         result = _attack(FoolboxModel(self.model, self.threat), entry, self.data, self.threat,
-                         self.batch, mask, state, self.bar)
+                         self.batch, mask, state, self.bar, self.forgiving)
         self.bar.skip(entry.cost * (every - int(result.attacked.sum())))
         state.add(result)
         self._count(entry, result)
@@ -171,25 +182,36 @@ class Schedule:
         return result
 
     def _count(self, entry: Entry, result: AttackResult) -> None:
-        """Learn from an attack that ended how fast this machine is."""
-        if entry.group not in _WARMING:
-            self._work += entry.cost * int(result.attacked.sum())
+        """Learn from an attack that ended how fast this machine is.
+
+        An image that has fallen costs nothing more: what counts is what was asked, where the model
+        was asked at all.
+        """
+        if entry.group not in _WARMING and result.error is None:
+            work = entry.cost * int(result.attacked.sum())
+            asked = result.gradients + (result.queries - result.gradients) / 3
+            self._work += min(work, asked) if asked else work
             self._seconds += result.seconds
 
     def _wanted(self, entry: Entry, images: int, reserved: Sequence[Entry] | None) -> bool:
         if self.replay is not None:
             return entry.label in self.replay
-        if self.deadline is None or not self._work:
+        if self.budget.limit is None or not images:
             return True
-        rate, standing = self._seconds / self._work, int(self.standing.sum())
+        if self.budget.limit <= self.state.ended:  # it had its time, and is only read again
+            return False
+        rate = self._seconds / self._work if self._work else self.budget.step
+        standing = int(self.standing.sum())
         kept = sum(other.cost for other in reserved or ()) * standing * rate
-        left = self.deadline - time.monotonic() - entry.cost * images * rate
-        least = min(kept, _KEPT * self.budget) if reserved is not None else -_LATE * self.budget
+        left = self.budget.left - entry.cost * images * rate
+        least = min(kept, _KEPT * self.budget.limit) + self.budget.kept(standing)
+        if entry.group in _WARMING:  # next to nothing, and without any of it there is no figure
+            least = 0.0
         return bool(world().agreed(left > least))
 
     def _left_out(self, entry: Entry) -> None:
         if self.replay is None:
-            self.skipped.append(entry.label)
+            self.budget.skipped.append(entry.label)
         self.bar.skip(entry.cost * int(self.correct.sum()))
 
     def _escalate(self, rounds: Sequence[Entry], last: Sequence[Entry]) -> None:
@@ -207,23 +229,66 @@ class Schedule:
 
 
 def _attack(fmodel: FoolboxModel, entry: Entry, data: Images, threat: Threat, batch: int,
-            mask: np.ndarray, state: State, bar: Progress) -> AttackResult:
-    """Run one attack on the images of mask, and judge what it returns."""
+            mask: np.ndarray, state: State, bar: Progress, forgiving: bool) -> AttackResult:
+    """Run one attack on the images of mask, and judge what it returns.
+
+    Args:
+        forgiving: whether an attack that raises ends there, with what it broke before; else the
+            error goes on.
+    """
+    here, error = world(), ""
+    done = _Done(mask)
+    try:
+        _run(fmodel, entry, data, threat, batch, mask, state, bar, done)
+    except Exception as raised:
+        if not forgiving:
+            raise
+        error = f"{type(raised).__name__}: {(str(raised).splitlines() or [''])[0]}".strip(": ")
+    if here.total_of(float(bool(error))):
+        error = error or "failed in another process"
+    broke, norms = here.joined(done.broke, done.mine), here.joined(done.norms, done.mine)
+    state.adversarials = here.joined(state.adversarials, done.mine)
+    state.margins = here.joined(state.margins, done.mine)
+    own = round(here.total_of(done.own))
+    queries, gradients = (round(here.total_of(count)) for count in done.asked.tolist())
+    lengths = norms[np.isfinite(norms)]
+    attacked = here.joined(done.mine, done.mine) if error else mask.copy()
+    return AttackResult(entry.settings(), attacked, broke, own if done.minimum else None,
+                        float(np.median(lengths)) if len(lengths) else None, queries, gradients,
+                        time.monotonic() - done.begin, error or None)
+
+
+class _Done:
+    """What an attack has done so far, in this process.
+
+    Attributes:
+        broke, mine: (N,) what it broke, and which images it has been through.
+        norms: (N,) of what a minimum-norm attack found by its own measure.
+        own: how many it broke by that.
+        asked: images passed forward, and with a gradient.
+        minimum: whether it is a minimum-norm attack.
+    """
+
+    def __init__(self, mask: np.ndarray) -> None:
+        self.begin, self.own, self.minimum = time.monotonic(), 0, False
+        self.broke, self.mine = np.zeros((2, len(mask)), dtype=bool)
+        self.norms, self.asked = np.full(len(mask), np.nan), np.zeros(2)
+
+
+def _run(fmodel: FoolboxModel, entry: Entry, data: Images, threat: Threat, batch: int,
+         mask: np.ndarray, state: State, bar: Progress, done: _Done) -> None:
+    """Run one attack batch by batch, and note in done what it did."""
     import foolbox as fb
-    begin = time.monotonic()
     model = fmodel.module
     counted = _counts(model)
     if isinstance(entry.attack, Substitute) and mask.any():
         entry.attack.fit(fmodel, data.pixels)
-    asked = (_counts(model) - counted) * world().first
-    minimum = isinstance(entry.attack, fb.attacks.base.MinimizationAttack)
-    broke, own, norms = np.zeros(len(mask), dtype=bool), 0, np.full(len(mask), np.nan)
+    done.asked = (_counts(model) - counted) * world().first
+    minimum = done.minimum = isinstance(entry.attack, fb.attacks.base.MinimizationAttack)
     chosen, here = np.flatnonzero(mask), world()
-    mine = np.zeros(len(mask), dtype=bool)
     # whole batches are shared out, so that each is what it is in one process
     for first in here.part(range(0, len(chosen), batch)):
         rows = chosen[first : first + batch]
-        mine[rows] = True
         full = max(len(rows), 2)  # a forward that squeezes its axes of size 1 takes no single image
         x, size = padded(data.pixels[rows], full)
         y, _ = padded(data.labels[rows], full)
@@ -232,10 +297,10 @@ def _attack(fmodel: FoolboxModel, entry: Entry, data: Images, threat: Threat, ba
         if minimum:
             raw = entry.attack.run(fmodel, x, criterion)
             # Foolbox answers "none found" with zeros, ours with the image.
-            found = (model(raw).argmax(1) != y) & (raw != 0).flatten(1).any(1)
-            own += int(found[:size].sum())
+            found = fools(model(raw), y) & (raw != 0).flatten(1).any(1)
+            done.own += int(found[:size].sum())
             lengths = (raw - x)[:size].flatten(1).norm(dim=1)
-            norms[rows] = torch.where(found[:size], lengths, torch.nan).cpu().numpy()
+            done.norms[rows] = torch.where(found[:size], lengths, torch.nan).cpu().numpy()
             raw = torch.where(found.reshape(-1, *[1] * (x.dim() - 1)), raw, x)
         else:
             options = {}
@@ -244,31 +309,21 @@ def _attack(fmodel: FoolboxModel, entry: Entry, data: Images, threat: Threat, ba
                 options["starting_points"] = padded(near, full)[0]
             with model.laid_out(x):
                 raw = entry.attack.run(fmodel, x, criterion, epsilon=threat.eps, **options)
-        asked += (_counts(model) - counted) * size // full
+        done.asked = done.asked + (_counts(model) - counted) * size // full
         raw = torch.where(raw.isfinite(), raw.detach(), x)
         raw, x, y = (padded(v, batch)[0] for v in (raw, x, y))
         trial = project(raw, x, threat.eps, threat.norm, threat.bounds)
         with torch.no_grad():
             logits = model(trial)
-        # NaN would pass for class 0
-        fooled = ((logits.argmax(1) != y) & logits.isfinite().all(1))[:size].cpu().numpy()
-        broke[rows] = fooled
+        fooled = fools(logits, y)[:size].cpu().numpy()
+        done.broke[rows], done.mine[rows] = fooled, True
         height = margin(logits, y)[:size].cpu().numpy()
         new = state.survived[rows] & (fooled | (height > state.margins[rows]))
         state.adversarials[rows[new]] = trial[:size].cpu().numpy()[new]
         state.margins[rows[new]] = height[new]
-        standing = int((state.survived & ~broke).sum())
+        standing = int((state.survived & ~done.broke).sum())
         bar.advance(entry.cost * size * here.size,
                     f"{entry.label}, {standing} of {len(mask)} standing")
-    broke, norms = here.joined(broke, mine), here.joined(norms, mine)
-    state.adversarials = here.joined(state.adversarials, mine)
-    state.margins = here.joined(state.margins, mine)
-    own = round(here.total_of(own))
-    queries, gradients = (round(here.total_of(count)) for count in asked.tolist())
-    lengths = norms[np.isfinite(norms)]
-    return AttackResult(entry.settings(), mask.copy(), broke, own if minimum else None,
-                        float(np.median(lengths)) if len(lengths) else None, queries, gradients,
-                        time.monotonic() - begin)
 
 
 def _counts(model: PixelModel) -> np.ndarray:

@@ -15,6 +15,7 @@ from torch import nn
 
 from .activation import staircases
 from .attacks import PixelModel
+from .attacks.suites import listed
 from .contexts import bypass
 from .errors import SpecError
 from .evaluation import evaluate
@@ -104,7 +105,7 @@ def sensitivity(model: nn.Module, loader: Iterable[Any], threat: Threat | None =
         raise SpecError("the model has no quantized site", fix="Convert it first.")
     copy = duplicate(model)
     threat = resolved(model, threat, progress)
-    suite = suite if isinstance(suite, str) else list(suite)
+    suite = listed(suite)
     where = None if run_dir is None else Path(run_dir)
 
     def measured(name: str, number: int) -> Evaluation:

@@ -238,7 +238,7 @@ def test_report_is_a_page_whatever_its_suffix(name: str, model: str) -> None:
 def test_strict_exits_with_1_unless_resolved(model: str) -> None:
     arguments = ("evaluate", model, "--data", "digits", *EVALUATE, "--strict", "--json", "r.json")
     result = run(*arguments)
-    assert "UNDECIDED" in result.output and result.exit_code == 1
+    assert "Undecided" in result.output and result.exit_code == 1
     assert Path("r.json").exists() and "Traceback" not in result.output
     assert run("compare", *arguments[1:]).exit_code == 1
     nobody_left = run(*arguments, "--eps", "1")

@@ -297,7 +297,7 @@ def test_default_attacks_overstate_a_staircase_that_masks_its_gradient(result: E
 
 def test_few_survivors_are_undecided(cnn: nn.Module, digits: Digits) -> None:
     result = measured(cnn, batches(digits, 20))
-    assert result.verdict == "undecided" and "UNDECIDED" in str(result)
+    assert result.verdict == "undecided" and "Undecided" in str(result)
 
 
 # --- JSON and files ---

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import quantguard as qg
 from quantguard import masking
 from quantguard.attacks import PixelModel
+from quantguard.budget import Budget
 from quantguard.evidence import are_probabilities, fidelity, saturated
 from quantguard.images import Images
 from quantguard.results import Evaluation
@@ -128,7 +129,7 @@ def faithful(model: nn.Module, digits: Digits, norm: str = "linf", n: int = 40) 
     threat = Threat(norm, 0.1 if norm == "linf" else 0.5)
     with frozen(model):
         return fidelity(PixelModel(model.eval(), threat), Images(x, y), np.ones(n, dtype=bool),
-                        threat, 64, 0)
+                        threat, 64, 0, Budget(None, 0.0))
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])

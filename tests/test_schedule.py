@@ -82,7 +82,7 @@ def entry(name: str, group: str = "pgd", **options: Any) -> Entry:
 def test_what_does_not_fit_is_left_out_and_said(monkeypatch: pytest.MonkeyPatch) -> None:
     suite = Suite([entry("first", seconds=0.1), entry("long", steps=100, seconds=9),
                    entry("short", seconds=0.1)], blind=[entry("blind", "transfer")])
-    result = run(suite, monkeypatch, budget=5.0)
+    result = run(suite, monkeypatch, budget=8.0)
     assert labels(result) == ["first", "short", "blind"] and result.skipped == ("long",)
     flag = {f.name: f for f in result.flags}["attacks left out"]
     assert flag.raised and flag.kind == "undecided" and "long" in flag.reason
@@ -94,7 +94,7 @@ def test_noise_is_no_measure_of_what_an_attack_takes(monkeypatch: pytest.MonkeyP
     suite = Suite([entry("noise", "noise", seconds=1.0), entry("PGD", steps=100),
                    entry("twin", "twin", steps=100)],
                   reseeded=[entry("again", "reseeded", steps=100)])
-    assert labels(run(suite, monkeypatch, budget=3.0)) == ["noise", "PGD", "twin", "again"]
+    assert labels(run(suite, monkeypatch, budget=6.0)) == ["noise", "PGD", "twin", "again"]
 
 
 def test_escalation_leaves_time_for_what_sees_no_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -140,9 +140,10 @@ def test_a_replay_runs_what_ran_whatever_the_clock_says(tmp_path: Path,
                                                         monkeypatch: pytest.MonkeyPatch) -> None:
     suite = Suite([entry("first", seconds=0.1), entry("long", steps=100, seconds=1),
                    entry("short", breaks=7)])
+    # it would take 100 times as long as the first
     monkeypatch.setattr(evaluation, "build_suite", lambda *_, **__: suite)
     options: dict[str, Any] = {"suite": "quick", "progress": False}
-    one = qg.evaluate(Bright(), dim(60), Threat(eps=0.2), budget=3.0, **options)
+    one = qg.evaluate(Bright(), dim(60), Threat(eps=0.2), budget=6.0, **options)
     assert one.skipped == ("long",)
     one.save(tmp_path / "one.json")
     two = qg.evaluate(Bright(), dim(90), Threat(eps=0.7), seed=9, progress=False,
@@ -215,15 +216,17 @@ def test_the_others_are_spared_where_no_seed_broke_anything(
 def test_a_budget_goes_to_what_climbs_before_what_is_blind(monkeypatch: pytest.MonkeyPatch) -> None:
     suite = Suite([entry("first", seconds=0.1), entry("twin", "twin", seconds=0.1)],
                   blind=[entry("Square", "query", seconds=3.0, steps=3000)])
-    result = run(suite, monkeypatch, 60, budget=1.0)
+    result = run(suite, monkeypatch, 60, budget=6.0)
     assert labels(result) == ["first", "twin"] and result.skipped == ("Square",)
 
 
 def test_a_run_that_had_its_time_does_no_more_when_it_is_repeated(
         monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    suite = Suite([entry(f"attack {i}", seconds=0.4) for i in range(6)])
-    ran = [labels(run(suite, monkeypatch, 60, budget=1.0, run_dir=tmp_path)) for _ in range(3)]
-    assert ran[0] == ran[1] == ran[2] and len(ran[0]) < 6
+    suite = Suite([entry(f"attack {i}", seconds=0.9) for i in range(6)])
+    ran = [labels(run(suite, monkeypatch, 60, budget=3.0, run_dir=tmp_path)) for _ in range(3)]
+    assert ran[0] == ran[1] == ran[2] and 0 < len(ran[0]) < 6
+    more = labels(run(suite, monkeypatch, 60, budget=60.0, run_dir=tmp_path))
+    assert more == [f"attack {i}" for i in range(6)]
 
 
 # --- curve ---
@@ -239,7 +242,7 @@ def test_accuracy_falls_from_clean_to_nothing(cnn: nn.Module, quantized: nn.Modu
         assert standing == sorted(standing, reverse=True) and standing[-1] == 0
         assert standing[0] == int(result.correct.sum())
         at = {point.eps: point.standing for point in result.curve}
-        assert list(at)[:4] == [0.0, 0.025, 0.05, 0.1] and at[0.1] <= int(result.survived.sum())
+        assert list(at)[:4] == [0.0, 0.025, 0.05, 0.1] and at[0.1] == int(result.survived.sum())
         assert "Accuracy over eps" in str(result) and "<svg" in result._repr_html_()
 
 
@@ -256,9 +259,9 @@ def test_what_the_curve_breaks_within_the_threat_counts(quantized: nn.Module, di
                            progress=False, **options)
     result = measured(run_dir=tmp_path)
     last = result.attacks[-1]
-    assert last.label == curve.LABEL and last.broke[:40].sum() > 10 and not last.broke[40:].any()
+    assert last.label == curve.LABEL and last.broke[:40].sum() > 10 and last.broke[40:].any()
     at = {point.eps: point.standing for point in result.curve}
-    assert int(result.survived[:40].sum()) == at[0.15]
+    assert int(result.survived.sum()) == at[0.15]
     # and what is handed out as having broken an image has
     x = torch.from_numpy(result.adversarials)
     broken = result.correct & ~result.survived

@@ -80,8 +80,8 @@ def assert_finds(problem: Problem, attack: Differences, queries: int) -> None:
 def break_it(room: Any, attack: Differences, breaking: str, patch: pytest.MonkeyPatch) -> None:
     """Make a twin that the oracle must reject."""
     if breaking == "sign":
-        original = room.margin
-        patch.setattr(room, "margin", lambda z, y: -original(z, y))
+        original = room.height
+        patch.setattr(room, "height", lambda z, y: -original(z, y))
     elif breaking == "projection":
         patch.setattr(room, "project", lambda x, center, eps, norm, bounds: x.clamp(*bounds))
     else:

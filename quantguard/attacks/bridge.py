@@ -20,6 +20,7 @@ from ..spec import Threat
 from ..step_sites import Site, find_sites
 from ..straight import has_foreign_steps
 from ._foolbox import fb
+from .losses import decided
 
 # Images in which foreign quantizers are looked for: as many as make so many pixels.
 _LOOKED_AT, _LEAST_LOOKED_AT, _PIXELS = 64, 4, 2**18
@@ -69,11 +70,18 @@ class PixelModel(nn.Module):
         self.queries = self.gradients = 0
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """Return logits (N, classes) in float32 for pixels (N, C, H, W) within the bounds."""
+        """Return logits (N, classes) in float32 for pixels (N, C, H, W) within the bounds.
+
+        Each row is finite, or NaN where it names no class: see
+        :func:`quantguard.attacks.losses.decided`. A gradient that is NaN comes back as zero.
+        """
         self.queries += pixels.shape[0]
         attacked = pixels.requires_grad and torch.is_grad_enabled()
         if attacked:
             self.gradients += pixels.shape[0]
+            # 0 / 0, as where the logarithm of no vote is masked: it would end every climb
+            pixels = pixels.view_as(pixels)
+            pixels.register_hook(torch.nan_to_num)  # type: ignore[no-untyped-call]
         x = from_pixels(pixels, self.threat).to(eaten_by(self.model) or pixels.dtype)
         # FewChannels' Function would hide from step_sites what a convolution is given
         fast = attacked and not self.sites and not self._looking and not is_compiled(self.model)
@@ -85,7 +93,7 @@ class PixelModel(nn.Module):
         if attacked and not logits.requires_grad:
             # no path back: an attack sees the zero gradient that this is, and a flag says so
             logits = logits + 0 * pixels.flatten(1).sum(1, keepdim=True)
-        return logits
+        return decided(logits)
 
     def look_for_foreign_steps(self, pixels: Tensor) -> None:
         """Find out once whether there are any; these images are not counted."""

@@ -20,7 +20,7 @@ from ..errors import SpecError
 from ..running import frozen, seeded
 from ._foolbox import fb, known_norm
 from .bridge import PixelModel, labels_of, module_of
-from .losses import ascend, margin
+from .losses import ascend, margin, ruled_out
 from .noise import image_noise, seed_of
 
 # Queries in one forward pass of an attack that runs image by image.
@@ -71,7 +71,8 @@ class _Watched(fb.models.Model):
             logits = self(self.unit)
             self.clear = torch.maximum(
                 _CLEAR * margin(logits, labels).abs(),
-                _UNITS * torch.finfo(logits.dtype).eps * logits.abs().amax(1))
+                _UNITS * torch.finfo(logits.dtype).eps
+                * logits.masked_fill(ruled_out(logits), 0).abs().amax(1))
 
     @property
     def bounds(self) -> Any:
@@ -102,7 +103,7 @@ class _Watched(fb.models.Model):
     def fooled(self, logits: Tensor) -> Tensor:
         """Return which logits, (N, classes) or any number of one image's, name a wrong class."""
         height = margin(logits, self.labels.expand(len(logits)))
-        return (height > self.clear) & logits.isfinite().all(1)
+        return height > self.clear
 
     def _note(self, point: Tensor, pixels: Tensor, logits: Tensor) -> None:
         fooled = self.fooled(logits)

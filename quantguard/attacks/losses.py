@@ -2,24 +2,94 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 # What ``scaled`` brings the top logit's distance from the mean to: far from rounding to 0 or 1.
 _SPREAD = 3.0
+# A class is ruled out where the top logit is so many times as far away as the top logit's own size,
+# the next one's distance, or 1: logits as nets have them are not.
+_RULED_OUT = 100.0
+# What a margin is at least where a tie names the wrong class, and at most where none is named:
+# differences of it must stay numbers.
+_LEAST, _MOST = 1e-30, 1e9
+
+
+class _Finite(torch.autograd.Function):
+    """Put numbers in the place of infinities, which have the gradient that those would have."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, replaced: Tensor) -> Tensor:
+        return replaced
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient, None
+
+
+def decided(logits: Tensor) -> Tensor:
+    """Return logits (N, classes) of which every row is finite, or NaN where it names no class.
+
+    The arg max stays. Minus infinity (a class that is ruled out, the logarithm of no vote) becomes
+    a number so far below the row's others that a softmax rounds it to 0, and a lone infinity one
+    above them, so that no loss and no gradient of the others turns into NaN. A row with NaN, with
+    several infinities, or with nothing but minus infinity names no class.
+    """
+    finite = logits.isfinite()
+    if bool(finite.all()):
+        return logits
+    with torch.no_grad():
+        z, some = logits.double(), finite.any(1, keepdim=True)
+        high = z.masked_fill(~finite, -torch.inf).amax(1, keepdim=True).where(some, 0.0)
+        low = z.masked_fill(~finite, torch.inf).amin(1, keepdim=True).where(some, 0.0)
+        size = torch.maximum(high.abs(), low.abs())
+        gap = _RULED_OUT * torch.maximum(high - low, size.clamp_min(_RULED_OUT))
+        top = logits == torch.inf
+        nothing = logits.isnan().any(1) | (top.sum(1) > 1) | (logits == -torch.inf).all(1)
+        most = torch.finfo(logits.dtype).max
+        replaced = torch.where(top, high + gap, low - gap).clamp(-most, most).to(logits.dtype)
+        replaced = torch.where(finite, logits, replaced)
+        replaced = replaced.masked_fill(nothing.unsqueeze(1), torch.nan)
+    result: Tensor = _Finite.apply(logits, replaced)
+    return result
+
+
+def fools(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return which rows (N,) name another class than labels, or none at all.
+
+    The one judge of whether an image is broken. The arg max decides, whatever other classes have;
+    a row of NaN would pass for class 0.
+    """
+    return named(logits) != labels
+
+
+def named(logits: Tensor) -> Tensor:
+    """Return the class (N,) that each row names; -1 where it names none."""
+    z = decided(logits)
+    return z.argmax(1).masked_fill(z.isnan().any(1), -1)
 
 
 def margin(logits: Tensor, labels: Tensor, target: Tensor | None = None) -> Tensor:
     """Return ``max_{j != y} z_j - z_y`` for each row: positive where misclassified.
 
-    With target, (N,) classes, ``z_target - z_y``.
+    With target, (N,) classes, ``z_target - z_y``. Infinite where a row is NaN, and names no class.
     """
+    logits = decided(logits)
     own = logits.gather(1, labels.unsqueeze(1)).squeeze(1)
     if target is not None:
         return logits.gather(1, target.unsqueeze(1)).squeeze(1) - own
     others = logits.scatter(1, labels.unsqueeze(1), -torch.inf)
-    return others.amax(1) - own
+    gap = others.amax(1) - own
+    return gap.masked_fill(gap.isnan(), torch.inf)
+
+
+def height(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return a finite margin (N,) that is above 0 exactly where a row fools, also among ties."""
+    gap = margin(logits, labels)
+    return torch.where(fools(logits, labels), gap.clamp(_LEAST, _MOST), gap.clamp_max(0))
 
 
 def rival(logits: Tensor, labels: Tensor, rank: int) -> Tensor:
@@ -63,9 +133,43 @@ def image_losses(logits: Tensor, labels: Tensor, loss: str,
     if loss in ("margin", "dlr"):
         return (margin if loss == "margin" else dlr)(logits, labels, target)
     if loss == "scaled":
-        spread = (logits.amax(1, keepdim=True) - logits.mean(1, keepdim=True)).detach()
-        logits = logits / spread.clamp_min(1e-30) * _SPREAD
+        logits = logits / _spread(logits.detach()).clamp_min(1e-30) * _SPREAD
     return F.cross_entropy(logits, labels, reduction="none")
+
+
+def ruled_out(logits: Tensor) -> Tensor:
+    """Return which logits (N, classes) are so low that they stand for no class at all.
+
+    Those that :func:`decided` replaced, and others' -1e4 or less.
+    """
+    top = logits.topk(min(2, logits.shape[1]), dim=1).values
+    first, second = top[:, :1], top[:, -1:]
+    size = torch.maximum(first - second, first.abs().clamp_min(1))
+    far: Tensor = first - logits > _RULED_OUT * size
+    return far
+
+
+def says_one(logits: Tensor) -> Tensor:
+    """Return which rows (N,) say only what the largest class is, of logits from :func:`decided`.
+
+    All others are ruled out, or the largest was infinite: then no gradient leads to another.
+    """
+    order = logits.sort(dim=1, descending=True).values
+    if order.shape[1] < 2:
+        return torch.zeros_like(order[:, 0], dtype=torch.bool)
+    first, second, last = order[:, 0], order[:, 1], order[:, -1]
+    size = torch.maximum(second.abs(), last.abs()).clamp_min(_RULED_OUT)
+    infinite = torch.isclose(first - second, _RULED_OUT * torch.maximum(second - last, size),
+                             rtol=1e-4)
+    alone: Tensor = (first - second > 0.99 * _RULED_OUT ** 2) & (second == last)
+    return alone | infinite
+
+
+def _spread(logits: Tensor) -> Tensor:
+    """Return how far the top logit is from the mean of those not ruled out, (N, 1)."""
+    far = ruled_out(logits)
+    away = logits.amax(1, keepdim=True) - logits
+    return away.masked_fill(far, 0).sum(1, keepdim=True) / (~far).sum(1, keepdim=True)
 
 
 def attack_loss(logits: Tensor, labels: Tensor, loss: str, target: Tensor | None = None) -> Tensor:

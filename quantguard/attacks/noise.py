@@ -64,5 +64,7 @@ class Noise(InNorm):
                 unit = unit.sign()
             trial = ep.astensor(x.raw + epsilon * unit).clip(*model.bounds)
             best = ep.where(fb.devutils.atleast_kd(fooled, x.ndim), best, trial)
-            fooled = ep.logical_or(fooled, judge(trial, model(trial)))
+            logits = model(trial)
+            nothing = ep.astensor(logits.raw.isnan().any(1))  # NaN would pass for class 0
+            fooled = ep.logical_or(fooled, ep.logical_or(nothing, judge(trial, logits)))
         return restore(best)

@@ -21,7 +21,7 @@ from ..running import frozen
 from ..straight import straight_through
 from ._foolbox import InNorm, fb, known_norm
 from .bridge import PixelModel, labels_of, module_of
-from .losses import ascend, input_gradient, margin, project, rival
+from .losses import ascend, fools, input_gradient, margin, project, rival
 from .noise import image_noise
 
 # Losses that can be made to climb towards a class.
@@ -50,10 +50,10 @@ class Kept:
     def judge(self, x: Tensor, logits: Tensor) -> None:
         """Take in points x of ``rows``, of which the model as it is makes logits."""
         rows, labels = self.rows, self._labels[self.rows]
-        height, fools = margin(logits, labels), logits.argmax(1) != labels
-        new = ~self.fallen[rows] & ((height > self._highest[rows]) | fools)
+        height, fooled = margin(logits, labels), fools(logits, labels)
+        new = ~self.fallen[rows] & ((height > self._highest[rows]) | fooled)
         self.points[rows[new]], self._highest[rows[new]] = x[new], height[new]
-        self.fallen[rows] |= fools
+        self.fallen[rows] |= fooled
 
     def standing(self) -> Tensor | None:
         """Return what to keep of ``rows`` where a quarter or more of them have fallen, else None.

@@ -19,7 +19,7 @@ from ..errors import SpecError
 from ..running import seeded
 from ._foolbox import InNorm, fb, known_norm
 from .bridge import PixelModel, labels_of, module_of
-from .losses import ascend, input_gradient, margin, project
+from .losses import ascend, height, input_gradient, project
 from .noise import image_noise, seed_of
 
 _LOSSES = ("ce", "margin")
@@ -189,9 +189,9 @@ class Substitute(InNorm):
             point = project(x[rows] + self.noise * eps * unit, x[rows], eps, self.norm, bounds)
             for number in range(self.steps + 1):
                 with torch.no_grad():
-                    height = margin(module(point), labels[rows])
-                better = height > highest[rows]
-                best[rows[better]], highest[rows[better]] = point[better], height[better]
+                    new = height(module(point), labels[rows])
+                better = new > highest[rows]
+                best[rows[better]], highest[rows[better]] = point[better], new[better]
                 standing = highest[rows] <= 0
                 rows, point = rows[standing], point[standing]
                 if number == self.steps or not len(rows):

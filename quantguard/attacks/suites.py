@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -276,6 +276,16 @@ def build_suite(suite: str | Sequence[Any], threat: Threat, *, seed: int, quanti
     return Suite([attack if isinstance(attack, Entry) else
                   Entry(f"{type(attack).__name__} {number + 1}", attack, _group(attack), True)
                   for number, attack in enumerate(suite)])
+
+
+def listed(suite: Any) -> Any:
+    """Return a suite's name, or a list of attacks: one attack alone is a suite of one.
+
+    What is neither is handed on for :func:`check_suite` to refuse.
+    """
+    if isinstance(suite, (str, Entry, fb.attacks.base.Attack)):
+        return suite if isinstance(suite, str) else [suite]
+    return list(suite) if isinstance(suite, Iterable) else [suite]
 
 
 def check_suite(suite: str | Sequence[Any]) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..errors import SpecError
 from ._foolbox import InNorm, fb, known_norm
 from .bridge import labels_of, module_of
-from .losses import ascend, margin, project
+from .losses import ascend, height, project
 from .noise import seed_of
 
 # Decay of ADAM's moments, as in algorithm 2.
@@ -81,7 +81,7 @@ class Differences(InNorm, ABC):
 
         def ask(points: Tensor, owner: Tensor) -> Tensor:
             parts = zip(torch.split(points, most), torch.split(owner, most), strict=True)
-            return torch.cat([margin(module(p.reshape(-1, *x0.shape[1:])), labels[o])
+            return torch.cat([height(module(p.reshape(-1, *x0.shape[1:])), labels[o])
                               for p, o in parts])
 
         x, kept = x0.clone(), x0.clone()
@@ -94,9 +94,9 @@ class Differences(InNorm, ABC):
             way = guide(rows, x[rows].flatten(1), step).reshape(-1, *x0.shape[1:])
             length = self.rate * eps * (1 - step / self.steps)
             x[rows] = project(x[rows] + length * way, x0[rows], eps, self.norm, model.bounds)
-            height = ask(x[rows], rows)
-            better = height > highest[rows]
-            kept[rows[better]], highest[rows[better]] = x[rows[better]], height[better]
+            new = ask(x[rows], rows)
+            better = new > highest[rows]
+            kept[rows[better]], highest[rows[better]] = x[rows[better]], new[better]
         return kept
 
     def _most(self, x: Tensor) -> int:

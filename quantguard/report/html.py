@@ -88,7 +88,7 @@ def _comparison(comparison: Comparison) -> str:
         cells = columns(evaluation)
         body += f"<tr><td><b>{html.escape(name)}</b></td>" + "".join(
             _cell(cells[c], c) if c in cells else "<td>-</td>" for c in names)
-        body += f"<td>{evaluation.verdict}</td></tr>"
+        body += f"<td>{evaluation.conclusion}<small>{evaluation.verdict}</small></td></tr>"
     lines = [*paired_lines(comparison), *(f"Note: {n}." for n in comparison.notes)]
     return (f"<p>{first.images} images; {html.escape(threat_text(first))}; suite "
             f"{html.escape(first.suite)}, seed {first.seed}{sample_text(first)}. Per cent that "
@@ -139,8 +139,8 @@ def _curve(evaluation: Evaluation) -> str:
             'style="max-width:100%" font-size="11" fill="#1c2330" '
             'aria-label="Accuracy over eps">'
             f'{axis}<polyline points="{path}" fill="none" stroke="#5b7fc7"/>{"".join(marks)}</svg>'
-            f"<p><small>Per cent that stand over eps, first {points[0].images} images, upper "
-            "bounds with 95 % intervals; the threat's own eps is red.</small></p>")
+            f"<p><small>Per cent that stand over eps, {points[0].images} of {evaluation.images} "
+            "images, upper bounds with 95 % intervals; the threat's own eps is red.</small></p>")
 
 
 def _framed(body: str) -> str:

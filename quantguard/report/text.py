@@ -61,7 +61,7 @@ def columns(evaluation: Evaluation) -> dict[str, Cell]:
         return Cell(int(mask.sum()), n)
     result = {"clean": cell(evaluation.correct)}
     for attack in evaluation.attacks:
-        if attack.settings.get("everywhere"):
+        if attack.settings.get("everywhere") and attack.error is None:
             result[attack.label] = cell(evaluation.correct & ~attack.broke)
     if evaluation.certificate is not None:
         result["certified"] = cell(evaluation.certified)
@@ -94,16 +94,31 @@ def headline(evaluation: Evaluation) -> str:
     """Return the one sentence that counts; no figure where the model has none."""
     if evaluation.withheld:
         return "NO FIGURE: " + " ".join(flag.reason for flag in evaluation.withheld)
+    figure = bracket_line(evaluation) if evaluation.certificate is not None \
+        and not evaluation.refuted else attacked_line(evaluation)
+    return f"{evaluation.conclusion.upper()}: {figure} {_settled(evaluation)}{_masked(evaluation)}"
+
+
+def attacked_line(evaluation: Evaluation) -> str:
+    """Return the figure alone: how many survive every attack."""
     cell = Cell(int(evaluation.survived.sum()), evaluation.images)
     low, high = cell.interval
-    if evaluation.certificate is not None and not evaluation.refuted:
-        return bracket_line(evaluation)
-    said = {"resolved": "Verdict: resolved, nothing here speaks against it.",
-            "undecided": "UNDECIDED: too few images to rule out that it is not the worst case.",
-            "unresolved": "UNRESOLVED: the worst case has not been found yet."}
     return (f"Robust accuracy <= {100 * cell.share:.1f} % (95 % interval {100 * low:.1f}-"
-            f"{100 * high:.1f}; {cell.count} of {cell.n} images survive every attack). "
-            + said[evaluation.verdict] + _masked(evaluation))
+            f"{100 * high:.1f}; {cell.count} of {cell.n} images survive every attack).")
+
+
+def _settled(evaluation: Evaluation) -> str:
+    """Return how far the figure is to be trusted, as far as that bears on the conclusion."""
+    named = evaluation.verdict.capitalize()
+    if evaluation.verdict == "resolved":
+        return f"{named}: nothing here speaks against the figure."
+    if evaluation.conclusion == "not robust":
+        return f"{named}, but a stronger attack can only lower it."
+    if evaluation.conclusion == "proven robust":
+        return f"{named} above what is proven."
+    if evaluation.verdict == "unresolved":
+        return f"{named}: the worst case has not been found yet."
+    return f"{named}: not enough was looked at to call it the worst case."
 
 
 def _masked(evaluation: Evaluation) -> str:
@@ -119,27 +134,30 @@ def bracket_line(evaluation: Evaluation) -> str:
                                                               evaluation.survived))
     low, high = proven.interval[0], standing.interval[1]
     gap = standing.count - proven.count
-    said = {"resolved": "Verdict: resolved, nothing here speaks against it.",
-            "undecided": "UNDECIDED above: too few images to rule out that attacks missed some.",
-            "unresolved": "UNRESOLVED above: the worst case has not been found yet."}
     return (f"Certified {100 * proven.share:.1f} % <= true robust accuracy <= "
             f"{100 * standing.share:.1f} % attacked ({proven.count} of {n} images are proven to "
             f"withstand every attack, {standing.count} survived them all; 95 % interval of both "
-            f"ends {100 * low:.1f}-{100 * high:.1f}). "
-            + ("Nothing is left open." if not gap else said[evaluation.verdict])
-            + _masked(evaluation))
+            f"ends {100 * low:.1f}-{100 * high:.1f})." + " Nothing is left open." * (not gap))
 
 
 def attack_rows(evaluation: Evaluation) -> list[list[str]]:
-    """Return one row an attack, header first."""
+    """Return one row an attack, header first; what had nothing left to attack shares the last."""
     rows = [["attack", "attacked", "broke", "standing", "gradients/image", "time"]]
     standing = evaluation.correct.copy()
+    idle = [a for a in evaluation.attacks if not a.attacked.any() and a.error is None]
     for attack in evaluation.attacks:
         standing &= ~attack.broke
         attacked = int(attack.attacked.sum())
+        if not attacked and attack.error is None:
+            continue
         per_image = f"{attack.gradients / attacked:.0f}" if attacked else "-"
-        rows.append([attack.label, str(attacked), str(int(attack.broke.sum())),
+        label = attack.label if attack.error is None else f"{attack.label}: {attack.error}"
+        rows.append([label, str(attacked), str(int(attack.broke.sum())),
                      str(int(standing.sum())), per_image, duration(attack.seconds)])
+    if idle:
+        label = idle[0].label + f" and {len(idle) - 1} more" * (len(idle) > 1)
+        rows.append([f"{label}: all was broken", "0", "0", str(int(standing.sum())), "-",
+                     duration(sum(a.seconds for a in idle))])
     return rows
 
 
@@ -162,9 +180,20 @@ def side_lines(evaluation: Evaluation) -> list[str]:
     if evaluation.curve:
         said = ", ".join(f"{point.eps:.4g}: {100 * point.standing / point.images:.1f}"
                          for point in evaluation.curve)
-        lines.append(f"Accuracy over eps, per cent of the first {evaluation.curve[0].images} "
-                     f"images, upper bounds: {said}.")
+        lines.append(f"Accuracy over eps, per cent of {_drawn(evaluation)}, upper bounds: {said}.")
+    if evaluation.certificate is not None and evaluation.certificate.skipped:
+        lines.append(f"No time was left to certify {evaluation.certificate.skipped} images; they "
+                     "count as not certified.")
+    if evaluation.skipped:
+        lines.append(f"Left out for lack of time: {'; '.join(evaluation.skipped)}.")
     return lines
+
+
+def _drawn(evaluation: Evaluation) -> str:
+    """Return of which images the curve is: an evaluation of an older version has fewer."""
+    few = evaluation.curve[0].images
+    return f"the same {few} images" if few == evaluation.images else \
+        f"the first {few} of {evaluation.images} images"
 
 
 def spoken(evaluation: Evaluation) -> tuple[list[Flag], str]:
@@ -174,7 +203,8 @@ def spoken(evaluation: Evaluation) -> tuple[list[Flag], str]:
     flags = [flag for kind in ("masked", "unresolved", "undecided") for flag in raised
              if flag.kind == kind and flag.name not in few]
     n, survivors = evaluation.images, int(evaluation.survived.sum())
-    asked = f" Where {survivors} of {n} survive, some {-(-n * ENOUGH // (50 * survivors)) * 50} " \
+    asked = "" if evaluation.conclusion == "not robust" else \
+        f" Where {survivors} of {n} survive, some {-(-n * ENOUGH // (50 * survivors)) * 50} " \
             "images have as many." if 0 < survivors < ENOUGH else ""
     return flags, (f"too few images to tell: {', '.join(few)}. Evaluate more: with {ENOUGH} "
                    f"survivors, and nothing found on any, it is clear.{asked}") * bool(few)
@@ -233,11 +263,11 @@ def certificate_text(certificate: Certificate) -> str:
 def comparison_rows(comparison: Comparison) -> list[list[str]]:
     """Return one row a model, header first."""
     names = list(columns(next(iter(comparison.rows.values()))))
-    rows = [["model", *names, "verdict"]]
+    rows = [["model", *names, "verdict", "settled"]]
     for name, evaluation in comparison.rows.items():
         cells = columns(evaluation)
         rows.append([name, *(str(cells[c]) if c in cells else "-" for c in names),
-                     evaluation.verdict])
+                     evaluation.conclusion, evaluation.verdict])
     return rows
 
 
