@@ -25,8 +25,12 @@ from .plan import Bits, Plan, Site, assign, join
 from .rewrite import Rewritten, add_entrance, fused_paths, rewrite, undo
 from .running import (
     as_eaten,
+    as_given,
+    check_numbers,
     device_of,
     duplicate,
+    entry_point,
+    ordinary,
     run,
     seeded,
     stand_in,
@@ -68,6 +72,7 @@ class Conversion:
         return text
 
 
+@entry_point
 def convert(model: nn.Module, bits: Bits = 2, dynamic: bool = False, *,
             data: Iterable[Any] | None = None, example: Any = None, per_channel: bool = False,
             keep: Iterable[str | type[nn.Module]] = (), gates: bool = False,
@@ -96,8 +101,9 @@ def convert(model: nn.Module, bits: Bits = 2, dynamic: bool = False, *,
         :class:`Conversion` in its attribute ``quantguard``.
 
     Raises:
-        ConversionError: nothing to convert, converted already, a ScriptModule, or a forward that
-            the rewritten model does not reproduce bit for bit under ``bypass``.
+        ConversionError: nothing to convert, converted already, a ScriptModule, on the meta device,
+            not to be copied, or a forward that the rewritten model does not reproduce bit for bit
+            under ``bypass``.
         SpecError: a pattern that matches nothing, or impossible bits.
 
     Example:
@@ -107,6 +113,8 @@ def convert(model: nn.Module, bits: Bits = 2, dynamic: bool = False, *,
     """
     original = unwrap(model)
     check_convertible(original)
+    check_numbers(original)
+    original, example = ordinary(original), as_given(example, "the example is")
     entry = input_spec(input_bits, input_range)
     batches: list[Any] | None = None
     if data is not None:
@@ -197,6 +205,7 @@ def make_plan(model: nn.Module, bits: Bits = 2, dynamic: bool = False, *, exampl
     return plan
 
 
+@entry_point
 def inspect(model: nn.Module, bits: Bits = 2, dynamic: bool = False, *,
             data: Iterable[Any] | None = None, example: Any = None, per_channel: bool = False,
             keep: Iterable[str | type[nn.Module]] = (), gates: bool = False,
@@ -213,6 +222,8 @@ def inspect(model: nn.Module, bits: Bits = 2, dynamic: bool = False, *,
     if done is not None:
         return done.plan
     if example is not None:
+        if device_of(unwrap(model)).type != "meta":
+            example = as_given(example, "the example is")
         with torch.no_grad(), seeded(0):  # a copy: a forward may leave traces
             run(duplicate(unwrap(model)).eval(), as_eaten(example, model),
                 "the example")
@@ -279,11 +290,7 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 def carry_out(model: nn.Module, plan: Plan) -> nn.Module:
     """Return a copy of model with the plan's staircases in place, thresholds not yet calibrated."""
-    try:
-        twin = duplicate(model)
-    except Exception as error:
-        raise ConversionError(f"{type(model).__name__} cannot be copied",
-                              why=f"copy.deepcopy: {error}") from error
+    twin = duplicate(model)
     device = device_of(twin)
     by_owner: dict[str, list[Site]] = {}
     for site in plan.sites:
@@ -353,6 +360,7 @@ def _put(owner: nn.Module, attribute: str, module: nn.Module, old: nn.Module | N
             children[other] = module  # an alias stays one
 
 
+@entry_point
 def restore(model: nn.Module) -> nn.Module:
     """Return a copy of a converted model with float activations and its present weights.
 

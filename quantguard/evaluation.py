@@ -33,9 +33,12 @@ from .progress import Progress
 from .results import AttackResult, Evaluation
 from .running import (
     check_model,
+    check_numbers,
     device_of,
+    entry_point,
     environment,
     measuring,
+    ordinary,
     seconds_of,
     usable_device,
 )
@@ -44,6 +47,7 @@ from .spec import Threat, check_seed, check_threat
 from .world import world
 
 
+@entry_point
 def evaluate(model: nn.Module, loader: Iterable[Any], threat: Threat = Threat(), *,
              suite: str | Sequence[Any] = "standard", images: int | None = None,
              run_dir: str | os.PathLike[str] | None = None, seed: int = 0,
@@ -94,6 +98,8 @@ def evaluate(model: nn.Module, loader: Iterable[Any], threat: Threat = Threat(),
     suite = suite if isinstance(suite, str) else list(suite)
     check_suite(suite)
     limit = None if budget is None else seconds_of(budget)
+    check_numbers(model)
+    model = ordinary(model)
     before, device = device_of(model), device or world().device
     if device is not None:
         model.to(usable_device(device))

@@ -31,9 +31,10 @@ from .images import check_count, gather, image_tensor
 from .masking import mcnemar
 from .optimizing import parameter_groups
 from .preparing import prepare
+from .progress import say
 from .recipes import Recipe, recipe_of
 from .results import Evaluation, same_images
-from .running import check_model, frozen, seconds_of, seeded
+from .running import check_model, entry_point, frozen, ordinary, seconds_of, seeded
 from .spec import FLOAT_BITS, Threat, check_seed
 from .training import check_effort
 from .world import world
@@ -107,6 +108,7 @@ class Comparison:
         write_text(path, page(self))
 
 
+@entry_point
 def compare(models: Mapping[str, nn.Module], loader: Iterable[Any], threat: Threat = Threat(), *,
             suite: str | Sequence[Any] = "standard", images: int | None = None,
             run_dir: str | os.PathLike[str] | None = None, seed: int = 0,
@@ -129,11 +131,13 @@ def compare(models: Mapping[str, nn.Module], loader: Iterable[Any], threat: Thre
         raise SpecError("no models to compare")
     if budget is not None:
         seconds_of(budget)  # before any work
+    given, models = models, {name: ordinary(model) if isinstance(model, nn.Module) else model
+                             for name, model in models.items()}
     rows = {}
     suite = suite if isinstance(suite, str) else list(suite)
     for number, (name, model) in enumerate(models.items()):
         if progress:
-            print(f"[{number + 1}/{len(models)}] {name}", flush=True, file=_stderr())
+            say(f"[{number + 1}/{len(models)}] {name}")
         directory = None if run_dir is None else Path(run_dir) / _folder(number, name)
         try:
             rows[name] = evaluate(model, loader, threat, suite=suite, images=images, seed=seed,
@@ -148,7 +152,7 @@ def compare(models: Mapping[str, nn.Module], loader: Iterable[Any], threat: Thre
     notes = []
     if all(any(not is_input(name) for name in staircases(model)) for model in models.values()):
         notes.append("no float control among the rows")
-    return Comparison(rows, tuple(notes), {}, dict(models))
+    return Comparison(rows, tuple(notes), {}, dict(given))
 
 
 def _folder(number: int, name: str) -> str:
@@ -156,11 +160,7 @@ def _folder(number: int, name: str) -> str:
     return f"{number}-{re.sub(r'[^0-9A-Za-z.]+', '-', name)[-60:]}"
 
 
-def _stderr() -> Any:
-    import sys
-    return sys.stderr
-
-
+@entry_point
 def ablate(model: nn.Module, train_loader: Iterable[Any], test_loader: Iterable[Any],
            threat: Threat = Threat(), *, bits: int | Mapping[str, int] | None = None,
            dynamic: bool | None = None, recipe: str | Recipe = "pgd", epochs: int = 3,
@@ -187,7 +187,7 @@ def ablate(model: nn.Module, train_loader: Iterable[Any], test_loader: Iterable[
         DataError, ConversionError: as :func:`harden`.
     """
     check_model(model)
-    model = unwrap(model)
+    model = ordinary(unwrap(model))
     if conversion_of(model) is not None:
         raise SpecError("ablate starts from a float model, and this one is converted",
                         fix="quantguard.restore(model) gives the float one.")
@@ -232,7 +232,7 @@ def ablate(model: nn.Module, train_loader: Iterable[Any], test_loader: Iterable[
         (f"{name} + fine-tune", bits, own, train))
     for row, row_bits, row_recipe, row_train in plans:
         if progress:
-            print(row, flush=True, file=_stderr())
+            say(row)
         made = hardened(
             model, train_loader, threat, bits=row_bits,
             dynamic=None if row_bits == FLOAT_BITS else dynamic, epochs=epochs,
