@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .errors import DataError
+from .running import as_given
 from .spec import Threat
 
 RANGE_TOLERANCE = 1e-4  # how far, in pixel ranges, an image may lie outside its bounds
@@ -23,8 +24,12 @@ def unpack(batch: Any) -> tuple[Tensor | dict[str, Any], Tensor | None]:
         batch: a tensor; (images,) or (images, labels) as tuple or list; or a dict with the
             model's keyword names and ``labels`` or ``label``.
 
+    Returns:
+        Plain tensors: a graph that hangs on them, and what torch.inference_mode made of them, are
+        left behind.
+
     Raises:
-        DataError: anything else.
+        DataError: anything else, or tensors on the meta device.
     """
     kind = type(batch).__name__
     fix = "A loader yields a tensor, (images, labels), or a dict with the model's names and labels."
@@ -50,7 +55,7 @@ def unpack(batch: Any) -> tuple[Tensor | dict[str, Any], Tensor | None]:
     if labels is not None and not isinstance(labels, Tensor):
         raise DataError(f"a batch's labels are a {type(labels).__name__}, not a tensor",
                         fix="Give an integer tensor of shape (N,).")
-    return inputs, labels
+    return as_given(inputs, "a batch's images are"), as_given(labels, "a batch's labels are")
 
 
 def require_reiterable(loader: object, where: str) -> None:

@@ -49,10 +49,13 @@ from .metadata import check_classes, resolved
 from .progress import Progress
 from .running import (
     check_model,
+    check_numbers,
     device_of,
+    entry_point,
     environment,
     evaluating,
     measuring,
+    ordinary,
     seconds_of,
     usable_device,
     version,
@@ -66,6 +69,7 @@ _TOGETHER, _ELEMENTS = 1024, 1 << 18
 METHODS = ("auto", "ibp", "crown")
 
 
+@entry_point
 def certify(model: nn.Module, loader: Iterable[Any], threat: Threat | None = None, *,
             method: str = "auto", images: int | None = None,
             splits: int = 0, budget: float | str | None = None,
@@ -120,6 +124,8 @@ def certify(model: nn.Module, loader: Iterable[Any], threat: Threat | None = Non
                         fix="Give a whole number, 0 or more, and more than 0 in linf only.")
     check_count(images)
     limit = None if budget is None else seconds_of(budget)
+    check_numbers(model)
+    model = ordinary(model)
     before = device_of(model)
     if device is not None:
         model.to(usable_device(device))

@@ -9,7 +9,6 @@ again on loading.
 
 from __future__ import annotations
 
-import copy
 import importlib
 import io
 import json
@@ -39,7 +38,14 @@ from .model_spec import missing
 from .models import is_our_file, load_model
 from .pickles import read_pickle, working_directory_importable
 from .plan import Plan
-from .running import check_model, unwrap
+from .running import (
+    check_model,
+    check_numbers,
+    duplicate,
+    entry_point,
+    of_other_tensors,
+    unwrap,
+)
 from .sites import find_sites
 from .spec import InputSpec, QuantSpec
 from .transformers_models import from_settings, settings_of
@@ -49,6 +55,7 @@ FORMAT = 1
 _SAFE_ARCHES = ("torchvision:", "timm:")
 
 
+@entry_point
 def save(model: nn.Module, path: str | os.PathLike[str], *, arch: str | None = None) -> None:
     """Write a converted (or float) model to one file that :func:`load` reads.
 
@@ -60,12 +67,18 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, arch: str | None = N
         arch: the spec that builds the float model, where one does.
 
     Raises:
-        LoadError: staircases that quantguard did not put there, or state that is no tensor.
-        ConversionError: no nn.Module.
+        LoadError: staircases that quantguard did not put there, or state that is no tensor, or
+            one of a class of its own, as torchao's weights are.
+        ConversionError: no nn.Module, or one on the meta device.
         WriteError: path cannot be written.
     """
     model = unwrap(model)
     check_model(model)
+    check_numbers(model)
+    other = of_other_tensors(model)
+    if other is not None:
+        raise LoadError(f"{other[0]} of the model is of class {other[1]}, which no .qg file holds",
+                        fix="Save the float model, and quantize its weights after loading it.")
     done = conversion_of(model)
     if staircases(model) and done is None:
         raise LoadError(f"{type(model).__name__} holds staircases that convert did not place",
@@ -90,6 +103,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, arch: str | None = N
             file.writestr(name, content)
 
 
+@entry_point
 def load(path: str | os.PathLike[str], *, model: nn.Module | None = None,
          trust: bool = False) -> nn.Module:
     """Read a model that :func:`save` or the command line wrote.
@@ -348,14 +362,14 @@ def _moved(model: nn.Module, to_meta: bool) -> nn.Module:
 def _materialised(model: nn.Module) -> nn.Module:
     if any(value.is_meta for _, _, value in _owners(model)):
         return _moved(model, to_meta=False)
-    return copy.deepcopy(model)
+    return duplicate(model)
 
 
 def _skeleton(model: nn.Module) -> bytes | None:
     """Return the float model without weights as a pickle that load accepts, or None."""
     file = io.BytesIO()
     try:
-        bare = copy.deepcopy(model)
+        bare = duplicate(model)
         bare.__dict__.pop("quantguard", None)  # the manifest has it
         torch.save(_moved(bare, to_meta=True), file)
         file.seek(0)

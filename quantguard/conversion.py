@@ -29,8 +29,12 @@ from .plan import Bits, Plan, Site, assign, join
 from .rewrite import Rewritten, add_entrance, fused_paths, rewrite, undo
 from .running import (
     as_eaten,
+    as_given,
+    check_numbers,
     device_of,
     duplicate,
+    entry_point,
+    ordinary,
     run,
     seeded,
     stand_in,
@@ -78,6 +82,7 @@ class Conversion(ModelMetadata):
         return text
 
 
+@entry_point
 def convert(model: nn.Module, bits: Bits = 2, dynamic: bool = False, *,
             data: Iterable[Any] | None = None, example: Any = None, per_channel: bool = False,
             keep: Iterable[str | type[nn.Module]] = (), gates: bool = False,
@@ -110,8 +115,9 @@ def convert(model: nn.Module, bits: Bits = 2, dynamic: bool = False, *,
         :class:`Conversion` in its attribute ``quantguard``.
 
     Raises:
-        ConversionError: nothing to convert, converted already, a ScriptModule, or a forward that
-            the rewritten model does not reproduce bit for bit under ``bypass``.
+        ConversionError: nothing to convert, converted already, a ScriptModule, on the meta device,
+            not to be copied, or a forward that the rewritten model does not reproduce bit for bit
+            under ``bypass``.
         SpecError: a pattern that matches nothing, or impossible bits.
 
     Example:
@@ -123,6 +129,8 @@ def convert(model: nn.Module, bits: Bits = 2, dynamic: bool = False, *,
     check_convertible(original)
     if threat is not None:
         check_threat(threat)
+    check_numbers(original)
+    original, example = ordinary(original), as_given(example, "the example is")
     entry = input_spec(input_bits, input_range)
     batches: list[Any] | None = None
     if data is not None:
@@ -238,6 +246,7 @@ def make_plan(model: nn.Module, bits: Bits = 2, dynamic: bool = False, *, exampl
     return plan
 
 
+@entry_point
 def inspect(model: nn.Module, bits: Bits = 2, dynamic: bool = False, *,
             data: Iterable[Any] | None = None, example: Any = None, per_channel: bool = False,
             keep: Iterable[str | type[nn.Module]] = (), gates: bool = False,
@@ -254,6 +263,8 @@ def inspect(model: nn.Module, bits: Bits = 2, dynamic: bool = False, *,
     if done is not None:
         return done.plan
     if example is not None:
+        if device_of(unwrap(model)).type != "meta":
+            example = as_given(example, "the example is")
         _check_example(unwrap(model), example)
     elif data is not None:
         example = next((unpack(batch)[0] for batch in data), None)
@@ -319,11 +330,7 @@ def conversion_of(model: nn.Module) -> Conversion | None:
 
 def carry_out(model: nn.Module, plan: Plan) -> nn.Module:
     """Return a copy of model with the plan's staircases in place, thresholds not yet calibrated."""
-    try:
-        twin = duplicate(model)
-    except Exception as error:
-        raise ConversionError(f"{type(model).__name__} cannot be copied",
-                              why=f"copy.deepcopy: {error}") from error
+    twin = duplicate(model)
     device = device_of(twin)
     by_owner: dict[str, list[Site]] = {}
     for site in plan.sites:
@@ -393,6 +400,7 @@ def _put(owner: nn.Module, attribute: str, module: nn.Module, old: nn.Module | N
             children[other] = module  # an alias stays one
 
 
+@entry_point
 def restore(model: nn.Module) -> nn.Module:
     """Return a copy of a converted model with float activations and its present weights.
 

@@ -45,9 +45,12 @@ from .progress import Progress
 from .results import AttackResult, Evaluation
 from .running import (
     check_model,
+    check_numbers,
     device_of,
+    entry_point,
     environment,
     measuring,
+    ordinary,
     seconds_of,
     usable_device,
 )
@@ -56,6 +59,7 @@ from .spec import Threat, check_seed, plain
 from .world import world
 
 
+@entry_point
 def evaluate(model: nn.Module, loader: Iterable[Any], threat: Threat | None = None, *,
              suite: str | Sequence[Any] = "standard", images: int | None = None,
              run_dir: str | os.PathLike[str] | None = None, seed: int = 0,
@@ -114,6 +118,8 @@ def evaluate(model: nn.Module, loader: Iterable[Any], threat: Threat | None = No
     suite = listed(suite)
     check_suite(suite)
     limit = None if budget is None else seconds_of(budget)
+    check_numbers(model)
+    model = ordinary(model)
     before, device = device_of(model), device or world().device
     if device is not None:
         model.to(usable_device(device))

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .attacks import PixelModel
+from .attacks.losses import input_gradient
 from .certifying import CertifiedObjective
-from .contexts import bypass
+from .contexts import bypass, soften
 from .crafting import (
     Objective,
     answers_of,
@@ -20,12 +22,25 @@ from .crafting import (
     random_start,
     trains_in_bfloat16,
 )
-from .errors import DataError, SpecError
+from .errors import ConversionError, DataError, SpecError
 from .probing import is_frozen
 from .recipes import Recipe
-from .running import duplicate, evaluating, seeded
+from .running import (
+    duplicate,
+    evaluating,
+    first_line,
+    frozen,
+    modes_kept,
+    out_of_memory,
+    seeded,
+)
 from .spec import Threat
 from .world import World
+
+# Images that are enough to see whether a gradient reaches them, and the weights.
+_FEW = 8
+# What torch says where one image leaves a BatchNorm no variance.
+_ONE_VALUE = "Expected more than 1 value per channel"
 
 
 class Gradients:
@@ -78,6 +93,69 @@ class Gradients:
             self.objective.low = False
             self.say(f"the model does not run in bfloat16 ({said}): float32 it is, and slower")
 
+    def check(self, pixels: Tensor, labels: Tensor, parameters: Sequence[nn.Parameter]) -> None:
+        """Refuse, before any work, a model that has no gradient to be trained by.
+
+        Raises:
+            ConversionError: none reaches the parameters, or, where the recipe attacks, the images.
+            DataError: batches of one image, and a BatchNorm that needs more.
+        """
+        x, y = pixels[:_FEW], labels[:_FEW]
+        buffers = [(b, b.detach().clone()) for b in self.model.buffers()]
+        found: Sequence[Tensor | None] = ()
+        try:
+            with modes_kept(self.model), seeded(0):
+                if self.objective.recipe.attacks:
+                    with evaluating(self.model), frozen(self.model):
+                        self._check_images(x, y)
+                loss = self._hard(x, x, y)
+                if loss.requires_grad:
+                    found = torch.autograd.grad(loss, parameters, allow_unused=True)
+        except RuntimeError as error:
+            if out_of_memory(error):
+                return  # the first step will cut its batch
+            raise _untrainable(error) from error
+        except ValueError as error:
+            if not needs_several(error):
+                raise
+            raise DataError("the loader's batches have one image each, which leaves BatchNorm "
+                            "nothing to normalise by",
+                            fix="Use batches of two images or more (--batch-size).") from error
+        finally:
+            with torch.no_grad():
+                for buffer, value in buffers:
+                    buffer.copy_(value)
+        if all(g is None for g in found):
+            raise ConversionError("the model cannot be trained: its gradient reaches no parameter",
+                                  why="Its forward detaches what it computes, or runs under "
+                                      "torch.no_grad or torch.inference_mode.",
+                                  fix="Take that out of the forward.")
+
+    def _check_images(self, x: Tensor, labels: Tensor) -> None:
+        """Refuse a model that answers its images, and has no gradient in them.
+
+        Raises:
+            ConversionError: such a one.
+        """
+        recipe, model = self.objective.recipe, self.model
+        with soften(model, recipe.sharpness[0]) if recipe.sharpness else nullcontext():
+            # of the margin: a saturated softmax rounds cross-entropy's gradient to zero by itself
+            gradient, logits = input_gradient(model, x, labels.clamp_min(0), "margin")
+            with torch.no_grad():
+                low, high = self.objective.threat.bounds
+                other = model(low + (high - low) * torch.rand_like(x))
+        if model.without_gradient is None and (bool((gradient != 0).any())
+                                               or torch.equal(logits, other)):
+            return
+        raise ConversionError(
+            f"the model cannot be trained by recipe {recipe.name}: its gradient reaches no image",
+            why=f"torch says: {model.without_gradient}" if model.without_gradient else
+            "It is zero at every pixel, and yet the answers are not the same for all images: "
+            "something in its forward rounds, detaches, runs under torch.no_grad or has a backward "
+            "of zeros.",
+            fix="Compute it by operations that have a gradient, or use recipe='clean', which "
+                "attacks nothing.")
+
     def _teacher(self, threat: Threat) -> Callable[[Tensor], Tensor]:
         """Return the float parent's logits as a function of pixels."""
         parent = PixelModel(duplicate(self.model.model).eval().requires_grad_(False), threat)
@@ -95,6 +173,7 @@ class Gradients:
 
         Raises:
             DataError: one image does not fit.
+            ConversionError: torch cannot compute the gradient.
         """
         noise = self._noise(pixels) if self.objective.recipe.attacks else pixels
         count = self.world.total_of(len(labels))
@@ -108,8 +187,8 @@ class Gradients:
                 self.world.add_gradients(parameters)
                 return self.world.total_of(value)
             except (RuntimeError, MemoryError) as error:
-                if not _out_of_memory(error):
-                    raise
+                if not out_of_memory(error):
+                    raise _untrainable(error) from error
                 if 2 * self.parts > len(labels):
                     raise DataError("out of memory, even with one image at a time",
                                     fix="Use a smaller model or image, or another device.",
@@ -160,7 +239,12 @@ class Gradients:
             pixels.new_empty(count, *pixels.shape[1:]), self.objective.attacker.norm))
 
 
-def _out_of_memory(error: BaseException) -> bool:
-    """Return whether there was no memory: CUDA says so by a type of its own, the CPU in words."""
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or \
-        "can't allocate memory" in str(error) or "not enough memory" in str(error)
+def needs_several(error: ValueError) -> bool:
+    """Return whether an error is a BatchNorm's that got a single value for a channel."""
+    return _ONE_VALUE in str(error)
+
+
+def _untrainable(error: BaseException) -> ConversionError:
+    return ConversionError("the model cannot be trained: torch does not compute its gradient",
+                           why=f"torch says: {first_line(error)}",
+                           fix="Compute it by operations that loss.backward() can go through.")

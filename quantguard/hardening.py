@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import sys
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -37,12 +36,17 @@ from .metadata import (
 )
 from .preparing import first_inputs, prepare
 from .probing import PixelBatches, parent_accuracy
+from .progress import say
 from .recipes import Recipe, recipe_of, stages
 from .running import (
     check_model,
+    check_numbers,
     device_of,
     duplicate,
+    entry_point,
     evaluating,
+    of_other_tensors,
+    ordinary,
     run,
     seeded,
     unwrap,
@@ -88,6 +92,7 @@ class Hardened:
         return {"stages": [stage.to_dict() for stage in self.stages]}
 
 
+@entry_point
 def harden(model: nn.Module, loader: Iterable[Any], threat: Threat | None = None, *,
            bits: int | Mapping[str, int] | None = None, dynamic: bool | None = None,
            recipe: str | Recipe = "pgd", epochs: int = 3, train: str = "all",
@@ -117,7 +122,10 @@ def harden(model: nn.Module, loader: Iterable[Any], threat: Threat | None = None
         max_clean_drop: fine-tune in float for ``epochs``, and from there for as many again in
             float and, one after the other, in 8, 4, 3 bits and ``bits``, while held-out clean
             accuracy is at most so much (0 to 1) below that float's; return the lowest that holds.
-        run_dir: keeps metrics and state; the same call again goes on from there.
+        run_dir: keeps metrics and state; the same call again goes on from there. One that asks for
+            more epochs than a run had goes on from what that returned: the epochs that there were
+            stay as they are, and those that are new get another course of the learning rate, up to
+            the same peak and down again. A walk may get more in its last stage alone.
         seed: of order, random starts and the held-out slice.
         device: where to train; None: where the model is.
         progress: whether to show it.
@@ -161,6 +169,13 @@ def hardened(model: nn.Module, loader: Iterable[Any], threat: Threat | None, *,
     if device is not None:
         usable_device(device)  # before any work
     check_effort(epochs, train)
+    check_numbers(model)
+    other = of_other_tensors(model)
+    if other is not None:
+        raise SpecError(f"{other[0]} of the model is of class {other[1]}, which cannot be trained",
+                        why="Its weights have been quantized, by torchao, say.",
+                        fix="Harden the float model, and quantize its weights afterwards.")
+    model = ordinary(model)
     walk = Walk(model, loader, threat, dynamic, chosen, train, val,
                 None if run_dir is None else Path(run_dir), seed, device, progress)
     if max_clean_drop is not None and isinstance(bits, Mapping):
@@ -207,7 +222,7 @@ class Walk:
             last = (stage_bits, stage_epochs) == plan[-1]
             model, history = self._stage(
                 model, bits if last else stage_bits, stage_epochs, None if len(plan) == 1 else
-                f"{len(self.stages) + 1}-{_name(stage_bits).replace(' ', '-')}")
+                f"{len(self.stages) + 1}-{_name(stage_bits).replace(' ', '-')}", last)
             name = _name(stage_bits)
             if last and isinstance(bits, Mapping):
                 name = ", ".join(f"{pattern} {b}" for pattern, b in bits.items())
@@ -324,8 +339,13 @@ class Walk:
                 "class_names": class_names_of(self.loader)}
 
     def _stage(self, model: nn.Module, bits: int | Mapping[str, int] | None, epochs: int,
-               name: str | None) -> tuple[nn.Module, History]:
-        """Convert a model to bits, unless it came converted, and fine-tune it."""
+               name: str | None, extends: bool = False) -> tuple[nn.Module, History]:
+        """Convert a model to bits, unless it came converted, and fine-tune it.
+
+        Args:
+            name: of the stage, where there are several.
+            extends: whether it may go on from a run of fewer epochs: nothing starts from it.
+        """
         before = device_of(model)
         dynamic = None if bits == FLOAT_BITS else self.dynamic
         if self.recipe.certifies:
@@ -354,7 +374,7 @@ class Walk:
             self._say(f"stage {name}, {epochs} epoch{'s' * (epochs > 1)}")
         history = fit(result, self.loader, self.threat, self.recipe, epochs=epochs,
                       train=self.train, val=self.val, run_dir=directory, seed=self.seed,
-                      progress=self.progress, renew=renew)
+                      progress=self.progress, renew=renew, extends=extends)
         if afresh and history.kept.clean is not None:
             self._compare(model, history.kept.clean)
         return result.to(before), history
@@ -370,7 +390,7 @@ class Walk:
 
     def _say(self, text: str) -> None:
         if self.progress and world().first:
-            print(text, flush=True, file=sys.stderr)
+            say(text)
 
     def _write(self) -> None:
         if self.run_dir is not None and len(self.stages) > 1 and world().first:

@@ -81,8 +81,11 @@ class RunDir:
         self.path = path
         self.settings: dict[str, Any] = json.loads(json.dumps(settings))
 
-    def read(self, device: torch.device) -> dict[str, Any] | None:
+    def read(self, device: torch.device, extends: str | None = None) -> dict[str, Any] | None:
         """Return what was written, or None; the directory is to be ``locked``.
+
+        Args:
+            extends: a setting, a number, that may be larger than it was.
 
         Raises:
             SpecError: it belongs to a run of other settings.
@@ -98,7 +101,8 @@ class RunDir:
         _check_seal(file)
         told: dict[str, Any] = torch.load(file, weights_only=True, map_location=device)
         kept = told["settings"]
-        differ = [k for k, v in self.settings.items() if kept.get(k) != v]
+        differ = [k for k, v in self.settings.items() if kept.get(k) != v
+                  and not (k == extends and v > kept[k])]
         # what follows from the others is not worth a line of its own
         differ = [k for k in differ if k not in _FOLLOWS] or differ
         different = sorted(f"{k} ({_apart(kept.get(k), self.settings[k])})" for k in differ)

@@ -32,9 +32,18 @@ from .masking import mcnemar
 from .metadata import annotate, resolved, shared
 from .optimizing import parameter_groups
 from .preparing import prepare
+from .progress import say
 from .recipes import Recipe, recipe_of
 from .results import Evaluation, same_images
-from .running import check_model, frozen, seconds_of, seeded, unwrap
+from .running import (
+    check_model,
+    entry_point,
+    frozen,
+    ordinary,
+    seconds_of,
+    seeded,
+    unwrap,
+)
 from .spec import FLOAT_BITS, Threat, check_seed, plain
 from .training import check_effort
 from .world import world
@@ -108,6 +117,7 @@ class Comparison:
         write_text(path, page(self))
 
 
+@entry_point
 def compare(models: Mapping[str, nn.Module], loader: Iterable[Any],
             threat: Threat | None = None, *, suite: str | Sequence[Any] = "standard",
             images: int | None = None, run_dir: str | os.PathLike[str] | None = None,
@@ -138,11 +148,13 @@ def compare(models: Mapping[str, nn.Module], loader: Iterable[Any],
     threat = shared(models.items(), threat, progress)
     check_seed(seed)
     seed, images = plain(seed), plain(images)
+    given, models = models, {name: ordinary(model) if isinstance(model, nn.Module) else model
+                             for name, model in models.items()}
     rows = {}
     suite = listed(suite)
     for number, (name, model) in enumerate(models.items()):
         if progress:
-            print(f"[{number + 1}/{len(models)}] {name}", flush=True, file=_stderr())
+            say(f"[{number + 1}/{len(models)}] {name}")
         directory = None if run_dir is None else Path(run_dir) / _folder(number, name)
         try:
             rows[name] = evaluate(model, loader, threat, suite=suite, images=images, seed=seed,
@@ -157,7 +169,7 @@ def compare(models: Mapping[str, nn.Module], loader: Iterable[Any],
     notes = []
     if all(any(not is_input(name) for name in staircases(model)) for model in models.values()):
         notes.append("no float control among the rows")
-    return Comparison(rows, tuple(notes), {}, dict(models))
+    return Comparison(rows, tuple(notes), {}, dict(given))
 
 
 def _folder(number: int, name: str) -> str:
@@ -165,11 +177,7 @@ def _folder(number: int, name: str) -> str:
     return f"{number}-{re.sub(r'[^0-9A-Za-z.]+', '-', name)[-60:]}"
 
 
-def _stderr() -> Any:
-    import sys
-    return sys.stderr
-
-
+@entry_point
 def ablate(model: nn.Module, train_loader: Iterable[Any], test_loader: Iterable[Any],
            threat: Threat | None = None, *, bits: int | Mapping[str, int] | None = None,
            dynamic: bool | None = None, recipe: str | Recipe = "pgd", epochs: int = 3,
@@ -196,7 +204,7 @@ def ablate(model: nn.Module, train_loader: Iterable[Any], test_loader: Iterable[
         DataError, ConversionError: as :func:`harden`.
     """
     check_model(model)
-    model = unwrap(model)
+    model = ordinary(unwrap(model))
     epochs, seed, images = plain(epochs), plain(seed), plain(images)
     bits = {k: plain(v) for k, v in bits.items()} if isinstance(bits, Mapping) else plain(bits)
     if conversion_of(model) is not None:
@@ -245,7 +253,7 @@ def ablate(model: nn.Module, train_loader: Iterable[Any], test_loader: Iterable[
         (f"{name} + fine-tune", bits, own, train))
     for row, row_bits, row_recipe, row_train in plans:
         if progress:
-            print(row, flush=True, file=_stderr())
+            say(row)
         made = hardened(
             model, train_loader, threat, bits=row_bits,
             dynamic=None if row_bits == FLOAT_BITS else dynamic, epochs=epochs,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
@@ -21,7 +20,7 @@ from .entrance import is_input
 from .errors import DataError, SpecError
 from .probing import reestimate
 from .recipes import Recipe
-from .running import as_eaten, evaluating, run, seeded
+from .running import as_eaten, duplicate, evaluating, run, seeded
 from .spec import FLOAT_BITS, QuantSpec, Threat
 
 
@@ -47,7 +46,7 @@ def prepare(model: nn.Module, loader: Iterable[Any], bits: int | Mapping[str, in
                             f" ({frozen[0]}, …): they would stay as they are drawn",
                             fix="Let them train (requires_grad_(True)), or init='keep' (--set "
                                 "init=keep) keeps all weights.")
-        model = copy.deepcopy(model)
+        model = duplicate(model)
         begin_afresh(model, first_inputs(loader, model), seed)
     found, entry = staircases(model), None
     if found and (anew or (bits != FLOAT_BITS and all(map(is_input, found)))):
@@ -83,15 +82,15 @@ def _prepared(model: nn.Module, loader: Iterable[Any], bits: int | Mapping[str, 
                     f"{name}={asked} contradicts the model, which is converted with {name}="
                     f"{', '.join(map(str, sorted(have)))}",
                     fix=f"Leave {name} out, or quantguard.restore(model) first.")
-        return copy.deepcopy(model)
+        return duplicate(model)
     if bits == FLOAT_BITS:
-        return copy.deepcopy(model)
+        return duplicate(model)
     table = bits if isinstance(bits, Mapping) else {"*": 2 if bits is None else bits}
     specs = {site: QuantSpec(b, bool(dynamic)) for site, b in table.items()}
     wanted = recipe.range_factor or 1.0
     afresh = recipe.init == "interval"
     if afresh:
-        model = copy.deepcopy(model)
+        model = duplicate(model)
         reestimate(model, loader)
     # Finer steps make a small net sturdier and may leave a deep one with nothing to start from.
     for factor in dict.fromkeys((wanted, (1 + wanted) / 2, 1.0)):

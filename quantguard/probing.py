@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -54,6 +54,10 @@ def copied(model: nn.Module) -> dict[str, Tensor]:
     """
     for name, value in model.state_dict().items():
         if not isinstance(value, Tensor):
+            if "_packed_params" in name:
+                raise SpecError(f"{name} in the model's state is packed: torch.ao has quantized "
+                                "its weights, which cannot be trained any more",
+                                fix="Harden the float model, and quantize its weights afterwards.")
             raise SpecError(f"{name} in the model's state is a {type(value).__name__}, no tensor",
                             fix="Make it a buffer: register_buffer(name, torch.tensor(...)).")
     return {k: v.detach().clone() for k, v in model.state_dict().items()}
@@ -196,6 +200,28 @@ def levels_used(model: PixelModel, val: Iterable[Any], batches: PixelBatches) ->
     return {name: int(levels.sum()) for name, levels in seen.items()}
 
 
+_Item = TypeVar("_Item")
+
+
+def of_several(items: Iterable[_Item], size: Callable[[_Item], int]) -> Iterator[_Item]:
+    """Yield batches of several images; those of one, the first 32, only where there is no other.
+
+    One image leaves a BatchNorm in training nothing to normalise by.
+    """
+    single: list[_Item] = []
+    several = False
+    for item in items:
+        if size(item) > 1:
+            several = True
+            yield item
+        elif not several:
+            single.append(item)
+            if len(single) == _STATISTICS:
+                break
+    if not several:
+        yield from single
+
+
 def auto_lr(model: nn.Module, source: Source, batches: PixelBatches,
             loss: Callable[[Tensor, Tensor], Tensor], world: World) -> float:
     """Return a peak learning rate from the model's own scale; model is left as it was.
@@ -205,8 +231,9 @@ def auto_lr(model: nn.Module, source: Source, batches: PixelBatches,
     """
     norm, count, before = 0.0, 0, copied(model)
     weights = [p for p in model.parameters() if p.requires_grad]
-    for number, batch in enumerate(source.epoch(0, 0)):
-        grads = torch.autograd.grad(loss(*batches(batch, number)), weights, allow_unused=True)
+    read = (batches(batch, number) for number, batch in enumerate(source.epoch(0, 0)))
+    for pixels, labels in of_several(read, lambda read: len(read[0])):
+        grads = torch.autograd.grad(loss(pixels, labels), weights, allow_unused=True)
         norm += sum(float(world.total(g).abs().sum()) for g in grads if g is not None)
         count += 1
         if count == 4:
@@ -217,6 +244,10 @@ def auto_lr(model: nn.Module, source: Source, batches: PixelBatches,
                         fix="Check the model on clean images first.")
     low, high = LR_RANGE
     return min(max(_TRUST * count / max(norm, 1e-12), low), high)
+
+
+def _images_in(inputs: Any) -> int:
+    return len(next(iter(tensors_in(inputs))))
 
 
 def is_frozen(norm: nn.Module) -> bool:
@@ -242,9 +273,10 @@ def reestimate(model: nn.Module, loader: Iterable[Any]) -> None:
             norm.momentum, norm.training = None, True  # None: the mean over batches
         try:
             whole = 0
-            for batch in itertools.islice(loader, _STATISTICS):
-                inputs = as_eaten(unpack(batch)[0], model)
-                images = len(next(iter(tensors_in(inputs))))
+            read = (as_eaten(unpack(batch)[0], model)
+                    for batch in itertools.islice(loader, _STATISTICS))
+            for inputs in of_several(read, _images_in):
+                images = _images_in(inputs)
                 whole = max(whole, images)
                 if 2 * images > whole:  # the rest of a loader would count as much as a whole batch
                     run(model, inputs)

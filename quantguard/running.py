@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import os
 import platform
 import random
@@ -13,16 +14,35 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import numpy
 import torch
+import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.fx import Proxy
 from torch.nn.parameter import is_lazy
+from torch.overrides import TorchFunctionMode
 
 from .errors import ConversionError, DataError, SpecError
+from .progress import heard
 from .spec import plain
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
+
+def entry_point(function: Callable[_P, _R]) -> Callable[_P, _R]:
+    """Run a public function as if it were called at the top of a script.
+
+    What the caller has switched off around it is on inside: gradients, which ``torch.no_grad`` and
+    ``torch.inference_mode`` take away, and a standard error that can be written to.
+    """
+    @functools.wraps(function)
+    def call(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        with torch.inference_mode(False), torch.enable_grad(), heard():
+            return function(*args, **kwargs)
+    return call
 
 
 def check_model(model: Any) -> None:
@@ -36,16 +56,48 @@ def check_model(model: Any) -> None:
                               fix="Call it in the forward of one.")
 
 
+def check_numbers(model: nn.Module) -> None:
+    """Refuse a model that has shapes and no numbers, or not all of them.
+
+    Raises:
+        ConversionError: some of its tensors are on the meta device.
+    """
+    empty = [name for name, value in (*model.named_parameters(), *model.named_buffers())
+             if value.is_meta]
+    if empty:
+        raise ConversionError(f"the model is on the meta device: {empty[0]} has no numbers"
+                              + f", nor have {len(empty) - 1} more tensors" * (len(empty) > 1),
+                              fix="Load its weights first, such as by load_state_dict(weights, "
+                                  "assign=True).")
+
+
+def of_other_tensors(model: nn.Module) -> tuple[str, str] | None:
+    """Return name and class of a parameter that computes in a way of its own, as torchao's do."""
+    return next(((name, type(p).__name__) for name, p in model.named_parameters()
+                 if type(p).__torch_dispatch__ is not nn.Parameter.__torch_dispatch__), None)
+
+
+def ordinary(model: nn.Module) -> nn.Module:
+    """Return model, or a copy where torch.inference_mode made tensors of it.
+
+    These take part in no gradient outside of that mode any more.
+    """
+    return duplicate(model) if any(value.is_inference() for value in _held(model)) else model
+
+
 def run(model: nn.Module, inputs: Any, where: str = "") -> Any:
     """Call model with one input, with a tuple of arguments, or with a dict of keyword arguments.
+
+    The model gets copies of the tensors: its forward may write to what it is given.
 
     Raises:
         DataError: the model does not accept inputs of this shape; ``where`` says which they are.
     """
     try:
-        if isinstance(inputs, dict):
-            return model(**inputs)
-        return model(*inputs) if isinstance(inputs, tuple) else model(inputs)
+        given = copied(inputs)
+        if isinstance(given, dict):
+            return model(**given)
+        return model(*given) if isinstance(given, tuple) else model(given)
     except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:
         shape = changed(inputs, lambda x: tuple(x.shape))  # type: ignore[arg-type,return-value]
         said = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -132,21 +184,48 @@ def duplicate(model: nn.Module) -> nn.Module:
     Results that a forward has left in attributes, which copy.deepcopy refuses while they hang on
     their graph, are copied without it.
     """
-    memo: dict[int, Any] = {id(value): value.detach().clone() for value in _held(model)
-                            if not value.is_leaf}
+    memo: dict[int, Any] = {}
     plain = [p for p in model.parameters() if type(p) is nn.Parameter]
     # Fresh memory takes most of the time, and threads share that: three to four times faster.
     with ThreadPoolExecutor(min(4, torch.get_num_threads())) as pool:
         for parameter, twin in zip(plain, pool.map(Tensor.clone, [p.data for p in plain]),
                                    strict=True):
             memo[id(parameter)] = nn.Parameter(twin, parameter.requires_grad)
-    return copy.deepcopy(model, memo)
+    return _deepcopied(model, memo)
+
+
+class _Detaching(TorchFunctionMode):
+    """Let copy.deepcopy copy results, wherever they are kept, without the graph they hang on."""
+
+    def __torch_function__(self, func: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.__deepcopy__ and not args[0].is_leaf:
+            value, memo = args
+            if id(value) not in memo:
+                memo[id(value)] = value.detach().clone()
+            return memo[id(value)]
+        return func(*args, **(kwargs or {}))
+
+
+def _deepcopied(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    """Return a deep copy of model in which memo's values stand for the tensors of these ids.
+
+    Raises:
+        ConversionError: it holds something that cannot be copied.
+    """
+    try:
+        with _Detaching():
+            return copy.deepcopy(model, memo)
+    except Exception as error:  # whatever the objects raise that it holds
+        raise ConversionError(f"{type(model).__name__} cannot be copied",
+                              why=f"copy.deepcopy: {error}",
+                              fix="Take what cannot be copied out of the model's attributes, or "
+                                  "give its class a __deepcopy__.") from error
 
 
 def stand_in(model: nn.Module) -> nn.Module:
     """Return a copy of model to be run and thrown away; only the parameters are model's own."""
-    return copy.deepcopy(model, {id(value): value if isinstance(value, nn.Parameter)
-                                 else value.detach().clone() for value in _held(model)})
+    return _deepcopied(model, {id(value): value if isinstance(value, nn.Parameter)
+                               else value.detach().clone() for value in _held(model)})
 
 
 def on_meta(model: nn.Module) -> nn.Module:
@@ -157,7 +236,7 @@ def on_meta(model: nn.Module) -> nn.Module:
         empty = value.detach().to("meta")
         memo[id(value)] = nn.Parameter(empty, value.requires_grad) \
             if isinstance(value, nn.Parameter) else empty
-    return copy.deepcopy(model, memo)
+    return _deepcopied(model, memo)
 
 
 def _check_shapes(model: nn.Module) -> None:
@@ -223,6 +302,62 @@ def frozen(model: nn.Module, but: Iterable[nn.Parameter] = ()) -> Iterator[nn.Mo
             parameter.requires_grad_(True)
 
 
+def _nothing_kept(*_: Any, **__: Any) -> Iterator[None]:
+    """Stand for what torch.utils.checkpoint does before and after a function that it calls."""
+    yield
+
+
+class _Inlined:
+    @staticmethod
+    def apply(function: Callable[..., Any], _preserve: bool, *args: Any) -> Any:
+        return function(*args)
+
+
+_CHECKPOINTS = {"CheckpointFunction": _Inlined,
+                "_checkpoint_without_reentrant_generator": _nothing_kept,
+                "_checkpoint_without_reentrant_generator_impl": _nothing_kept}
+
+
+@contextmanager
+def checkpoints_inlined() -> Iterator[None]:
+    """Keep what activation checkpoints would compute again, inside the context.
+
+    The gradient is the same, for more memory. A reentrant checkpoint has none in the images alone,
+    and any other counts on the same operations, in the same modes, when it computes again.
+    Whichever form a model uses (``checkpoint_sequential``, Hugging Face's
+    ``gradient_checkpointing_enable``), it ends in these functions of torch's.
+    """
+    module: Any = torch.utils.checkpoint
+    before = {name: getattr(module, name) for name in _CHECKPOINTS if hasattr(module, name)}
+    try:
+        for name in before:
+            setattr(module, name, _CHECKPOINTS[name])
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(module, name, value)
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Return whether there was no memory: CUDA says so by a type of its own, the CPU in words."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or \
+        "can't allocate memory" in str(error) or "not enough memory" in str(error)
+
+
+def lacks_derivative(error: RuntimeError) -> bool:
+    """Return whether a backward met an operation that torch, or who wrote it, gave no derivative.
+
+    torch has one type for all that may go wrong in a backward.
+    """
+    return isinstance(error, NotImplementedError) or any(
+        said in str(error) for said in ("not implemented", "no autograd formula", "no backward"))
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of what an error says, or its type."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
     """Draw from a seed inside the context, and leave the caller's random numbers as they were."""
@@ -286,6 +421,8 @@ def usable_device(device: str | torch.device) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise SpecError(f"device {str(device)!r} cannot be used",
                         why=str(error).strip().splitlines()[0]) from None
+    if found.type == "meta":
+        raise SpecError("device 'meta' cannot be used", why="It holds shapes and no numbers.")
     return found
 
 
@@ -326,6 +463,21 @@ def eaten_by(model: nn.Module) -> torch.dtype | None:
 def copied(inputs: Any) -> Any:
     """Return inputs that a model may overwrite."""
     return changed(inputs, Tensor.clone)
+
+
+def as_given(inputs: Any, what: str) -> Any:
+    """Return a caller's tensors as plain numbers: with no graph, and not of inference mode.
+
+    Raises:
+        DataError: a tensor on the meta device; ``what`` says which it is.
+    """
+    def plain(x: Tensor) -> Tensor:
+        if x.is_meta:
+            raise DataError(f"{what} on the meta device, which holds shapes and no numbers",
+                            fix="Give them on the CPU or on a GPU.")
+        x = x.detach()
+        return x.clone() if x.is_inference() else x
+    return changed(inputs, plain)
 
 
 def environment(device: torch.device) -> dict[str, str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,8 +21,9 @@ from .evaluation import evaluate
 from .masking import mcnemar
 from .metadata import resolved
 from .probing import PixelBatches, probe
+from .progress import say
 from .results import Evaluation, same_images
-from .running import check_model, duplicate, seeded
+from .running import check_model, check_numbers, duplicate, entry_point, seeded
 from .spec import Threat
 
 
@@ -80,6 +80,7 @@ class Sensitivity:
         return "\n".join(lines)
 
 
+@entry_point
 def sensitivity(model: nn.Module, loader: Iterable[Any], threat: Threat | None = None, *,
                 suite: str | Sequence[Any] = "quick", images: int | None = None,
                 run_dir: str | os.PathLike[str] | None = None, seed: int = 0,
@@ -103,6 +104,7 @@ def sensitivity(model: nn.Module, loader: Iterable[Any], threat: Threat | None =
     names = list(staircases(model))
     if not names:
         raise SpecError("the model has no quantized site", fix="Convert it first.")
+    check_numbers(model)
     copy = duplicate(model)
     threat = resolved(model, threat, progress)
     suite = listed(suite)
@@ -110,7 +112,7 @@ def sensitivity(model: nn.Module, loader: Iterable[Any], threat: Threat | None =
 
     def measured(name: str, number: int) -> Evaluation:
         if progress:
-            print(f"[{number + 1}/{len(names) + 1}] {name}", flush=True, file=sys.stderr)
+            say(f"[{number + 1}/{len(names) + 1}] {name}")
         return evaluate(copy, loader, threat, suite=suite, images=images, seed=seed, device=device,
                         progress=progress, run_dir=None if where is None else where / name)
     whole = measured("as it is", 0)

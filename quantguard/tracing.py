@@ -16,10 +16,10 @@ from typing import Any, NamedTuple
 
 import numpy
 import torch
-import torch.utils.checkpoint
 from torch import fx, nn
 
 from .kinds import MODULE_KINDS
+from .running import checkpoints_inlined
 
 _TORCH = os.path.dirname(torch.__file__) + os.sep
 _TORCH_MODULES = os.path.join(_TORCH, "nn", "modules") + os.sep
@@ -241,7 +241,7 @@ def trace(module: nn.Module, cls: type[nn.Module], variant: Variant,
     with torch.random.fork_rng(devices=[]):
         dice = torch.get_rng_state(), random.getstate()
         numpy_dice = numpy.random.get_state()
-        with _checkpoints_inlined(), _switches_unreadable():
+        with checkpoints_inlined(), _switches_unreadable():
             graph = Tracer().trace(probe)
         rolled = not torch.equal(dice[0], torch.get_rng_state()) \
             or dice[1] != random.getstate() or not all(
@@ -272,26 +272,6 @@ def _stand_in(module: nn.Module | None, seen: dict[int, Any]) -> Any:
     twin.__dict__["_modules"] = {name: _stand_in(child, seen)
                                  for name, child in module.__dict__.get("_modules", {}).items()}
     return twin
-
-
-class _Inlined:
-    @staticmethod
-    def apply(function: Any, _preserve: bool, *args: Any) -> Any:
-        return function(*args)
-
-
-@contextlib.contextmanager
-def _checkpoints_inlined() -> Iterator[None]:
-    """Trace through reentrant checkpoints, whose no_grad block is theirs alone.
-
-    The rewritten forward keeps what they would compute again: the same numbers for more memory.
-    """
-    module: Any = torch.utils.checkpoint
-    before, module.CheckpointFunction = module.CheckpointFunction, _Inlined
-    try:
-        yield
-    finally:
-        module.CheckpointFunction = before
 
 
 @contextlib.contextmanager

@@ -20,7 +20,7 @@ from .batching import Source, hold_out
 from .certifying import CertifiedObjective, certified_probe, check, own_lr, schedule
 from .entrance import is_input
 from .errors import DataError, Interrupted, SpecError
-from .gradients import Gradients
+from .gradients import Gradients, needs_several
 from .guards import RETRIES, Remedy, collapsed, one_step, remedy
 from .held import has_labels
 from .history import Epoch, History
@@ -34,6 +34,7 @@ from .probing import (
     auto_lr,
     copied,
     levels_used,
+    of_several,
     parent_accuracy,
     probe,
     reestimate,
@@ -46,8 +47,8 @@ from .world import world
 
 _SAVE_EVERY = 60.0
 # What is kept of a run beside its model, optimizer and random numbers.
-_KEPT = ("best", "chosen", "best_score", "epoch", "number", "total_loss", "retries", "cycle", "lr",
-         "events")
+_KEPT = ("best", "chosen", "best_score", "epoch", "number", "total_loss", "retries", "cycle",
+         "until", "grown", "lr", "events")
 
 
 class Trainer:
@@ -55,9 +56,10 @@ class Trainer:
 
     def __init__(self, model: nn.Module, source: Source, threat: Threat, recipe: Recipe,
                  epochs: int, train: str, run_dir: Path | None, seed: int, show: bool,
-                 renew: bool) -> None:
+                 renew: bool, extends: bool) -> None:
         self.model, self.source, self.threat, self.recipe = model, source, threat, recipe
         self.epochs, self.train, self.seed, self.renew = epochs, train, seed, renew
+        self.extends = extends
         self.pixel_model = PixelModel(model, threat)
         self.batches = PixelBatches(self.pixel_model, threat, unlabelled=recipe.distill > 0)
         self.world, self.per_epoch = world(), source.count()
@@ -67,10 +69,13 @@ class Trainer:
                             show and self.world.first)
         self.history: list[Epoch] = []
         self.events: list[str] = []
-        self.epoch = self.number = self.chosen = self.retries = self.cycle = 0
+        self.epoch = self.number = self.chosen = self.retries = 0
+        # The learning rate's course goes from the start of one epoch to the end of another.
+        self.cycle, self.until = 0, epochs
+        self.grown = epochs  # the end of the first one, where ibp's eps has grown
         self.best_score, self.total_loss, self.lr = -1.0, 0.0, 0.0
         self.parent_clean: float | None = None  # of the float model, on the held-out slice
-        self.started = False
+        self.started = self.stepped = False
         self.best = self.start = copied(model)
         self.saved = time.monotonic()
         start = hashlib.blake2b(b"".join(
@@ -89,7 +94,7 @@ class Trainer:
 
     def run(self) -> History:
         """Train, and leave the best epoch's weights in the model."""
-        told = self.directory.read(self.batches.device)
+        told = self.directory.read(self.batches.device, "epochs" if self.extends else None)
         torch.manual_seed(self.seed)
         self.rng = torch.get_rng_state()
         parameter_groups(self.model, self.recipe, 1.0, self.train)  # raises before work is done
@@ -99,6 +104,8 @@ class Trainer:
                 self._begin(told)
                 interrupt()
                 while self.epoch < self.epochs:
+                    if self.epoch == self.until:
+                        self._extend()
                     self._train_epoch(interrupt)
                     self._write()
                     interrupt()
@@ -154,11 +161,14 @@ class Trainer:
 
         Its float parent keeps the statistics that it came with.
         """
-        for batch in self.source.epoch(0, 0):
-            pixels = self.batches(batch, 0)[0][:2]
+        read = (self.batches(batch, 0) for batch in self.source.epoch(0, 0))
+        for first, labels in of_several(read, lambda batch: len(batch[0])):
+            pixels = first[:2]
             if takes_channels_last(self.pixel_model, pixels):
                 order_weights(self.pixel_model, torch.channels_last)
             self.gradients.look(pixels)
+            if not told:
+                self.gradients.check(first, labels, self._trained())
             break
         if self.recipe.distill and self.source.val is not None \
                 and not has_labels(self.source.val):
@@ -181,6 +191,10 @@ class Trainer:
         self.rng = torch.get_rng_state()
         self.started = True
 
+    def _trained(self) -> list[nn.Parameter]:
+        return [p for group in parameter_groups(self.model, self.recipe, 1.0, self.train)
+                for p in group["params"]]
+
     def _own_lr(self, pixels: Tensor) -> float:
         if self.recipe.certifies:
             return own_lr(self.pixel_model, pixels)
@@ -196,7 +210,7 @@ class Trainer:
         certifies = self.recipe.certifies
         self.optimizer = AdamW(groups, betas=(0.9, 0.999 if certifies else 0.99))
         # the last one is never taken
-        steps = max((self.epochs - self.cycle) * self.per_epoch, 2) + 1
+        steps = max((self.until - self.cycle) * self.per_epoch, 2) + 1
         self.schedule: torch.optim.lr_scheduler.LRScheduler
         if certifies:
             self.schedule = schedule(self.optimizer, steps)
@@ -205,6 +219,19 @@ class Trainer:
                 self.optimizer, [group["lr"] for group in groups], total_steps=steps,
                 pct_start=max(0.2, 2 / steps))  # one step of warm-up at least
         self.average = Average(self.model, self.recipe.ema or 0.0)
+
+    def _extend(self) -> None:
+        """Begin further epochs than were asked at first: another course of the learning rate.
+
+        From the epoch that was best, whose weights a run without them has returned.
+        """
+        more = self.epochs - self.until
+        self._event(f"{more} more epoch{'s' * (more > 1)} after the {self.until} that were asked "
+                    f"before: from the weights of epoch {self.chosen}, with another course of the "
+                    "learning rate")
+        self.model.load_state_dict(self.best)
+        self.cycle, self.until = self.epoch, self.epochs
+        self._prepare(self.lr)
 
     def _train_epoch(self, interrupt: Callable[[], None]) -> None:
         begin = time.monotonic()
@@ -217,7 +244,13 @@ class Trainer:
             if len(pixels) == 1 < most and not self.source.resumable:
                 left += 1
                 continue
-            loss = self._step(pixels, labels)
+            try:
+                loss = self._step(pixels, labels)
+            except ValueError as error:
+                if len(pixels) > 1 or not needs_several(error):
+                    raise
+                left += 1  # it came before any larger one
+                continue
             if not math.isfinite(loss):
                 self._go_back(self._not_finite(loss))
                 return
@@ -251,7 +284,7 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         # an epoch counts as many steps as the loader says that it has batches
         done = self.epoch * self.per_epoch + min(self.number, self.per_epoch - 1)
-        self.gradients.objective.at(done / max(self.epochs * self.per_epoch, 1))
+        self.gradients.objective.at(done / max(self.grown * self.per_epoch, 1))
         value = self.gradients(pixels, labels, self.parameters)
         if not math.isfinite(value):
             return value
@@ -265,6 +298,9 @@ class Trainer:
         self.total_loss += value
         self.number += 1
         self.rng = torch.get_rng_state()
+        if not self.stepped:
+            self.bar.warmed_up(1)
+        self.stepped = True
         self.bar.advance(1, f"epoch {self.epoch + 1}/{self.epochs}, "
                             f"loss {self.total_loss / self.number:.3f}{self._said()}")
         return value
@@ -389,8 +425,10 @@ class Trainer:
             **{name: getattr(self, name) for name in _KEPT}}, *self._record({}))
 
     def _resume(self, told: dict[str, Any]) -> None:
+        asked = told["settings"]["epochs"]  # of a run whose directory knew of no further ones
         for name in _KEPT:
-            setattr(self, name, told[name])
+            setattr(self, name, told.get(name, asked) if name in ("until", "grown")
+                    else told[name])
         self.gradients.parts = told["parts"]
         self.gradients.objective.low = told["low"]  # auto may choose otherwise another time
         self.recipe = self.gradients.objective.recipe = Recipe(**told["recipe"])
@@ -404,7 +442,7 @@ class Trainer:
         self.rng = told["rng"].cpu()
         torch.set_rng_state(self.rng)
         self.bar.skip(self.epoch * self.per_epoch + self.number)
-        where = f"at epoch {self.epoch + 1}, batch {self.number}" if self.epoch < self.epochs \
+        where = f"at epoch {self.epoch + 1}, batch {self.number}" if self.epoch < self.until \
             else "where it had finished already"
         self.bar.say(f"resumed from {self.directory.path} {where}")
 
@@ -425,11 +463,12 @@ def check_effort(epochs: int, train: str) -> None:
 def fit(model: nn.Module, loader: Iterable[Any], threat: Threat, recipe: Recipe, *, epochs: int,
         train: str = "all", val: Iterable[Any] | None = None,
         run_dir: str | os.PathLike[str] | None = None, seed: int = 0,
-        progress: bool = True, renew: bool = False) -> History:
+        progress: bool = True, renew: bool = False, extends: bool = True) -> History:
     """Fine-tune model in place; its modes and ``requires_grad`` are put back.
 
     Args:
         renew: estimate BatchNorm statistics anew at first, from training images.
+        extends: whether a run_dir of fewer epochs is gone on from.
         others: as :func:`quantguard.harden`.
 
     Raises:
@@ -450,7 +489,7 @@ def fit(model: nn.Module, loader: Iterable[Any], threat: Threat, recipe: Recipe,
             for parameter in frozen_here:
                 parameter.requires_grad_(False)
             return Trainer(model, source, threat, recipe, epochs, train, directory, seed,
-                           progress, renew).run()
+                           progress, renew, extends).run()
     finally:
         order_weights(model, torch.contiguous_format)
         for parameter, flag in flags:

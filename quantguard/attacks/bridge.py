@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -15,12 +16,21 @@ from ..contexts import soften
 from ..errors import ConversionError, SpecError
 from ..fewchannels import FewChannels
 from ..layout import channels_last, is_compiled, takes_channels_last
-from ..running import buffers_kept, described, device_of, eaten_by, picked
+from ..running import (
+    buffers_kept,
+    checkpoints_inlined,
+    described,
+    device_of,
+    eaten_by,
+    first_line,
+    out_of_memory,
+    picked,
+)
 from ..spec import Threat
 from ..step_sites import Site, find_sites
 from ..straight import has_foreign_steps
 from ._foolbox import fb
-from .losses import decided
+from .losses import decided, gradient_in
 
 # Images in which foreign quantizers are looked for: as many as make so many pixels.
 _LOOKED_AT, _LEAST_LOOKED_AT, _PIXELS = 64, 4, 2**18
@@ -55,6 +65,8 @@ class PixelModel(nn.Module):
         sites: those steps of its own that are elementwise, with their thresholds.
         queries: images passed forward, in all.
         gradients: images passed forward with a gradient wanted.
+        without_gradient: what torch said where it had no gradient: attacks see zeros, and training
+            refuses the model; None: nothing.
         last: whether its convolutions may lie channels last; None: not known.
     """
 
@@ -67,6 +79,7 @@ class PixelModel(nn.Module):
         self.sites: tuple[Site, ...] = ()
         self._looking = False
         self.last: bool | None = None
+        self.without_gradient: str | None = None
         self.queries = self.gradients = 0
 
     def forward(self, pixels: Tensor) -> Tensor:
@@ -82,24 +95,49 @@ class PixelModel(nn.Module):
             # 0 / 0, as where the logarithm of no vote is masked: it would end every climb
             pixels = pixels.view_as(pixels)
             pixels.register_hook(torch.nan_to_num)  # type: ignore[no-untyped-call]
-        x = from_pixels(pixels, self.threat).to(eaten_by(self.model) or pixels.dtype)
-        # FewChannels' Function would hide from step_sites what a convolution is given
-        fast = attacked and not self.sites and not self._looking and not is_compiled(self.model)
-        with FewChannels() if fast else nullcontext():
-            output = self.model(x) if self.key is None else self.model(**{self.key: x})
-        logits = logits_of(output).to(pixels.dtype)  # of autocast, or a half-precision model
-        if self.probabilities:
-            logits = logits.clamp_min(torch.finfo(torch.float32).tiny).log()
-        if attacked and not logits.requires_grad:
-            # no path back: an attack sees the zero gradient that this is, and a flag says so
+        try:
+            logits = self._logits(pixels, attacked)
+        except RuntimeError as error:  # torch's, where numpy, say, computes a part
+            if not attacked or out_of_memory(error):
+                raise
+            with torch.no_grad():  # where that is not what is wrong, it raises again
+                logits = self._logits(pixels, False)
+            self.has_no_gradient(error)
+        if attacked:
+            # where no path leads back an attack sees the zero gradient that this is, a flag says so
             logits = logits + 0 * pixels.flatten(1).sum(1, keepdim=True)
         return decided(logits)
+
+    def _logits(self, pixels: Tensor, attacked: bool) -> Tensor:
+        x = from_pixels(pixels, self.threat).to(eaten_by(self.model) or pixels.dtype)
+        if x is pixels:
+            x = x.clone()  # a forward may write to what it is given
+        # FewChannels' Function would hide from step_sites what a convolution is given
+        fast = attacked and not self.sites and not self._looking and not is_compiled(self.model)
+        with FewChannels() if fast else nullcontext(), checkpoints_inlined():
+            output = self.model(x) if self.key is None else self.model(**{self.key: x})
+        logits = logits_of(output)
+        if logits.is_inference() and not torch.is_inference_mode_enabled():
+            logits = logits.clone()  # of a forward in inference mode
+        logits = logits.to(pixels.dtype)  # of autocast, or a half-precision model
+        if self.probabilities:
+            logits = logits.clamp_min(torch.finfo(torch.float32).tiny).log()
+        return logits
+
+    def has_no_gradient(self, error: RuntimeError) -> None:
+        """Note, and warn once, that torch has no gradient of the model, and what it says."""
+        said = first_line(error)
+        if self.without_gradient is None:
+            warnings.warn("the model has no gradient in its images, and attacks that need one see "
+                          f"zeros. torch says: {said}", stacklevel=2)
+        self.without_gradient = said
 
     def look_for_foreign_steps(self, pixels: Tensor) -> None:
         """Find out once whether there are any; these images are not counted."""
         if self.foreign is not None:
             return
         asked = self.queries, self.gradients
+        before, self.without_gradient = self.without_gradient, None
         if not is_compiled(self.model):
             few = pixels[:min(_LOOKED_AT, max(_LEAST_LOOKED_AT, _PIXELS // pixels[0].numel()))]
             low, high = self.threat.bounds
@@ -109,8 +147,11 @@ class PixelModel(nn.Module):
             self._looking = True
             with soften(self, 8.0), buffers_kept(self):
                 self.sites = find_sites(self, few)
-            self._looking = False
-        self.foreign = has_foreign_steps(self, pixels[:2], self.sites)
+            self._looking, self.without_gradient = False, None
+        found = has_foreign_steps(self, pixels[:2], self.sites)
+        # softened it must run with a gradient: it is nothing to climb otherwise
+        self.foreign = found and self.without_gradient is None
+        self.without_gradient = self.without_gradient or before
         if not self.foreign:
             self.sites = ()
         self.queries, self.gradients = asked
@@ -141,6 +182,40 @@ class PixelModel(nn.Module):
         return bool(staircases(self.model))
 
 
+class _Guarded(torch.autograd.Function):
+    """Compute logits; backward: their gradient in the pixels, zeros where torch has none."""
+
+    @staticmethod
+    def forward(ctx: Any, pixels: Tensor, model: PixelModel) -> Tensor:
+        ctx.model = model
+        with torch.enable_grad():
+            ctx.leaf = pixels.detach().requires_grad_()
+            ctx.logits = model(ctx.leaf)
+        return ctx.logits.detach()  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return gradient_in(ctx.leaf, ctx.logits, ctx.model, grads[0]), None
+
+
+def guarded(model: PixelModel, pixels: Tensor) -> Tensor:
+    """Return a model's logits for an attack that computes the gradient in the pixels by itself."""
+    if not (pixels.requires_grad and torch.is_grad_enabled()):
+        return model(pixels)  # type: ignore[no-any-return]
+    return _Guarded.apply(pixels, model)  # type: ignore[no-any-return]
+
+
+class _ForFoolbox(nn.Module):
+    """Hand pixels to a model, guarded."""
+
+    def __init__(self, model: PixelModel) -> None:
+        super().__init__()
+        self.model, self.training = model, model.training
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return guarded(self.model, pixels)
+
+
 class FoolboxModel(fb.models.PyTorchModel):
     """A Foolbox model that our attacks can see through: ``.module`` is the nn.Module itself.
 
@@ -154,7 +229,7 @@ class FoolboxModel(fb.models.PyTorchModel):
 
     def __init__(self, model: nn.Module, threat: Threat = Threat()) -> None:
         self.module = model if isinstance(model, PixelModel) else PixelModel(model, threat)
-        super().__init__(self.module, bounds=threat.bounds, device=device_of(model))
+        super().__init__(_ForFoolbox(self.module), bounds=threat.bounds, device=device_of(model))
 
 
 def labels_of(criterion: Any) -> Tensor:

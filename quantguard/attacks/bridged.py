@@ -19,7 +19,7 @@ from ..batches import check_images
 from ..errors import SpecError
 from ..running import frozen, seeded
 from ._foolbox import fb, known_norm
-from .bridge import PixelModel, labels_of, module_of
+from .bridge import PixelModel, guarded, labels_of, module_of
 from .losses import ascend, margin, ruled_out
 from .noise import image_noise, seed_of
 
@@ -95,7 +95,7 @@ class _Watched(fb.models.Model):
             excess = pixels - pixels.clamp(self.low, self.low + self.range)
             pixels = pixels - excess.detach()
             self.asking = True
-            logits = self.module(pixels)
+            logits = guarded(self.module, pixels)
             self.asking = False
         self._note(point.detach(), pixels.detach(), logits.detach())
         return restore(ep.astensor(logits))

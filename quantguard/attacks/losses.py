@@ -8,6 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..errors import ConversionError
+from ..running import first_line, lacks_derivative, out_of_memory
+
 # What ``scaled`` brings the top logit's distance from the mean to: far from rounding to 0 or 1.
 _SPREAD = 3.0
 # A class is ruled out where the top logit is so many times as far away as the top logit's own size,
@@ -207,9 +210,43 @@ def ascend(gradient: Tensor, norm: str) -> Tensor:
 
 def input_gradient(model: nn.Module, x: Tensor, labels: Tensor, loss: str,
                    target: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Return the gradient of the loss in the images, and the logits."""
+    """Return the gradient of the loss in the images, and the logits.
+
+    Raises:
+        ConversionError: as :func:`gradient_in`.
+    """
     with torch.enable_grad():
         leaf = x.detach().requires_grad_()
         logits = model(leaf)
-        (gradient,) = torch.autograd.grad(attack_loss(logits, labels, loss, target), leaf)
+        gradient = gradient_in(leaf, attack_loss(logits, labels, loss, target), model)
     return gradient, logits.detach()
+
+
+def gradient_in(leaf: Tensor, output: Tensor, model: nn.Module,
+                weights: Tensor | None = None) -> Tensor:
+    """Return the gradient in leaf of what a model made of it, and what was made of that.
+
+    Zeros where the model goes through an operation that has no derivative in torch.
+
+    Args:
+        output: a number, or with weights of its shape anything.
+        model: is told where there is no derivative, if it is a :class:`PixelModel`.
+
+    Raises:
+        ConversionError: torch cannot compute the gradient for another reason.
+    """
+    try:
+        (gradient,) = torch.autograd.grad(output, leaf, weights, retain_graph=weights is not None)
+    except RuntimeError as error:
+        if out_of_memory(error):
+            raise
+        if not lacks_derivative(error):
+            raise ConversionError("the model's gradient in its images cannot be computed",
+                                  why=f"torch says: {first_line(error)}",
+                                  fix="It must be one that loss.backward() can compute.",
+                                  ) from error
+        tell = getattr(model, "has_no_gradient", None)
+        if tell is not None:
+            tell(error)
+        return torch.zeros_like(leaf)
+    return gradient
