@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -102,6 +103,13 @@ def remainder(z: Tensor) -> Tensor:
     return y - y % 0.5
 
 
+def by_quantized_tensor(z: Tensor) -> Tensor:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # deprecated, and in use
+        q = torch.quantize_per_tensor(z.detach().clamp(0, 1.5), 0.5, 0, torch.quint8)
+    return q.dequantize() + 0 * z
+
+
 FORMS: dict[str, Callable[[Tensor], Tensor]] = {
     "Function": lambda z: Clipped.apply(z), "Function's apply": TAKEN_BEFORE,
     "Function of two": lambda z: LearnedStep.apply(z, torch.tensor(0.5)),
@@ -114,8 +122,7 @@ FORMS: dict[str, Callable[[Tensor], Tensor]] = {
     "nearest": lambda z: LEVELS[(z.detach().unsqueeze(-1) - LEVELS).abs().argmin(-1)] + 0 * z,
     "one-hot": lambda z: F.one_hot(torch.bucketize(z.detach(), T), 4).float() @ LEVELS + 0 * z,
     "int": lambda z: (z.clamp(0, 1.5) * 2 + 0.5).int().float() / 2,
-    "quantize": lambda z: torch.quantize_per_tensor(
-        z.detach().clamp(0, 1.5), 0.5, 0, torch.quint8).dequantize() + 0 * z,
+    "quantize": by_quantized_tensor,
     "heaviside": lambda z: 0.5 * sum(  # type: ignore[return-value]
         torch.heaviside((z - t).detach(), torch.zeros(())) for t in T) + 0 * z,
     "comparisons": lambda z: 0.5 * (z.unsqueeze(-1) > T).sum(-1).float() + 0 * z,
