@@ -225,7 +225,7 @@ def _evaluate(model: nn.Module, loader: Iterable[Any], threat: Threat, suite: st
                                   state.survived, chosen.curve, time_left, bar)
         results, survived = _with(curve, state)
         flags = all_flags(pixel_model, data, threat, batch, seed, correct, survived, proven,
-                          results, len(chosen.rounds), list(curve.masks), time_left)
+                          results, len(chosen.rounds), list(curve.masks), time_left, faithful)
     except KeyboardInterrupt:
         bar.close()
         many = f"{len(certain)} attacks" + " or more" * bool(chosen.rounds)

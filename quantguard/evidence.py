@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import numpy as np
 import torch
@@ -38,6 +39,10 @@ _SATURATED = 12.0
 # Images that are enough to see that a forward is random, or looks at its whole batch.
 _FEW = 64
 _DIRECTIONS = 64
+# The softened model is smoothest there.
+_SMOOTH = 2.0
+# What the fidelity of the softened model with its own changes is called.
+ITSELF = "softened k 2, of itself"
 # With less time fidelity is that of fewer images, but of so many, and in so many directions.
 _FEWEST, _FEWEST_DIRECTIONS = 4, 16
 # Gradient steps of the attack that may change pixels to anything.
@@ -123,7 +128,8 @@ def _seconds(model: PixelModel, x: Tensor, labels: Tensor, gradient: bool) -> fl
 def all_flags(model: PixelModel, data: Images, threat: Threat, batch: int, seed: int,
               correct: np.ndarray, survived: np.ndarray, certified: np.ndarray,
               results: Iterable[AttackResult], rounds: int,
-              over_eps: Sequence[np.ndarray], budget: Budget) -> tuple[Flag, ...]:
+              over_eps: Sequence[np.ndarray], budget: Budget,
+              faithful: Mapping[str, float]) -> tuple[Flag, ...]:
     """Return every check of the model and of its evaluation.
 
     Args:
@@ -132,11 +138,14 @@ def all_flags(model: PixelModel, data: Images, threat: Threat, batch: int, seed:
         rounds: how many rounds of escalation there could have been.
         over_eps: masks (n,) of what one attack broke at ascending eps.
         budget: survivors that there is no time for are not looked at, which is noted in it.
+        faithful: see :func:`fidelity`.
     """
     results, pixels, labels = list(results), data.pixels, data.labels
     unsteady, beside = _unsteady(model, pixels, batch)
     flags = [masking.probabilities(model.probabilities),
              *flags_of_attacks(results, correct, survived, certified, model.quantized, rounds),
+             masking.gradient_misleads(faithful.get(ITSELF, faithful.get("gradient")),
+                                       ITSELF in faithful),
              masking.random_forward(unsteady, min(len(pixels), _FEW)),
              masking.looks_at_its_batch(beside, min(len(pixels), _FEW)),
              masking.one_class_alone(
@@ -163,10 +172,13 @@ def fidelity(model: PixelModel, data: Images, correct: np.ndarray, threat: Threa
 
     The median over correct images of the correlation, over random sign directions d, between the
     margin's change from ``x - h d`` to ``x + h d``, h = eps / 4, and the surrogate's derivative in
-    direction d; 0 where either is constant. With little time it is that of fewer images, and then
+    direction d; 0 where either is constant. Where quantizers are softened to be climbed, that of
+    the softened model with its own changes is given, too: what its gradient says of itself. With
+    little time it is that of fewer images, and then
     in fewer directions, which is noted in the budget; with less there is none.
     """
     pixels, labels = data.pixels, data.labels
+    model.look_for_foreign_steps(pixels)
     rows = fidelity_rows(data, correct)
     # counted in images whose answers are asked for; what a gradient takes is little beside it
     asked = 2 * _DIRECTIONS * len(rows)
@@ -182,24 +194,38 @@ def fidelity(model: PixelModel, data: Images, correct: np.ndarray, threat: Threa
                         for i in range(directions)])
     if threat.norm == "l2":
         unit = unit / x[0].numel() ** 0.5
-    sides = []
-    for side in (h, -h):  # whole batches, of several directions where images are few
-        moved = ((x + side * d) for d in unit)
-        points = torch.cat([predict(model, torch.cat(some), batch, attacked=True)
-                            for some in _lots(moved, max(1, batch // len(x)))])
-        sides.append(margin(points, y.repeat(directions)).reshape(directions, -1))
-    changes = (sides[0] - sides[1]).nan_to_num(0.0, 0.0, 0.0)
-    found = {}
-    surrogates = {"ramp": backward(model, "ramp"), "sigmoid(8)": backward(model, "sigmoid(8)"),
-                  "twin k 8": soften(model, 8.0, by_image=True)} if model.quantized else \
-        {"gradient": nullcontext(model)}
+    # some models take no pixel outside its bounds: what was moved is what counts
+    up, down = (torch.stack([(x + side * d).clamp(*threat.bounds) for d in unit])
+                for side in (h, -h))
+
+    def changes(count: int) -> Tensor:
+        """Return the margin's change from down to up, in so many directions, (count, n)."""
+        one, other = (margin(torch.cat([
+            predict(model, torch.cat(some), batch, attacked=True)
+            for some in _lots(iter(side[:count]), max(1, batch // len(x)))]), y.repeat(count))
+            for side in (up, down))
+        return (one - other).reshape(count, -1).nan_to_num(0.0, 0.0, 0.0)
+
+    def slopes() -> Tensor:
+        """Return what the gradient says of it."""
+        gradient = torch.cat([input_gradient(model, images, classes, "margin")[0][:size]
+                              for images, classes, size in batches(pixels, labels, rows, batch)])
+        return ((up - down) * gradient).flatten(2).sum(2)
+    found, true = {}, changes(directions)
+    surrogates: dict[str, AbstractContextManager[Any]] = {}
+    if model.quantized:
+        surrogates = {mode: backward(model, mode) for mode in ("ramp", "sigmoid(8)")}
+    elif not model.foreign:
+        surrogates = {"gradient": nullcontext()}
     for name, surrogate in surrogates.items():
         with surrogate, pools_first(model):
-            gradient = torch.cat([input_gradient(model, images, classes, "margin")[0][:size]
-                                  for images, classes, size in batches(pixels, labels, rows,
-                                                                        batch)])
-        slopes = (unit * gradient).flatten(2).sum(2)
-        found[name] = float(_correlation(changes, slopes).median())
+            found[name] = float(_correlation(true, slopes()).median())
+    if model.quantized or model.foreign:
+        with model.softened(8.0):
+            found["twin k 8"] = float(_correlation(true, slopes()).median())
+        with model.softened(_SMOOTH):
+            few = min(directions, _FEWEST_DIRECTIONS)
+            found[ITSELF] = float(_correlation(changes(few), slopes()[:few]).median())
     return found
 
 

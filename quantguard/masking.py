@@ -21,6 +21,8 @@ WITHHELD = ("random forward", "depends on its batch")
 
 # Images of which none speaks that are enough: 0.98^149 is below 5 %.
 ENOUGH = 149
+# A gradient's correlation with true changes below which it is not the function's own.
+_FAITHFUL, _FAITHFUL_SOFTENED = 0.75, 0.65
 # Attacks without time that one reason names.
 _NAMED = 3
 # A model is robust, or not, as the share that survives is above or below this share of what it gets
@@ -139,6 +141,27 @@ def zero_gradients(zeros: int, n: int) -> Flag:
     return _share("zero input gradients", zeros, n, 0.01, 0.02,
                   "images whose input gradient is exactly zero, at the image and at a random point",
                   "Gradient attacks are blind there; survival says nothing about robustness.")
+
+
+def gradient_misleads(correlation: float | None, softened: bool) -> Flag:
+    """Say whether the gradient that attacks climb is that of what they climb.
+
+    A backward that somebody wrote may be another function's. Of 60 evaluations of sound float
+    models the least is 0.957 (``benchmarks/sound.py``).
+
+    Args:
+        correlation: of the gradient with true changes of the margin; None: not measured.
+        softened: whether both are the softened model's, whose slopes end sooner.
+    """
+    least = _FAITHFUL_SOFTENED if softened else _FAITHFUL
+    raised = correlation is not None and correlation < least
+    reason = ("Fidelity was not measured." if correlation is None else
+              f"The gradient foretells what the margin does with a correlation of {correlation:.2f}"
+              + (": it is another function's, in part. A better one may break more."
+                 if raised else "."))
+    return Flag("the gradient misleads", "unresolved", raised,
+                0.0 if correlation is None else correlation, least,
+                f"median correlation under {least:g}", reason)
 
 
 def one_step_beats_many(one_only: int, many_only: int, n: int) -> Flag:

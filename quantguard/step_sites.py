@@ -37,6 +37,8 @@ _FIRST, _TOO_MANY = 1024, 400
 # Forwards with other numbers in z's place, at most, and how narrow a bracket needs to be, of z's
 # range.
 _ROUNDS, _NARROW = 6, 1e-5
+# Where calls before a forward are numbered from.
+_BEFORE = -1_000_000
 # An attribute is no call: whoever watches asks for some, too.
 _ATTRIBUTES = ("__get__", "__set__")
 # Numbers that tell whether a tensor has been written to.
@@ -116,11 +118,20 @@ class _Calls(TorchFunctionMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.number, self.hidden = 0, False
+        self.number, self.hidden = _BEFORE, False
 
-    def restart(self) -> None:
+    def restart(self, *_: Any) -> None:
         """Begin a forward."""
         self.number = 0
+
+    @contextmanager
+    def begun_by(self, model: nn.Module) -> Iterator[None]:
+        """Begin whenever model is called, inside the context."""
+        hook = model.register_forward_pre_hook(self.restart)
+        try:
+            yield
+        finally:
+            hook.remove()
 
     def applied(self, cls: Any, apply: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Call a Function's ``apply``, whose own calls are hidden."""
@@ -268,7 +279,7 @@ class _Recorder(_Calls):
                 yield seen, readers
 
     def wanted(self, number: int) -> bool:
-        return True
+        return number >= 0
 
     def given(self, number: int, name: str, leaves: list[Any]) -> list[Any]:
         self._read, self._after = [], 0
@@ -403,7 +414,7 @@ class _Prober(_Calls):
         self.read: dict[Place, Tensor] = {}
 
     def wanted(self, number: int) -> bool:
-        return number in self._calls or bool(self._instead)
+        return number >= 0 and (number in self._calls or bool(self._instead))
 
     def given(self, number: int, name: str, leaves: list[Any]) -> list[Any]:
         for at, leaf in enumerate(leaves):
@@ -514,12 +525,13 @@ class _Candidate:
         return step_fit.fit(self.samples(axis), 1 if axis is None else self.shape[axis], axis)
 
 
-def find_sites(model: nn.Module, pixels: Tensor) -> tuple[Site, ...]:
+def find_sites(model: nn.Module, pixels: Tensor, begin: nn.Module) -> tuple[Site, ...]:
     """Return every elementwise step function that a forward goes through.
 
     Args:
         model: run with a gradient on ``pixels``; its own quantizers of quantguard should be
             softened.
+        begin: the part of it whose call the numbers of calls begin with.
         pixels: (N, ...) images, not on a grid themselves; more of them tell thresholds of
             channels more finely.
     """
@@ -529,16 +541,17 @@ def find_sites(model: nn.Module, pixels: Tensor) -> tuple[Site, ...]:
         anchor = torch.zeros((), device=x.device, requires_grad=True)
         recorder = _Recorder(constants, anchor)
         try:
-            with functions_hidden(recorder), recorder:
+            with recorder.begun_by(begin), functions_hidden(recorder), recorder:
                 model(x)
         except Exception:  # a forward that does not bear being watched is left as it is
             return ()
         found = [_Candidate(*end) for end in recorder.found()]
         del recorder
-        return tuple(_probed(model, pixels, found))
+        return tuple(_probed(model, pixels, begin, found))
 
 
-def _probed(model: nn.Module, pixels: Tensor, found: Sequence[_Candidate]) -> Iterator[Site]:
+def _probed(model: nn.Module, pixels: Tensor, begin: nn.Module,
+            found: Sequence[_Candidate]) -> Iterator[Site]:
     generator = torch.Generator().manual_seed(0)
     asked = {c: c.first(generator) for c in found}
     for _ in range(_ROUNDS):
@@ -554,7 +567,7 @@ def _probed(model: nn.Module, pixels: Tensor, found: Sequence[_Candidate]) -> It
                          {c.readers[0] for c in found})
         x = pixels.detach().clone().requires_grad_()
         try:
-            with functions_hidden(prober), prober:
+            with prober.begun_by(begin), functions_hidden(prober), prober:
                 model(x)
         except Exception:  # numbers of other ranges may be refused: what is known must do
             return
@@ -599,7 +612,7 @@ class SiteReader(_Calls):
             self._inside.update(range(site.source.call + 1, min(p.call for p in site.readers)))
         self._ready: dict[int, Tensor] = {}
 
-    def restart(self) -> None:
+    def restart(self, *_: Any) -> None:
         super().restart()
         self._ready = {}
 
@@ -634,7 +647,10 @@ class SiteReader(_Calls):
 
     def _note(self, leaves: list[Any], place: Place, site: int) -> None:
         z = leaves[place.at] if place.at < len(leaves) else None
-        if isinstance(z, Tensor) and z.requires_grad and z.is_floating_point():
+        # without gradients, too, what is climbed is looked at; y as it is needs nothing then
+        wanted = isinstance(z, Tensor) and (
+            z.requires_grad if torch.is_grad_enabled() else self.k is not None)
+        if isinstance(z, Tensor) and wanted and z.is_floating_point():
             # at once: z may be written to before y is read
             steps = self._steps[site]
             if steps.axis is not None and z.shape[steps.axis] != len(steps.thresholds):

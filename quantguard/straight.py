@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -275,8 +275,8 @@ def straight_through(k: float | None = None,
     Args:
         k: sharpness of the softened steps, as in :func:`quantguard.soften`; None: the values stay,
             and gradients go straight through.
-        sites: quantizers that are known, see :func:`quantguard.step_sites.find_sites`; begin each
-            forward by :meth:`restart` of what is yielded.
+        sites: quantizers that are known, see :func:`quantguard.step_sites.find_sites`; the forward
+            has to be begun, by ``begun_by`` of what is yielded.
 
     Yields:
         An object whose ``met`` says whether there was such a step.
@@ -291,12 +291,14 @@ def straight_through(k: float | None = None,
         function.apply = before
 
 
-def has_foreign_steps(model: nn.Module, x: Tensor, sites: Sequence[Site] = ()) -> bool:
+def has_foreign_steps(model: nn.Module, x: Tensor, sites: Sequence[Site] = (),
+                      begin: nn.Module | None = None) -> bool:
     """Return whether a model goes through steps that can be softened.
 
     One that does not run with softened steps, since they are indices or the like, has none.
     """
-    with torch.enable_grad(), straight_through(8.0, sites) as mode:
+    with torch.enable_grad(), straight_through(8.0, sites) as mode, \
+            mode.begun_by(begin or model) if sites else nullcontext():
         try:
             model(x.detach().requires_grad_())
         except (RuntimeError, IndexError, ValueError, TypeError):

@@ -16,6 +16,7 @@ from ..contexts import soften
 from ..errors import ConversionError, SpecError
 from ..fewchannels import FewChannels
 from ..layout import channels_last, is_compiled, takes_channels_last
+from ..pooling import pools_first
 from ..running import (
     buffers_kept,
     checkpoints_inlined,
@@ -28,7 +29,7 @@ from ..running import (
 )
 from ..spec import Threat
 from ..step_sites import Site, find_sites
-from ..straight import has_foreign_steps
+from ..straight import has_foreign_steps, straight_through
 from ._foolbox import fb
 from .losses import decided, gradient_in
 
@@ -146,15 +147,35 @@ class PixelModel(nn.Module):
             few = (few + (high - low) / 4 * noise.to(few)).clamp(low, high)
             self._looking = True
             with soften(self, 8.0), buffers_kept(self):
-                self.sites = find_sites(self, few)
+                self.sites = find_sites(self, few, self.model)
             self._looking, self.without_gradient = False, None
-        found = has_foreign_steps(self, pixels[:2], self.sites)
+        found = has_foreign_steps(self, pixels[:2], self.sites, self.model)
         # softened it must run with a gradient: it is nothing to climb otherwise
         self.foreign = found and self.without_gradient is None
         self.without_gradient = self.without_gradient or before
         if not self.foreign:
             self.sites = ()
         self.queries, self.gradients = asked
+
+    @contextmanager
+    def seen_through(self, k: float | None) -> Iterator[None]:
+        """Give what hides the gradient one, inside the context: see :mod:`quantguard.straight`.
+
+        Max-pools before quantizers, too, and other people's quantizers softened; look for them
+        first.
+
+        Args:
+            k: their sharpness; None: what they compute stays.
+        """
+        with pools_first(self), straight_through(k if self.foreign else None, self.sites) as mode, \
+                mode.begun_by(self.model) if self.sites else nullcontext():
+            yield
+
+    @contextmanager
+    def softened(self, k: float) -> Iterator[None]:
+        """Soften every quantizer, ours and other people's, as attacks climb them."""
+        with soften(self, k, by_image=True), self.seen_through(k):
+            yield
 
     @contextmanager
     def laid_out(self, pixels: Tensor) -> Iterator[None]:

@@ -16,9 +16,7 @@ from torch import Tensor
 
 from ..contexts import at_bits, backward, soften
 from ..errors import SpecError
-from ..pooling import pools_first
 from ..running import frozen
-from ..straight import straight_through
 from ._foolbox import InNorm, fb, known_norm
 from .bridge import PixelModel, labels_of, module_of
 from .losses import ascend, fools, input_gradient, margin, project, rival
@@ -161,12 +159,7 @@ class Climb(InNorm):
         with ExitStack() as stack:
             stack.enter_context(self._surrogate(module, share))
             if self.see_through:
-                stack.enter_context(pools_first(module))
-                k = self._sharpness(share) if module.foreign else None
-                mode = stack.enter_context(straight_through(k, module.sites))
-                if module.sites:
-                    hook = module.register_forward_pre_hook(lambda *_: mode.restart())
-                    stack.callback(hook.remove)
+                stack.enter_context(module.seen_through(self._sharpness(share)))
             yield
 
 
