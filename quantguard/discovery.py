@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dis
+import functools
 import sys
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -273,25 +274,47 @@ def _candidates(cls: type[nn.Module]) -> Iterator[_Candidate]:
             above = functions.setdefault(name, []) if isinstance(f, types.FunctionType) else None
             if above is not None and all("super" in g.__code__.co_names for g in above):
                 above.append(f)
-    for code in [f.__code__ for name, fs in functions.items() if name[:2] != "__" for f in fs]:
-        file = code.co_filename.replace("\\", "/").split("/")
-        lines: dict[int, set[str]] = {}
-        for step in dis.get_instructions(code):
-            line = step.positions.lineno if step.positions is not None else None
-            if line is not None:
-                named = step.opname in ("LOAD_ATTR", "LOAD_METHOD", "LOAD_GLOBAL")
-                lines.setdefault(line, set()).add(
-                    str(step.argval) if named else step.opname + str(step.argrepr))
-        for line, names in lines.items():
-            place = f"{code.co_name}+{line - code.co_firstlineno}"
-            where = f"{'/'.join(file[-2:])}:{line}"
-            for name in names:
-                kind = kind_of(name) or kind_of(getattr(nn.functional, name, None))
-                if (kind and kind not in ALWAYS_KEPT) or name in _SPELLING:
-                    yield _Candidate(operation(name), place, where, kind)
-            if names & {"BINARY_OP*", "BINARY_OP*="} and any(
-                    name.startswith("COMPARE_OP") for name in names):
-                yield _Candidate("mul", place, where, None)
+    for name, found in functions.items():
+        if not name.startswith("__"):
+            for function in found:
+                yield from _candidates_in(function.__code__)
+
+
+@functools.lru_cache(4096)
+def _candidates_in(code: types.CodeType) -> tuple[_Candidate, ...]:
+    """Return the places in one function's code, whose instructions are read only if need be."""
+    called = {name: kind for name in code.co_names
+              if (kind := _kind_named(name)) or name in _SPELLING}
+    operations = set(code.co_code[::2])
+    if not called and not {dis.opmap["COMPARE_OP"], dis.opmap["BINARY_OP"]} <= operations:
+        return ()
+    found: list[_Candidate] = []
+    file = code.co_filename.replace("\\", "/").split("/")
+    lines: dict[int, set[str]] = {}
+    for step in dis.get_instructions(code):
+        line = step.positions.lineno if step.positions is not None else None
+        if line is not None:
+            named = step.opname in ("LOAD_ATTR", "LOAD_METHOD", "LOAD_GLOBAL")
+            lines.setdefault(line, set()).add(
+                str(step.argval) if named else step.opname + str(step.argrepr))
+    for line, names in lines.items():
+        place = f"{code.co_name}+{line - code.co_firstlineno}"
+        where = f"{'/'.join(file[-2:])}:{line}"
+        for name in names & called.keys():
+            found.append(_Candidate(operation(name), place, where, called[name]))
+        if names & {"BINARY_OP*", "BINARY_OP*="} and any(
+                name.startswith("COMPARE_OP") for name in names):
+            found.append(_Candidate("mul", place, where, None))
+    return tuple(found)
+
+
+def _kind_named(name: str) -> str | None:
+    """Return the kind that is converted and that a name in somebody's code may stand for.
+
+    The name may be anything: ``__dict__``, ``Tensor`` and ``math`` are in torch's module, too.
+    """
+    kind = kind_of(name) or kind_of(getattr(nn.functional, name, None))
+    return None if kind in ALWAYS_KEPT else kind
 
 
 def _unreached(module: nn.Module, cls: type[nn.Module], log: _Log) -> Iterator[_Candidate]:
