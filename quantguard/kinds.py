@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -68,9 +68,10 @@ def kind_of(function: Any) -> str | None:
     """Return the kind that a function, a method of Tensor or a method's name computes."""
     if isinstance(function, str):
         return METHOD_KINDS.get(function)
-    if not isinstance(function, Hashable):  # what a name stands for may be anything
+    try:
+        kind = FUNCTION_KINDS.get(function)
+    except TypeError:  # what a name stands for may be anything, such as a dict: no key
         return None
-    kind = FUNCTION_KINDS.get(function)
     if kind is None and getattr(function, "__objclass__", None) is torch._C.TensorBase:
         kind = METHOD_KINDS.get(function.__name__)
     return kind
