@@ -14,9 +14,9 @@ _VIT: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attentio
                         "intermediate_size": 37, "image_size": 32, "patch_size": 8}
 _PYRAMID: dict[str, Any] = {"hidden_sizes": [16, 16, 32, 32], "depths": [1, 1, 1, 1]}
 _MIX: dict[str, Any] = {**_PYRAMID, "num_attention_heads": [1, 2, 2, 2]}
-_SWIN: dict[str, Any] = {"image_size": 32, "patch_size": 2, "embed_dim": 16, "depths": [1, 2],
+_SWIN: dict[str, Any] = {"image_size": 32, "patch_size": 4, "embed_dim": 16, "depths": [1, 2],
                          "num_heads": [2, 2], "window_size": 2}
-_FOCAL: dict[str, Any] = {"image_size": 32, "patch_size": 2, "embed_dim": 16,
+_FOCAL: dict[str, Any] = {"image_size": 32, "patch_size": 4, "embed_dim": 16,
                           "hidden_sizes": [16, 32], "depths": [1, 1], "focal_levels": [2, 2],
                           "focal_windows": [3, 3]}
 _DINO: dict[str, Any] = {**_VIT, "mlp_ratio": 2}
@@ -222,7 +222,7 @@ def peft() -> dict[str, Callable[[], nn.Module]]:
     nets: dict[str, Callable[[], nn.Module]] = {
         "ViT": huggingface()["ViTForImageClassification"],
         "ResNet": huggingface()["ResNetForImageClassification"],
-        "timm resnet": lambda: timm.create_model("resnet10t", num_classes=CLASSES),
+        "timm resnet": lambda: timm.create_model("resnet18", num_classes=CLASSES),
         "timm vit": lambda: timm.create_model("vit_tiny_patch16_224", depth=2, img_size=32,
                                               num_classes=CLASSES),
         "CNN": Cnn}
@@ -280,8 +280,6 @@ def open_clip() -> dict[str, Callable[[], nn.Module]]:
     towers: dict[str, tuple[dict[str, Any], bool]] = {
         "ViT": (small, False), "ViT quickgelu": (small, True),
         "ViT CoCa": ({**small, "attentional_pool": True, "attn_pooler_heads": 2}, False),
-        "ViT parallel pooler": ({**small, "attentional_pool": "parallel",
-                                 "attn_pooler_heads": 2}, False),
         "ViT CLIPA": ({**small, "pool_type": "avg", "final_ln_after_pool": True,
                        "pos_embed_type": "sin_cos_2d"}, False),
         "ViT layer scale, patch dropout": ({**small, "ls_init_value": 1e-4,
@@ -290,7 +288,8 @@ def open_clip() -> dict[str, Callable[[], nn.Module]]:
         **{f"timm {name}": ({"image_size": size, "timm_model_name": name, "timm_pool": pool,
                              "timm_proj": projection}, False)
            for name, size, pool, projection in (
-               ("convnext_atto", 64, "", "linear"), ("vit_tiny_patch16_224", 32, "map", "none"),
+               ("convnext_atto", 64, "", "linear"),
+               ("vit_tiny_patch16_224", 224, "token", "linear"),
                ("eva02_tiny_patch14_224", 28, "token", "linear"),
                ("fastvit_t8", 64, "avg", None), ("vitamin_small_224", 64, "avg", "linear"),
                ("swin_tiny_patch4_window7_224", 224, "avg", "mlp"))}}

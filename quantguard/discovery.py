@@ -199,7 +199,7 @@ def discover(model: nn.Module, paths: Iterable[str], outputs: Iterable[str], inp
     nothing, but cannot decide on branches.
 
     Args:
-        inputs: what model accepts; None: that is looked for, and what must be run to be tried is
+        inputs: what model accepts; None: that is looked for, and what is run to be tried is
             watched at once.
     """
     classes = {path: type(model.get_submodule(path)) for path in paths}
@@ -214,10 +214,8 @@ def discover(model: nn.Module, paths: Iterable[str], outputs: Iterable[str], inp
         inputs = find_example(model, look)
         if inputs is None:
             return {}, None
-    if not logs:
-        on_nothing = to_device(inputs, torch.device("meta"))
-        if not look(on_meta(model), on_nothing):
-            look(duplicate(model), to_device(inputs, device_of(model)))
+    elif not look(on_meta(model), to_device(inputs, torch.device("meta"))):
+        look(duplicate(model), to_device(inputs, device_of(model)))
     return {path: [*log.seen.values(), *_named_unreached(model.get_submodule(path), log)]
             for path, log in logs.items()}, inputs
 
@@ -238,7 +236,7 @@ def _watched(twin: nn.Module, classes: Mapping[str, type[nn.Module]], logs: Mapp
         twin.get_submodule(path).__class__ = type(cls.__name__, (cls,), {
             "forward": recording(cls, path), "__module__": cls.__module__})
     by_grad = any("grad" in name for cls in classes.values()
-                  for name in getattr(getattr(cls.forward, "__code__", None), "co_names", ()))
+                  for code in _codes(cls.forward) for name in code.co_names)
     ran = False
     for change in (Tensor.clone, _times(-1), _times(0), _times(100), _times(-100)):
         for training, grad in [(False, False), (True, False)] + [(False, True)] * by_grad:
@@ -272,12 +270,25 @@ def _candidates(cls: type[nn.Module]) -> Iterator[_Candidate]:
     for c in cls.__mro__:
         for name, f in vars(c).items() if not c.__module__.startswith("torch.") else ():
             above = functions.setdefault(name, []) if isinstance(f, types.FunctionType) else None
-            if above is not None and all("super" in g.__code__.co_names for g in above):
+            if above is not None and all(_calls_super(g) for g in above):
                 above.append(f)
     for name, found in functions.items():
         if not name.startswith("__"):
             for function in found:
-                yield from _candidates_in(function.__code__)
+                for code in _codes(function):
+                    yield from _candidates_in(code)
+
+
+def _codes(function: Any) -> Iterator[types.CodeType]:
+    """Yield the code of a function, and of those that it is a decorated form of."""
+    while function is not None:
+        if isinstance(function, types.FunctionType):
+            yield function.__code__
+        function = getattr(function, "__wrapped__", None)
+
+
+def _calls_super(function: types.FunctionType) -> bool:
+    return any("super" in code.co_names for code in _codes(function))
 
 
 @functools.lru_cache(4096)

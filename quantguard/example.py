@@ -38,7 +38,7 @@ def find_example(model: nn.Module,
     device, which costs next to nothing; on the real one only where the forward does not run there.
 
     Args:
-        runs: says whether a copy of model, which it may change, runs on the real device.
+        runs: says whether a copy of model, which it may change, runs on an input of its device.
 
     Returns:
         A tensor, or a dict of tensors by argument name; the same every time.
@@ -55,7 +55,7 @@ def find_example(model: nn.Module,
                 for one in _inputs(model, torch.Generator().manual_seed(0))]
     shadow = on_meta(model)
     for example in examples:
-        if accepts(shadow, to_device(example, torch.device("meta"))):
+        if runs(shadow, to_device(example, torch.device("meta"))):
             return to_device(example, device)
     if device.type == "meta" or not examples:
         return None
