@@ -7,7 +7,7 @@ import functools
 import sys
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -235,13 +235,15 @@ def _watched(twin: nn.Module, classes: Mapping[str, type[nn.Module]], logs: Mapp
     for path, cls in classes.items():
         twin.get_submodule(path).__class__ = type(cls.__name__, (cls,), {
             "forward": recording(cls, path), "__module__": cls.__module__})
-    by_grad = any("grad" in name for cls in classes.values()
-                  for code in _codes(cls.forward) for name in code.co_names)
+    by_grad = any(_reads_grad(cls.forward) for cls in classes.values())
     ran = False
     for change in (Tensor.clone, _times(-1), _times(0), _times(100), _times(-100)):
-        for training, grad in [(False, False), (True, False)] + [(False, True)] * by_grad:
+        asked: list[bool] = []
+        for training, grad in ((False, False), (True, False), (False, True)):
+            if grad and not (by_grad or asked):
+                continue
             twin.train(training)
-            with suppress(Exception), torch.set_grad_enabled(grad), seeded(0):
+            with suppress(Exception), torch.set_grad_enabled(grad), seeded(0), _noting(asked):
                 run(twin, changed(inputs, change))
                 ran = ran or not training
         # Elsewhere the data decides on nothing that matters here.
@@ -249,6 +251,30 @@ def _watched(twin: nn.Module, classes: Mapping[str, type[nn.Module]], logs: Mapp
                 twin.get_submodule(path), classes[path], log))) for path, log in logs.items()):
             break
     return ran
+
+
+def _reads_grad(function: Any) -> bool:
+    """Return whether a forward may depend on gradients otherwise than by torch.is_grad_enabled."""
+    return any("grad" in name and "gradient" not in name
+               and (name != "is_grad_enabled" or name in part.__globals__)
+               for part in _functions(function) for name in part.__code__.co_names)
+
+
+@contextmanager
+def _noting(asked: list[bool]) -> Iterator[None]:
+    """Note whether anybody but torch itself calls torch.is_grad_enabled."""
+    before = torch.is_grad_enabled
+
+    def is_grad_enabled() -> bool:
+        if sys._getframe(1).f_globals.get("__name__", "").partition(".")[0] != "torch":
+            asked.append(True)
+        return before()
+
+    torch.is_grad_enabled = is_grad_enabled
+    try:
+        yield
+    finally:
+        torch.is_grad_enabled = before
 
 
 def _times(factor: float) -> Callable[[Tensor], Tensor]:
@@ -275,20 +301,20 @@ def _candidates(cls: type[nn.Module]) -> Iterator[_Candidate]:
     for name, found in functions.items():
         if not name.startswith("__"):
             for function in found:
-                for code in _codes(function):
-                    yield from _candidates_in(code)
+                for part in _functions(function):
+                    yield from _candidates_in(part.__code__)
 
 
-def _codes(function: Any) -> Iterator[types.CodeType]:
-    """Yield the code of a function, and of those that it is a decorated form of."""
+def _functions(function: Any) -> Iterator[types.FunctionType]:
+    """Yield a function, and those that it is a decorated form of."""
     while function is not None:
         if isinstance(function, types.FunctionType):
-            yield function.__code__
+            yield function
         function = getattr(function, "__wrapped__", None)
 
 
 def _calls_super(function: types.FunctionType) -> bool:
-    return any("super" in code.co_names for code in _codes(function))
+    return any("super" in part.__code__.co_names for part in _functions(function))
 
 
 @functools.lru_cache(4096)
