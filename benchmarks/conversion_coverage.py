@@ -3,6 +3,10 @@
     python benchmarks/conversion_coverage.py torchvision  # every model, with weights: timed
     python benchmarks/conversion_coverage.py timm  # every architecture, without weights if it can
     python benchmarks/conversion_coverage.py families  # one of a family, after `timm`: it is run
+    python benchmarks/conversion_coverage.py huggingface  # every image classifier of transformers
+    python benchmarks/conversion_coverage.py peft  # wrapped by PEFT
+    python benchmarks/conversion_coverage.py smp  # encoders of segmentation_models_pytorch
+    python benchmarks/conversion_coverage.py open_clip  # its vision encoders
 
 Each prints a row a model and a closing line, and writes benchmarks/results/coverage_<what>.json.
 Rows that are there already are not measured again: an interrupted run goes on where it was.
@@ -11,27 +15,34 @@ Rows that are there already are not measured again: an interrupted run goes on w
 from __future__ import annotations
 
 import argparse
+import copy
 import gc
 import json
 import os
+import pickle
 import platform
 import re
+import tempfile
 import time
 import warnings
 from collections import Counter
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import small_models
 import torch
 from torch import nn
 
 import quantguard as qg
+from quantguard.attacks import logits_of
 from quantguard.audit import audit
 from quantguard.conversion import carry_out, make_plan
 from quantguard.example import find_example
 from quantguard.files import write_text
 from quantguard.models import build_arch
+from quantguard.running import accepts
 
 HERE = Path(__file__).parent / "results"
 # Architectures without any activation of the target kinds: their one clear error is the result.
@@ -114,6 +125,43 @@ def used(name: str) -> dict[str, Any]:
             "parameters": sum(p.numel() for p in model.parameters())}
 
 
+def elsewhere(build: Callable[[], nn.Module], evaluated: bool) -> dict[str, Any]:
+    """Convert one small model of another library without being told anything; save it, and load it.
+
+    Args:
+        evaluated: whether one attack is tried on two images, too.
+    """
+    torch.manual_seed(0)
+    model = build()
+    begin = time.process_time()
+    converted = qg.convert(model)
+    seconds = time.process_time() - begin
+    done = converted.quantguard
+    assert done.audit is not None, "no input found"
+    example = find_example(model)
+    [image] = example.values() if isinstance(example, dict) else [example]
+    pixels = torch.rand(image.shape, generator=torch.Generator().manual_seed(0))
+    if accepts(model, pixels[..., :64, :64]):  # as good, and faster
+        pixels = pixels[..., :64, :64]
+    with torch.no_grad():
+        labels = logits_of(converted(pixels)).argmax(1)
+    attacked = qg.evaluate(converted, [(pixels, labels)], qg.Threat(eps=8 / 255), progress=False,
+                           suite=[qg.attacks.PGD(steps=2)]).images if evaluated else 0
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.qg"
+        qg.save(converted, path)
+        loaded = qg.load(path, model=build())
+    copied = pickle.loads(pickle.dumps(copy.deepcopy(converted)))
+    with torch.no_grad():
+        before = logits_of(converted(pixels))
+        same = [bool(torch.equal(before, logits_of(other(pixels)))) for other in (loaded, copied)]
+    return {**counts(done.plan), "shape": list(image.shape), "ran": len(done.audit.ran),
+            "left": done.audit.left, "identical": done.audit.identical,
+            "attacked": attacked, "same_when_loaded": same[0],
+            "same_when_copied": same[1], "convert_cpu_seconds": seconds,
+            "parameters": sum(p.numel() for p in model.parameters())}
+
+
 def _call(model: nn.Module, example: Any) -> Any:
     return model(**example) if isinstance(example, dict) else model(example)
 
@@ -124,7 +172,16 @@ def _first(output: Any) -> torch.Tensor:
     return output
 
 
+# Small random models of other libraries: a builder for each, by name.
+SMALL = {"huggingface": small_models.huggingface, "peft": small_models.peft,
+         "smp": small_models.smp, "open_clip": small_models.open_clip}
+LIBRARIES = {"huggingface": "transformers", "peft": "peft", "smp": "segmentation_models_pytorch",
+             "open_clip": "open_clip_torch"}
+
+
 def names(what: str) -> list[str]:
+    if what in SMALL:
+        return list(SMALL[what]())
     if what == "torchvision":
         from torchvision.models import list_models
         return list(list_models())
@@ -142,7 +199,7 @@ def names(what: str) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("what", choices=["torchvision", "timm", "families"])
+    parser.add_argument("what", choices=["torchvision", "timm", "families", *SMALL])
     parser.add_argument("--only", default="", help="a pattern of names")
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
@@ -150,7 +207,10 @@ def main() -> None:
     HERE.mkdir(exist_ok=True)
     rows = json.loads(path.read_text())["rows"] if path.exists() else []
     done = {row["name"] for row in rows}
-    measure = {"torchvision": measured, "timm": structure, "families": used}[options.what]
+    measure: Callable[[str], dict[str, Any]] = {
+        "torchvision": measured, "timm": structure, "families": used}.get(
+            options.what, lambda name: elsewhere(SMALL[options.what]()[name],
+                                             options.what == "huggingface"))
     for name in names(options.what):
         if name in done or not re.search(options.only, name):
             continue
@@ -159,6 +219,8 @@ def main() -> None:
             row |= measure(name)
         except qg.ConversionError as error:
             row["nothing" if NOTHING in str(error) else "error"] = str(error)
+        except ImportError as error:  # what the library itself cannot build here
+            row["not_built"] = str(error).strip().splitlines()[0]
         except Exception as error:
             row["error"] = f"{type(error).__name__}: {error}"
         rows.append(row)
@@ -168,6 +230,7 @@ def main() -> None:
         write_text(path, json.dumps({
             "rows": rows, "python": platform.python_version(), "torch": version("torch"),
             "torchvision": version("torchvision"), "timm": version("timm"),
+            **{package: version(package) for package in [LIBRARIES.get(options.what, "timm")]},
             "cores": os.cpu_count(), "threads": torch.get_num_threads(),
             "machine": platform.machine()}))
     print(summary(rows))
@@ -177,7 +240,8 @@ def summary(rows: list[dict[str, Any]]) -> str:
     good = [row for row in rows if "sites" in row]
     lines = [f"{len(rows)} models: {len(good)} converted, "
              f"{sum('nothing' in row for row in rows)} with nothing to convert, "
-             f"{sum('error' in row for row in rows)} exceptions; "
+             f"{sum('error' in row for row in rows)} exceptions, "
+             f"{sum('not_built' in row for row in rows)} not built; "
              f"{sum(row['sites'] for row in good)} sites, "
              f"{sum(row['converted'] for row in good)} converted, "
              f"{sum(len(row['left']) for row in good)} left over; kept: "
@@ -187,12 +251,15 @@ def summary(rows: list[dict[str, Any]]) -> str:
               if "error" in row or row.get("left")]
     lines += [f"  {row['name']}: {row['nothing'].splitlines()[0]}" for row in rows
               if "nothing" in row]
-    for key in ("convert_seconds", "inspect_seconds", "audit_seconds", "seconds"):
+    lines += [f"  {row['name']}: {row['not_built']}" for row in rows if "not_built" in row]
+    for key in ("convert_seconds", "convert_cpu_seconds", "inspect_seconds", "audit_seconds",
+                "seconds"):
         slow = sorted((row for row in good if key in row), key=lambda row: -row[key])[:4]
         if slow:
             lines.append(f"  {key}: {sum(row.get(key, 0) for row in good):.0f} in all, slowest "
                          + ", ".join(f"{row['name']} {row[key]:.1f}" for row in slow))
-    for key in ("identical", "finite", "same_after_training_mode"):
+    for key in ("identical", "finite", "same_after_training_mode", "same_when_loaded",
+                "same_when_copied"):
         if any(key in row for row in good):
             bad = [row["name"] for row in good if not row.get(key, True)]
             lines.append(f"  {key}: all but {bad}" if bad else f"  {key}: all")

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dis
+import functools
 import sys
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -198,7 +199,7 @@ def discover(model: nn.Module, paths: Iterable[str], outputs: Iterable[str], inp
     nothing, but cannot decide on branches.
 
     Args:
-        inputs: what model accepts; None: that is looked for, and what must be run to be tried is
+        inputs: what model accepts; None: that is looked for, and what is run to be tried is
             watched at once.
     """
     classes = {path: type(model.get_submodule(path)) for path in paths}
@@ -213,10 +214,8 @@ def discover(model: nn.Module, paths: Iterable[str], outputs: Iterable[str], inp
         inputs = find_example(model, look)
         if inputs is None:
             return {}, None
-    if not logs:
-        on_nothing = to_device(inputs, torch.device("meta"))
-        if not look(on_meta(model), on_nothing):
-            look(duplicate(model), to_device(inputs, device_of(model)))
+    elif not look(on_meta(model), to_device(inputs, torch.device("meta"))):
+        look(duplicate(model), to_device(inputs, device_of(model)))
     return {path: [*log.seen.values(), *_named_unreached(model.get_submodule(path), log)]
             for path, log in logs.items()}, inputs
 
@@ -236,13 +235,15 @@ def _watched(twin: nn.Module, classes: Mapping[str, type[nn.Module]], logs: Mapp
     for path, cls in classes.items():
         twin.get_submodule(path).__class__ = type(cls.__name__, (cls,), {
             "forward": recording(cls, path), "__module__": cls.__module__})
-    by_grad = any("grad" in name for cls in classes.values()
-                  for name in getattr(getattr(cls.forward, "__code__", None), "co_names", ()))
+    by_grad = any(_reads_grad(cls.forward) for cls in classes.values())
     ran = False
     for change in (Tensor.clone, _times(-1), _times(0), _times(100), _times(-100)):
-        for training, grad in [(False, False), (True, False)] + [(False, True)] * by_grad:
+        asked: list[bool] = []
+        for training, grad in ((False, False), (True, False), (False, True)):
+            if grad and not (by_grad or asked):
+                continue
             twin.train(training)
-            with suppress(Exception), torch.set_grad_enabled(grad), seeded(0):
+            with suppress(Exception), torch.set_grad_enabled(grad), seeded(0), _noting(asked):
                 run(twin, changed(inputs, change))
                 ran = ran or not training
         # Elsewhere the data decides on nothing that matters here.
@@ -250,6 +251,30 @@ def _watched(twin: nn.Module, classes: Mapping[str, type[nn.Module]], logs: Mapp
                 twin.get_submodule(path), classes[path], log))) for path, log in logs.items()):
             break
     return ran
+
+
+def _reads_grad(function: Any) -> bool:
+    """Return whether a forward may depend on gradients otherwise than by torch.is_grad_enabled."""
+    return any("grad" in name and "gradient" not in name
+               and (name != "is_grad_enabled" or name in part.__globals__)
+               for part in _functions(function) for name in part.__code__.co_names)
+
+
+@contextmanager
+def _noting(asked: list[bool]) -> Iterator[None]:
+    """Note whether anybody but torch itself calls torch.is_grad_enabled."""
+    before = torch.is_grad_enabled
+
+    def is_grad_enabled() -> bool:
+        if sys._getframe(1).f_globals.get("__name__", "").partition(".")[0] != "torch":
+            asked.append(True)
+        return before()
+
+    torch.is_grad_enabled = is_grad_enabled
+    try:
+        yield
+    finally:
+        torch.is_grad_enabled = before
 
 
 def _times(factor: float) -> Callable[[Tensor], Tensor]:
@@ -271,27 +296,62 @@ def _candidates(cls: type[nn.Module]) -> Iterator[_Candidate]:
     for c in cls.__mro__:
         for name, f in vars(c).items() if not c.__module__.startswith("torch.") else ():
             above = functions.setdefault(name, []) if isinstance(f, types.FunctionType) else None
-            if above is not None and all("super" in g.__code__.co_names for g in above):
+            if above is not None and all(_calls_super(g) for g in above):
                 above.append(f)
-    for code in [f.__code__ for name, fs in functions.items() if name[:2] != "__" for f in fs]:
-        file = code.co_filename.replace("\\", "/").split("/")
-        lines: dict[int, set[str]] = {}
-        for step in dis.get_instructions(code):
-            line = step.positions.lineno if step.positions is not None else None
-            if line is not None:
-                named = step.opname in ("LOAD_ATTR", "LOAD_METHOD", "LOAD_GLOBAL")
-                lines.setdefault(line, set()).add(
-                    str(step.argval) if named else step.opname + str(step.argrepr))
-        for line, names in lines.items():
-            place = f"{code.co_name}+{line - code.co_firstlineno}"
-            where = f"{'/'.join(file[-2:])}:{line}"
-            for name in names:
-                kind = kind_of(name) or kind_of(getattr(nn.functional, name, None))
-                if (kind and kind not in ALWAYS_KEPT) or name in _SPELLING:
-                    yield _Candidate(operation(name), place, where, kind)
-            if names & {"BINARY_OP*", "BINARY_OP*="} and any(
-                    name.startswith("COMPARE_OP") for name in names):
-                yield _Candidate("mul", place, where, None)
+    for name, found in functions.items():
+        if not name.startswith("__"):
+            for function in found:
+                for part in _functions(function):
+                    yield from _candidates_in(part.__code__)
+
+
+def _functions(function: Any) -> Iterator[types.FunctionType]:
+    """Yield a function, and those that it is a decorated form of."""
+    while function is not None:
+        if isinstance(function, types.FunctionType):
+            yield function
+        function = getattr(function, "__wrapped__", None)
+
+
+def _calls_super(function: types.FunctionType) -> bool:
+    return any("super" in part.__code__.co_names for part in _functions(function))
+
+
+@functools.lru_cache(4096)
+def _candidates_in(code: types.CodeType) -> tuple[_Candidate, ...]:
+    """Return the places in one function's code, whose instructions are read only if need be."""
+    called = {name: kind for name in code.co_names
+              if (kind := _kind_named(name)) or name in _SPELLING}
+    operations = set(code.co_code[::2])
+    if not called and not {dis.opmap["COMPARE_OP"], dis.opmap["BINARY_OP"]} <= operations:
+        return ()
+    found: list[_Candidate] = []
+    file = code.co_filename.replace("\\", "/").split("/")
+    lines: dict[int, set[str]] = {}
+    for step in dis.get_instructions(code):
+        line = step.positions.lineno if step.positions is not None else None
+        if line is not None:
+            named = step.opname in ("LOAD_ATTR", "LOAD_METHOD", "LOAD_GLOBAL")
+            lines.setdefault(line, set()).add(
+                str(step.argval) if named else step.opname + str(step.argrepr))
+    for line, names in lines.items():
+        place = f"{code.co_name}+{line - code.co_firstlineno}"
+        where = f"{'/'.join(file[-2:])}:{line}"
+        for name in names & called.keys():
+            found.append(_Candidate(operation(name), place, where, called[name]))
+        if names & {"BINARY_OP*", "BINARY_OP*="} and any(
+                name.startswith("COMPARE_OP") for name in names):
+            found.append(_Candidate("mul", place, where, None))
+    return tuple(found)
+
+
+def _kind_named(name: str) -> str | None:
+    """Return the kind that is converted and that a name in somebody's code may stand for.
+
+    The name may be anything: ``__dict__``, ``Tensor`` and ``math`` are in torch's module, too.
+    """
+    kind = kind_of(name) or kind_of(getattr(nn.functional, name, None))
+    return None if kind in ALWAYS_KEPT else kind
 
 
 def _unreached(module: nn.Module, cls: type[nn.Module], log: _Log) -> Iterator[_Candidate]:

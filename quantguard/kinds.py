@@ -68,9 +68,10 @@ def kind_of(function: Any) -> str | None:
     """Return the kind that a function, a method of Tensor or a method's name computes."""
     if isinstance(function, str):
         return METHOD_KINDS.get(function)
-    if not callable(function) or type(function).__hash__ is None:
-        return None  # nn.functional.__dict__, say
-    kind = FUNCTION_KINDS.get(function)
+    try:
+        kind = FUNCTION_KINDS.get(function)
+    except TypeError:  # what a name stands for may be anything, such as a dict: no key
+        return None
     if kind is None and getattr(function, "__objclass__", None) is torch._C.TensorBase:
         kind = METHOD_KINDS.get(function.__name__)
     return kind

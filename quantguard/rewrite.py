@@ -45,29 +45,55 @@ class Rewritten:
     _names: Names
     _hooks: tuple[Hook, ...]
     _entrance: bool
+    _bare = False  # whether its forward is still to be traced
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        twin = object.__new__(type(self))
-        memo[id(self)] = twin
-        twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
-        return twin
-
+    # No __deepcopy__: a wrapper that hands on every attribute that it lacks would be asked for its
+    # own, and answer with this one.
     def __reduce_ex__(self, protocol: Any) -> Any:
-        # The file names the user's class; its forward is traced again on loading: no code in it.
-        made_of = (self._user_class, self._names, self._hooks, self._entrance)
-        return _revive, made_of, self.__dict__
+        return _revive, (_Made(type(self)),), self.__dict__
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        if not self._bare:  # a copy
+            self.__dict__.update(state)
+            return
         super().__setstate__(state)  # type: ignore[misc]
         rewrite(self, self._user_class, self._names,  # type: ignore[arg-type]
                 self._hooks, self._entrance)
 
 
-def _revive(cls: type[nn.Module], names: Names, hooks: tuple[Hook, ...],
-            entrance: bool = False) -> nn.Module:
-    body = {"_user_class": cls, "_names": names, "_hooks": hooks, "_entrance": entrance}
-    module: nn.Module = object.__new__(type(cls.__name__, (Rewritten, cls), body))
+class _Made:
+    """Carry the class of a rewritten module: into a copy as it is, into a file by its names.
+
+    The file names the user's class; its forward is traced again on loading: no code in it.
+    """
+
+    def __init__(self, cls: type[Rewritten]) -> None:
+        self.cls = cls
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Made:
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        cls = self.cls
+        return _bare, (cls._user_class, cls._names, cls._hooks, cls._entrance)
+
+
+def _bare(cls: type[nn.Module], names: Names, hooks: tuple[Hook, ...], entrance: bool) -> _Made:
+    body = {"_user_class": cls, "_names": names, "_hooks": hooks, "_entrance": entrance,
+            "_bare": True}
+    return _Made(type(cls.__name__, (Rewritten, cls), body))
+
+
+def _revive(made: _Made) -> nn.Module:
+    module: nn.Module = object.__new__(made.cls)  # type: ignore[assignment]
     return module
+
+
+def _copy(self: Rewritten, memo: dict[int, Any]) -> Any:
+    """Copy a module whose own class says how, which would lose the forward."""
+    twin = memo[id(self)] = object.__new__(type(self))
+    twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
+    return twin
 
 
 def rewrite(module: nn.Module, cls: type[nn.Module], names: Names,
@@ -96,6 +122,8 @@ def rewrite(module: nn.Module, cls: type[nn.Module], names: Names,
         body |= _as_before(cls, extra)
     for name in fused_paths(module):
         body[name] = _closed(name)
+    if hasattr(cls, "__deepcopy__"):
+        body["__deepcopy__"] = _copy
     module.__class__ = type(cls.__name__, (Rewritten, cls), body)
 
 
