@@ -38,6 +38,8 @@ _SAID = {"predictions": "what the model answers", "suite": "the attacks",
 _KEPT = 0.25
 # Survivors that are enough to see whether another seed would break more.
 _RESEEDED = 64
+# Survivors that are searched with many queries, those nearest to the boundary.
+_NEAREST = 48
 
 
 class State:
@@ -142,8 +144,18 @@ class Schedule:
                           self.standing & ~few, reserved=suite.blind)
         for entry in suite.blind:
             self._one(entry)
+        for entry in suite.searches:
+            self.bar.extend(entry.cost * int(self.correct.sum()))
+            self._one(entry, self._nearest())
         if self.budget.limit is not None:
             self.state.end(self.budget.limit)
+
+    def _nearest(self) -> np.ndarray:
+        """Return (N,) the survivors whose best adversarials came nearest to the boundary."""
+        mask, rows = np.zeros_like(self.correct), np.flatnonzero(self.standing)
+        order = np.argsort(-self.state.margins[rows], kind="stable")
+        mask[rows[order[:_NEAREST]]] = True
+        return mask
 
     def _one(self, entry: Entry, mask: np.ndarray | None = None,
              reserved: Sequence[Entry] | None = None) -> AttackResult | None:

@@ -355,6 +355,9 @@ class Config:
     def __init__(self, **said: Any) -> None:
         self.__dict__ |= said
 
+    def __repr__(self) -> str:  # names of tests must not depend on the process
+        return f"Config({self.__dict__})"
+
 
 @pytest.mark.parametrize("said", [
     {"config": Config(image_size=20, num_channels=2)},

@@ -29,6 +29,9 @@ _QUERIES = (Square, Noise, ZOO, NES, HopSkipJump, Boundary)
 _REACHES = (None, 0.25, 0.5, 1.0)
 # Through the twin a few long steps that shrink find more than many short ones.
 _STRIDE: dict[str, Any] = {"rel_step": 0.4, "decay": True}
+# Queries of Square and of HopSkipJump for each of the survivors that are nearest to the boundary:
+# what they break there, a gradient that misleads has hidden.
+_SEARCHES = (5000, 2500)
 # Runs of the strongest attack from other seeds: they tell what the next one would break.
 _RESEEDS = 5
 # What is tried once the suite is through, one after the other while it pays. ``steps``: how many
@@ -95,6 +98,7 @@ class Suite:
         rounds: escalation, run while it pays.
         reseeded: the strongest attack from other seeds, on some of what stands.
         blind: what sees no gradient of the model.
+        searches: the same with many queries, on the survivors that are nearest to the boundary.
         curve: from how many images accuracy over eps is drawn.
     """
 
@@ -102,12 +106,13 @@ class Suite:
     rounds: list[Entry] = field(default_factory=list)
     reseeded: list[Entry] = field(default_factory=list)
     blind: list[Entry] = field(default_factory=list)
+    searches: list[Entry] = field(default_factory=list)
     curve: int = 0
 
     @property
     def every(self) -> list[Entry]:
         """Return all that may run."""
-        return [*self.entries, *self.rounds, *self.reseeded, *self.blind]
+        return [*self.entries, *self.rounds, *self.reseeded, *self.blind, *self.searches]
 
 
 def _rounds(steps: int, norm: str, seed: int) -> list[Entry]:
@@ -223,7 +228,12 @@ def _named(name: str, threat: Threat, seed: int, quantized: bool, saturated: boo
     reseeded = [Entry(f"again {number}. twin-{steps} ce k 4-64", PGD(
         "ce", steps, twin=(4, 64), norm=norm, seed=seed + 100 + number, **_STRIDE), "reseeded")
         for number in range(1, _RESEEDS + 1)]
-    return Suite(entries, _rounds(steps, norm, seed), reseeded, blind, curve)
+    searches = [] if name != "standard" else [
+        Entry(f"Square-{_SEARCHES[0]}, the nearest",
+              Square(_SEARCHES[0], seed=seed + 1, norm=norm), "black-box"),
+        Entry(f"HopSkipJump-{_SEARCHES[1]}, the nearest",
+              HopSkipJump(norm, _SEARCHES[1], seed=seed), "black-box")]
+    return Suite(entries, _rounds(steps, norm, seed), reseeded, blind, searches, curve)
 
 
 def _group(attack: Any) -> str:
