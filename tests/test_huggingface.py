@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import io
+import json
 import pickle
 import time
 from collections.abc import Callable
@@ -24,7 +25,7 @@ from quantguard.activation import staircases
 from quantguard.attacks import PGD, logits_of
 from quantguard.discovery import NOT_REACHED
 from quantguard.example import find_example
-from quantguard.kinds import kind_of
+from quantguard.kinds import described, kind_of, rebuilt
 
 # Not ours: torchao, which peft looks at, on torch of today.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
@@ -301,6 +302,19 @@ def test_a_copy_shares_nothing_and_a_file_names_no_code() -> None:
 
 
 # ------------------------------------------------------------------------------ names and sizes
+
+
+@pytest.mark.parametrize("function", [
+    nn.ReLU(), nn.ReLU6(), nn.LeakyReLU(0.3), nn.RReLU(0.1, 0.1), nn.Threshold(0.3, 0.1),
+    nn.ELU(2.0), nn.SELU(), nn.CELU(2.0), nn.GELU("tanh"), nn.SiLU(), nn.Mish(), nn.Hardswish(),
+    nn.Hardtanh(-2, 3), nn.Softplus(2.0, 5), nn.Softsign(), nn.LogSigmoid(), nn.Hardshrink(0.2),
+    nn.Softshrink(0.2), nn.Tanhshrink(), nn.Tanh(), nn.Sigmoid(), nn.Hardsigmoid()], ids=str)
+def test_every_activation_is_the_same_after_it_is_written_down(function: nn.Module) -> None:
+    """As a file says what an intercepted call computes: of a ReLU6 it could not be read again."""
+    again = rebuilt(json.loads(json.dumps(described(function.eval())))).eval()
+    x = torch.linspace(-8, 8, 101)
+    assert type(again) is type(function)
+    assert torch.equal(again(x), function(x))
 
 
 @pytest.mark.parametrize("value", [{}, [], set(), bytearray(), torch.zeros(2), nn.ReLU(), 3, None,
