@@ -177,8 +177,6 @@ TEXT: dict[str, Any] = {"vocab_size": 99, "hidden_size": 32, "num_hidden_layers"
 @pytest.mark.parametrize(("name", "settings", "number"), [
     ("Bert", {}, 3),  # the last is the pooler's tanh
     pytest.param("Roberta", {"max_position_embeddings": 40}, 3, marks=pytest.mark.slow),
-    pytest.param("DistilBert", {"dim": 32, "hidden_dim": 37, "n_layers": 2, "n_heads": 2}, 3,
-                 marks=pytest.mark.slow),
     pytest.param("Electra", {"embedding_size": 32}, 3, marks=pytest.mark.slow),
     pytest.param("Llama", {"num_key_value_heads": 1}, 2, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("form", ["none", "tokens", "dict"])
@@ -193,6 +191,14 @@ def test_text_classifiers_convert(name: str, settings: dict[str, Any], number: i
     done = qg.convert(model, example=example).quantguard
     assert done.audit.left == () and done.audit.identical
     assert len(done.audit.ran) == number
+
+
+def test_an_activation_made_on_the_fly_is_said_to_be_left() -> None:
+    """``nn.ReLU()(x)``, in DistilBert's head, is a limit that the README names."""
+    model = transformers.DistilBertForSequenceClassification(transformers.DistilBertConfig(
+        vocab_size=99, dim=32, hidden_dim=37, n_layers=2, n_heads=2, max_position_embeddings=32))
+    found = qg.convert(model.eval()).quantguard.audit
+    assert len(found.ran) == 2 and found.left == ("the model itself: relu",)
 
 
 # ------------------------------------------------------------------------ wrapped by somebody else
