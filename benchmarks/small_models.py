@@ -23,7 +23,7 @@ _DINO: dict[str, Any] = {**_VIT, "mlp_ratio": 2}
 _RES: dict[str, Any] = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 2]}
 _PERCEIVER: dict[str, Any] = {"num_latents": 8, "d_latents": 16, "d_model": 16,
                               "num_self_attends_per_block": 2, "num_self_attention_heads": 2,
-                              "num_cross_attention_heads": 1, "image_size": 32}
+                              "num_cross_attention_heads": 1, "image_size": 16}
 _TEXT: dict[str, Any] = {"vocab_size": 99, "hidden_size": 32, "intermediate_size": 37,
                          "num_hidden_layers": 2, "num_attention_heads": 2}
 _EFFICIENT: dict[str, Any] = {

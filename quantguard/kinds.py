@@ -117,8 +117,10 @@ def overwrites(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
 def described(function: nn.Module) -> list[Any]:
     """Return a float activation as plain values: its kind and settings."""
     constants: Any = getattr(function, "__constants__", [])
-    return [MODULE_KINDS.get(type(function), ""),
-            {name: getattr(function, name) for name in constants if name != "inplace"}]
+    # A ReLU6 has the constants of the Hardtanh that it is, and takes none of them.
+    taken = inspect.signature(type(function).__init__).parameters
+    return [MODULE_KINDS.get(type(function), ""), {
+        name: getattr(function, name) for name in constants if name != "inplace" and name in taken}]
 
 
 def rebuilt(values: list[Any]) -> nn.Module:
