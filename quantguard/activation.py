@@ -270,7 +270,7 @@ class QuantActivation(nn.Module):
         if state.action == "soften" and state.by_image and t.shape[-1] <= MOST_SOFTENED \
                 and not (spelled_out() or recording()):
             return soft_by_image(z, t.detach(), step.detach().unsqueeze(-1).expand(t.shape),
-                                 (-zero * step).detach(), state.sharpness, axis)
+                                 (-zero * step).detach(), window.detach(), state.sharpness, axis)
         if state.action == "soften":
             return soft_staircase(z, t, step, window, zero, state.sharpness, axis)
         return staircase(z, t, step, window, zero, state.surrogate, self.gate, axis)

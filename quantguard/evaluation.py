@@ -127,6 +127,12 @@ def evaluate(model: nn.Module, loader: Iterable[Any], threat: Threat | None = No
         with locked(run_dir), measuring(model, seed):
             return _evaluate(model, loader, threat, suite, images, run_dir, seed, progress, limit,
                              certify, replay)
+    except Interrupted:
+        raise
+    except KeyboardInterrupt:  # before the first attack
+        raise Interrupted("interrupted after 0 of the attacks; nothing was kept",
+                          fix="With run_dir= (--run-dir DIR) a run that is stopped later goes on "
+                              "from where it stopped.") from None
     finally:
         if device is not None:
             model.to(before)
@@ -147,7 +153,7 @@ def _evaluate(model: nn.Module, loader: Iterable[Any], threat: Threat, suite: st
         logits = predict(pixel_model, data.pixels, batch)
     check_labels(data.labels, logits.shape[1], "the loader")
     check_classes(model, data.classes, logits.shape[1])
-    if not certify:  # which warns, too
+    if not certify and replay is None:  # which warn, or did
         warn_if_sorted(data, logits.shape[1])
     correct = (~fools(logits, data.labels)).cpu().numpy()
     digest = hashlib.blake2b(data.pixels.cpu().numpy().tobytes()

@@ -345,10 +345,8 @@ def _zero_gradients(model: PixelModel, x: Tensor, y: Tensor, size: int, threat: 
     start = x + threat.eps * image_noise(x, threat.norm, seed, "zero gradients")
     flat = torch.ones(size, dtype=torch.bool, device=x.device)
     for point in (x, start.clamp(*threat.bounds)):
-        # where other people's quantizers are known, attacks climb their softened form
-        with model.softened(8.0) if model.sites else nullcontext():
-            # the margin: a saturated softmax rounds cross-entropy's gradient to zero by itself
-            gradient = input_gradient(model, point, y, "margin")[0][:size]
+        # the margin: a saturated softmax rounds cross-entropy's gradient to zero by itself
+        gradient = input_gradient(model, point, y, "margin")[0][:size]
         flat &= (gradient == 0).flatten(1).all(1)
     return int(flat.sum())
 

@@ -111,9 +111,11 @@ class Gradients:
                 loss = self._hard(x, x, y)
                 if loss.requires_grad:
                     found = torch.autograd.grad(loss, parameters, allow_unused=True)
-        except RuntimeError as error:
+        except (RuntimeError, MemoryError) as error:
             if out_of_memory(error):
                 return  # the first step will cut its batch
+            with torch.no_grad(), modes_kept(self.model), seeded(0):
+                self._hard(x, x, y)  # raises again where the gradient is not what is missing
             raise _untrainable(error) from error
         except ValueError as error:
             if not needs_several(error):

@@ -82,7 +82,8 @@ def ordinary(model: nn.Module) -> nn.Module:
 
     These take part in no gradient outside of that mode any more.
     """
-    return duplicate(model) if any(value.is_inference() for value in _held(model)) else model
+    made = any(not is_lazy(value) and value.is_inference() for value in _held(model))
+    return duplicate(model) if made else model
 
 
 def run(model: nn.Module, inputs: Any, where: str = "") -> Any:
@@ -475,7 +476,7 @@ def as_given(inputs: Any, what: str) -> Any:
         if x.is_meta:
             raise DataError(f"{what} on the meta device, which holds shapes and no numbers",
                             fix="Give them on the CPU or on a GPU.")
-        x = x.detach()
+        x = x.detach() if x.requires_grad else x
         return x.clone() if x.is_inference() else x
     return changed(inputs, plain)
 

@@ -15,7 +15,8 @@ FORMS = ("uniform", "tanh", "sign")
 NORMS = ("linf", "l2")
 FLOAT_BITS = 32
 GREY_LEVELS = 255  # an image of 8 bits divides the range of its pixels into so many steps
-DEFAULT_EPS = 8 / 255  # of the range of the pixels, in Linf
+# Of the range of the pixels; in L2 what is usual for images of 3x32x32.
+DEFAULT_EPS = {"linf": 8 / 255, "l2": 0.5}
 # From this range on bounds count levels, as 0..255 does, rather than shares, as 0..1 and -1..1 do.
 _COUNTED = 16
 # There, an eps below so many grey levels was meant for pixels of 0..1. One level, in Linf, is the
@@ -114,7 +115,7 @@ class Threat:
     Args:
         norm: ``linf`` or ``l2``.
         eps: the radius, in pixel units (those of ``bounds``). By default 8/255 of their range in
-            Linf; L2 has no default, since its radii depend on the size of the images.
+            Linf; in L2 half of it, which is usual for images of 3x32x32.
         bounds: smallest and largest pixel value.
         mean: per channel; the model eats ``(pixels - mean) / std``. None: it eats pixels.
         std: per channel, positive.
@@ -142,11 +143,7 @@ class Threat:
             raise SpecError(f"bounds={self.bounds!r} must be (lowest pixel, highest pixel)")
         width = bounds[1] - bounds[0]
         if self.eps is None:
-            if self.norm == "l2":
-                raise SpecError("an L2 threat needs its eps",
-                                why="The radius that is usual depends on the size of the images.",
-                                fix="Give eps (--eps), such as 0.5 for 3x32x32 pixels of 0..1.")
-            object.__setattr__(self, "eps", DEFAULT_EPS * width)
+            object.__setattr__(self, "eps", DEFAULT_EPS[self.norm] * width)
         object.__setattr__(self, "eps", plain(self.eps))
         if not (isinstance(self.eps, (int, float)) and 0 <= self.eps < math.inf):
             raise SpecError(f"eps={self.eps!r} must be a finite number, 0 or more, in pixel units")

@@ -80,7 +80,7 @@ def soft_staircase(x: Tensor, t: Tensor, step: Tensor, width: Tensor, zero: Tens
     return _apply(_Bell, x, t, step, width, zero, k, False, axis)
 
 
-def soft_by_image(x: Tensor, t: Tensor, jumps: Tensor, base: Tensor, k: float,
+def soft_by_image(x: Tensor, t: Tensor, jumps: Tensor, base: Tensor, width: Tensor, k: float,
                   axis: int | None = None) -> Tensor:
     """Return ``base + sum_i jumps_i sigma(k (x - t_i) / w_i)``, w_i by :func:`image_windows`.
 
@@ -92,10 +92,11 @@ def soft_by_image(x: Tensor, t: Tensor, jumps: Tensor, base: Tensor, k: float,
         t: (m,) thresholds, ascending; (C, m) per channel.
         jumps: of the same shape, of either sign.
         base: () or (C,), the value below all thresholds.
+        width: () or (C,), of single thresholds where an image has few numbers.
         k: sharpness, positive and dimensionless.
         axis: the channel dimension of x where thresholds are per channel.
     """
-    return _apply(_ByImage, x, t, jumps, base, k, axis)
+    return _apply(_ByImage, x, t, jumps, base, width, k, axis)
 
 
 def unwatched(x: Tensor) -> AbstractContextManager[Any]:
@@ -220,11 +221,11 @@ class _ByImage(torch.autograd.Function):
     """Sigmoids whose windows are an image's own, and their slope."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, t: Tensor, jumps: Tensor, base: Tensor, k: float,
-                axis: int | None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, t: Tensor, jumps: Tensor, base: Tensor, width: Tensor,
+                k: float, axis: int | None) -> Tensor:
         x = blockwise.dense(x)
         out, slope = torch.empty_like(x), torch.empty_like(x)
-        widths = image_windows(x, t, axis)
+        widths = image_windows(x, t, axis, width)
         rows = max(1, blockwise.BLOCK * len(x) // max(x.numel(), 1))
 
         def spread(values: Tensor) -> Tensor:
@@ -236,8 +237,8 @@ class _ByImage(torch.autograd.Function):
             part = slice(start, start + rows)
             wide, steep = x[part].float(), torch.zeros_like(x[part], dtype=torch.float32)
             value = torch.zeros_like(steep).add_(spread(base))
-            for i, width in enumerate(widths):
-                sharp, jump = k / width[part], spread(jumps[..., i])
+            for i, window in enumerate(widths):
+                sharp, jump = k / window[part], spread(jumps[..., i])
                 s = torch.sub(wide, spread(t[..., i])).mul_(sharp).clamp_(max=blockwise.FAR)
                 s.sigmoid_()
                 value.add_(s * jump)
@@ -249,7 +250,7 @@ class _ByImage(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (slope,) = ctx.saved_tensors
-        return (blockwise.without_denormals(_like(grads[0], slope) * slope), *[None] * 5)
+        return (blockwise.without_denormals(_like(grads[0], slope) * slope), *[None] * 6)
 
 
 def _like(x: Tensor, layout: Tensor) -> Tensor:

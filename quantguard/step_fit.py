@@ -223,7 +223,10 @@ def soften(z: Tensor, steps: Steps, k: float) -> Tensor:
     steps = _on(z.device, steps)
     if steps.thresholds.shape[-1] > MOST_SOFTENED:
         return _line(z, steps)
-    return soft_by_image(z, steps.thresholds, steps.jumps, steps.base, k, steps.axis)
+    t, jumps, base, axis = steps
+    # as our own are calibrated: a step that begins at 0 is as wide as it is far from there
+    width = torch.where((t[..., 0] > 0) & (base == 0), 2 * t[..., 0], jumps[..., 0].abs())
+    return soft_by_image(z, t, jumps, base, width.clamp_min(1e-6), k, axis)
 
 
 def _ends(z: Tensor, steps: Steps) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -13,6 +13,8 @@ _COMPARE_UP_TO = 7
 # Numbers of an image that its median distance from a threshold is taken of, about; and how many
 # gaps between thresholds it is at most.
 _GLANCE, _GAPS = 512, 2.5
+# Of fewer numbers a median says nothing: of one it is always as far from the threshold as it is.
+_TELLING = 16
 # Steps below this lose digits when they are multiplied.
 _TINY = 1e-30
 
@@ -48,7 +50,7 @@ def windows(t: Tensor, width: Tensor) -> Windows:
     return Windows(edges, torch.where(equal, mean, widths))
 
 
-def image_windows(x: Tensor, t: Tensor, axis: int | None) -> list[Tensor]:
+def image_windows(x: Tensor, t: Tensor, axis: int | None, width: Tensor) -> list[Tensor]:
     """Return the window of each threshold for each image, m of them, each broadcasts with x.
 
     The median distance of an image's numbers from the threshold, but not more than so many gaps
@@ -59,7 +61,15 @@ def image_windows(x: Tensor, t: Tensor, axis: int | None) -> list[Tensor]:
     Args:
         x: (N, ...).
         t: (m,), or (C, m) along axis; ascending.
+        width: (), or (C,), of single thresholds where an image has too few numbers to tell.
     """
+    if x[0].numel() < _TELLING:
+        gaps = windows(t, width.expand(t.shape[:-1])).widths
+        shape = [1] * x.dim()
+        if axis is not None:
+            shape[axis] = -1
+        one = [len(x)] + [1] * (x.dim() - 1)
+        return [gap.reshape(shape) * x.new_ones(one) for gap in gaps.unbind(-1)]
     rows = x.detach().reshape(len(x), -1, 1) if axis is None else \
         x.detach().movedim(axis, -1).reshape(len(x), -1, x.shape[axis])
     rows = rows[:, ::max(1, rows.shape[1] * rows.shape[2] // _GLANCE)]

@@ -233,9 +233,9 @@ def test_steps_are_halved_by_what_is_climbed_at_one_sharpness(loss: str,
 def test_sharpness_is_constant_between_checkpoints(monkeypatch: pytest.MonkeyPatch) -> None:
     problem, sharpness = Problem("linf", n=40), []
 
-    def noting(module: nn.Module, k: float) -> Any:
+    def noting(module: nn.Module, k: float, **options: Any) -> Any:
         sharpness.append(k)
-        return soften(module, k)
+        return soften(module, k, **options)
 
     monkeypatch.setattr(pgd_room, "soften", noting)
     attacked(problem, problem.staircase(width=1.0), APGD(steps=50, twin=(2, 16)))

@@ -546,7 +546,7 @@ def _generator() -> Iterator[Digits]:
     ([(X, torch.eye(10)[:4])], "argmax"),
     ([(X, ONES), (X, ONES[:3])], "batch 1.*4 images and 3 labels"),
     ([(X[:, 0, 0, 0], ONES)], r"shape \(4,\)"),
-    ([(X.repeat(1, 3, 1, 1), ONES)], r"does not accept inputs of shape \(64, 3, 8, 8\)"),
+    ([(X.repeat(1, 3, 1, 1), ONES)], r"does not accept inputs of shape \(4, 3, 8, 8\)"),
     ([(torch.rand(4, 1, 9, 9).repeat(1, 1, 2, 2), ONES)], "does not accept inputs of shape"),
     ([], "the loader is empty"), ([X], "batch 0.*has no labels"), ([(X,)], "has no labels"),
     ([(X, ONES, ONES)], "tuple of 3"), ([(X, [1, 1, 1, 1])], "labels are a list"),

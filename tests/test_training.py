@@ -459,7 +459,7 @@ def test_a_loss_that_is_not_finite_is_an_error_and_not_a_result(
     original, count = Objective.__call__, itertools.count()
 
     def loss(self: Objective, *batch: Tensor) -> Tensor:
-        return original(self, *batch) * (torch.nan if next(count) == 2 else 1.0)
+        return original(self, *batch) * (torch.nan if next(count) == 3 else 1.0)
 
     monkeypatch.setattr(Objective, "__call__", loss)
     with pytest.raises(DataError, match=message):

@@ -94,8 +94,9 @@ class PixelModel(nn.Module):
         if attacked:
             self.gradients += pixels.shape[0]
             # 0 / 0, as where the logarithm of no vote is masked: it would end every climb
-            pixels = pixels.view_as(pixels)
-            pixels.register_hook(torch.nan_to_num)  # type: ignore[no-untyped-call]
+            if not is_compiled(self.model):
+                pixels = pixels.view_as(pixels)
+                pixels.register_hook(torch.nan_to_num)  # type: ignore[no-untyped-call]
         try:
             logits = self._logits(pixels, attacked)
         except RuntimeError as error:  # torch's, where numpy, say, computes a part
@@ -111,7 +112,7 @@ class PixelModel(nn.Module):
 
     def _logits(self, pixels: Tensor, attacked: bool) -> Tensor:
         x = from_pixels(pixels, self.threat).to(eaten_by(self.model) or pixels.dtype)
-        if x is pixels:
+        if x is pixels and not is_compiled(self.model):  # which asks an image for its .grad
             x = x.clone()  # a forward may write to what it is given
         # FewChannels' Function would hide from step_sites what a convolution is given
         fast = attacked and not self.sites and not self._looking and not is_compiled(self.model)
