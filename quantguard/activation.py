@@ -16,7 +16,7 @@ from .spec import QuantSpec
 from .staircase import (
     MOST_SOFTENED,
     Surrogate,
-    soft_by_image,
+    soft_jumps,
     soft_staircase,
     spelled_out,
     staircase,
@@ -269,8 +269,9 @@ class QuantActivation(nn.Module):
                 t, step, zero, window = resampled(t, step, zero, window, 2**state.bits - 1)
         if state.action == "soften" and state.by_image and t.shape[-1] <= MOST_SOFTENED \
                 and not (spelled_out() or recording()):
-            return soft_by_image(z, t.detach(), step.detach().unsqueeze(-1).expand(t.shape),
-                                 (-zero * step).detach(), window.detach(), state.sharpness, axis)
+            return soft_jumps(z, t.detach(), step.detach().unsqueeze(-1).expand(t.shape),
+                              (-zero * step).detach(), window.detach(), state.sharpness, axis,
+                              True)
         if state.action == "soften":
             return soft_staircase(z, t, step, window, zero, state.sharpness, axis)
         return staircase(z, t, step, window, zero, state.surrogate, self.gate, axis)

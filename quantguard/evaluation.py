@@ -179,7 +179,8 @@ def _evaluate(model: nn.Module, loader: Iterable[Any], threat: Threat, suite: st
                    deadline=time_left.deadline)
     faithful = fidelity(pixel_model, data, correct, threat, batch, seed, time_left)
     bar.advance(asked, "fidelity measured")
-    chosen = build_suite(suite, threat, fidelity=faithful, **options)
+    chosen = build_suite(suite, threat, fidelity=faithful, foreign=bool(pixel_model.foreign),
+                         **options)
     if replay is not None:
         known = {e.label for e in chosen.every}
         known |= {LABEL, *(f"{label}{OTHERS}" for label in known)}

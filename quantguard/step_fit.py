@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .staircase import MOST_SOFTENED, soft_by_image
+from .staircase import MOST_SOFTENED, soft_jumps
 from .windows import windows
 
 # Levels nearer than this share of their range are one level: ``z + (q(z) - z)`` rounds.
@@ -210,15 +210,15 @@ def median_distance(gap: Tensor) -> Tensor:
     return width.clamp_min(1e-6).to(gap.dtype).reshape(-1, *[1] * (gap.dim() - 1))
 
 
-def soften(z: Tensor, steps: Steps, k: float) -> Tensor:
+def soften(z: Tensor, steps: Steps, k: float, by_image: bool = False) -> Tensor:
     """Return the softened steps at z, as our own quantizers are softened while attacking.
 
-    See :func:`quantguard.staircase.soft_by_image`; more than 15 thresholds are the line through
-    them.
+    See :func:`quantguard.staircase.soft_jumps`; more than 15 thresholds are the line through them.
 
     Args:
         z: (N, ...), floating point.
         k: sharpness, positive and dimensionless.
+        by_image: as of :func:`quantguard.soften`.
     """
     steps = _on(z.device, steps)
     if steps.thresholds.shape[-1] > MOST_SOFTENED:
@@ -226,7 +226,7 @@ def soften(z: Tensor, steps: Steps, k: float) -> Tensor:
     t, jumps, base, axis = steps
     # as our own are calibrated: a step that begins at 0 is as wide as it is far from there
     width = torch.where((t[..., 0] > 0) & (base == 0), 2 * t[..., 0], jumps[..., 0].abs())
-    return soft_by_image(z, t, jumps, base, width.clamp_min(1e-6), k, axis)
+    return soft_jumps(z, t, jumps, base, width.clamp_min(1e-6), k, axis, by_image)
 
 
 def _ends(z: Tensor, steps: Steps) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -596,11 +596,12 @@ class SiteReader(_Calls):
     Args:
         sites: of the model that is run.
         k: sharpness; None: y as it is, with the gradient of the line through the steps.
+        by_image: as of :func:`quantguard.soften`.
     """
 
-    def __init__(self, sites: Sequence[Site], k: float | None) -> None:
+    def __init__(self, sites: Sequence[Site], k: float | None, by_image: bool = False) -> None:
         super().__init__()
-        self.k = k
+        self.k, self._by_image = k, by_image
         self._sources: dict[int, list[tuple[Place, int]]] = {}
         self._readers: dict[int, list[tuple[Place, int]]] = {}
         self._inside: set[int] = set()
@@ -656,4 +657,4 @@ class SiteReader(_Calls):
             if steps.axis is not None and z.shape[steps.axis] != len(steps.thresholds):
                 return
             self._ready[site] = step_fit.slope(z, steps) if self.k is None \
-                else step_fit.soften(z, steps, self.k)
+                else step_fit.soften(z, steps, self.k, self._by_image)

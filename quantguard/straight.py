@@ -128,8 +128,8 @@ def _rows(x: Tensor) -> Tensor:
 
 
 class _StraightThrough(SiteReader):
-    def __init__(self, k: float | None, sites: Sequence[Site]) -> None:
-        super().__init__(sites, k)
+    def __init__(self, k: float | None, sites: Sequence[Site], by_image: bool) -> None:
+        super().__init__(sites, k, by_image)
         self.met = bool(sites)
         # Softened comparisons that somebody still holds, by id: ids are used again afterwards.
         self.soft: weakref.WeakValueDictionary[int, Tensor] = weakref.WeakValueDictionary()
@@ -266,7 +266,8 @@ def _watched(apply: Any, mode: _StraightThrough) -> Callable[..., Any]:
 
 @contextmanager
 def straight_through(k: float | None = None,
-                     sites: Sequence[Site] = ()) -> Iterator[_StraightThrough]:
+                     sites: Sequence[Site] = (),
+                     by_image: bool = False) -> Iterator[_StraightThrough]:
     """Give foreign steps a gradient, inside the context.
 
     torch has no hook for the calls of a custom Function: while the context lasts, its ``apply`` is
@@ -277,12 +278,13 @@ def straight_through(k: float | None = None,
             and gradients go straight through.
         sites: quantizers that are known, see :func:`quantguard.step_sites.find_sites`; the forward
             has to be begun, by ``begun_by`` of what is yielded.
+        by_image: as of :func:`quantguard.soften`, of these quantizers.
 
     Yields:
         An object whose ``met`` says whether there was such a step.
     """
     function: Any = torch.autograd.Function
-    before, mode = function.__dict__["apply"], _StraightThrough(k, sites)
+    before, mode = function.__dict__["apply"], _StraightThrough(k, sites, by_image)
     function.apply = classmethod(_watched(before, mode))
     try:
         with mode:

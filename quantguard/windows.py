@@ -12,7 +12,7 @@ from torch import Tensor
 _COMPARE_UP_TO = 7
 # Numbers of an image that its median distance from a threshold is taken of, about; and how many
 # gaps between thresholds it is at most.
-_GLANCE, _GAPS = 512, 2.5
+_GLANCE, _GAPS = 128, 2.5
 # Of fewer numbers a median says nothing: of one it is always as far from the threshold as it is.
 _TELLING = 16
 # Steps below this lose digits when they are multiplied.
@@ -50,6 +50,16 @@ def windows(t: Tensor, width: Tensor) -> Windows:
     return Windows(edges, torch.where(equal, mean, widths))
 
 
+def gap_windows(x: Tensor, t: Tensor, axis: int | None, width: Tensor) -> list[Tensor]:
+    """Return the window of each threshold by :func:`windows`, as :func:`image_windows` does."""
+    gaps = windows(t, width.expand(t.shape[:-1])).widths
+    shape = [1] * x.dim()
+    if axis is not None:
+        shape[axis] = -1
+    one = [len(x)] + [1] * (x.dim() - 1)
+    return [gap.reshape(shape) * x.new_ones(one) for gap in gaps.unbind(-1)]
+
+
 def image_windows(x: Tensor, t: Tensor, axis: int | None, width: Tensor) -> list[Tensor]:
     """Return the window of each threshold for each image, m of them, each broadcasts with x.
 
@@ -64,12 +74,7 @@ def image_windows(x: Tensor, t: Tensor, axis: int | None, width: Tensor) -> list
         width: (), or (C,), of single thresholds where an image has too few numbers to tell.
     """
     if x[0].numel() < _TELLING:
-        gaps = windows(t, width.expand(t.shape[:-1])).widths
-        shape = [1] * x.dim()
-        if axis is not None:
-            shape[axis] = -1
-        one = [len(x)] + [1] * (x.dim() - 1)
-        return [gap.reshape(shape) * x.new_ones(one) for gap in gaps.unbind(-1)]
+        return gap_windows(x, t, axis, width)
     rows = x.detach().reshape(len(x), -1, 1) if axis is None else \
         x.detach().movedim(axis, -1).reshape(len(x), -1, x.shape[axis])
     rows = rows[:, ::max(1, rows.shape[1] * rows.shape[2] // _GLANCE)]

@@ -59,6 +59,7 @@ class APGD(Climb):
         see_through: while climbing, max-pool before a staircase instead of after it, and give
             foreign rounding a gradient; see :func:`quantguard.pooling.pools_first` and
             :func:`quantguard.straight.straight_through`.
+        by_image: as of :class:`PGD`.
         seed: of the start.
 
     Raises:
@@ -71,9 +72,9 @@ class APGD(Climb):
                  rho: float | None = None, mode: str = "ramp",
                  twin: tuple[float, float] | None = None, norm: str = "linf", noise: float = 1.0,
                  target: int = 0, restart: bool = False, see_through: bool = True,
-                 seed: int = 0) -> None:
+                 by_image: bool = False, seed: int = 0) -> None:
         super().__init__(loss, steps, mode=mode, twin=twin, norm=norm, noise=noise, target=target,
-                         restart=restart, see_through=see_through, seed=seed)
+                         restart=restart, see_through=see_through, by_image=by_image, seed=seed)
         first, share = _PAPERS if twin is None else _TWINS
         self.rel_step = first if rel_step is None else rel_step
         self.rho = share if rho is None else rho

@@ -159,7 +159,7 @@ class PixelModel(nn.Module):
         self.queries, self.gradients = asked
 
     @contextmanager
-    def seen_through(self, k: float | None) -> Iterator[None]:
+    def seen_through(self, k: float | None, by_image: bool = False) -> Iterator[None]:
         """Give what hides the gradient one, inside the context: see :mod:`quantguard.straight`.
 
         Max-pools before quantizers, too, and other people's quantizers softened; look for them
@@ -167,15 +167,17 @@ class PixelModel(nn.Module):
 
         Args:
             k: their sharpness; None: what they compute stays.
+            by_image: as of :func:`quantguard.soften`.
         """
-        with pools_first(self), straight_through(k if self.foreign else None, self.sites) as mode, \
+        with pools_first(self), straight_through(
+                k if self.foreign else None, self.sites, by_image) as mode, \
                 mode.begun_by(self.model) if self.sites else nullcontext():
             yield
 
     @contextmanager
     def softened(self, k: float) -> Iterator[None]:
         """Soften every quantizer, ours and other people's, as attacks climb them."""
-        with soften(self, k, by_image=True), self.seen_through(k):
+        with soften(self, k), self.seen_through(k):
             yield
 
     @contextmanager

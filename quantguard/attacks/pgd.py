@@ -83,7 +83,7 @@ class Climb(InNorm):
 
     def __init__(self, loss: str, steps: int, *, mode: str, twin: tuple[float, float] | None,
                  norm: str, noise: float, target: int, restart: bool, see_through: bool,
-                 seed: int) -> None:
+                 by_image: bool, seed: int) -> None:
         if loss not in self.losses:
             raise SpecError(f"loss {loss!r} is unknown",
                             fix=f"Use one of {', '.join(self.losses)}.")
@@ -100,7 +100,7 @@ class Climb(InNorm):
             raise SpecError(f"noise={noise} must be from 0 to 1")
         self.loss, self.steps, self.mode, self.twin, self.norm = loss, steps, mode, twin, norm
         self.noise, self.target, self.restart, self.seed = noise, target, restart, seed
-        self.see_through = see_through
+        self.see_through, self.by_image = see_through, by_image
 
     def run(self, model: Any, inputs: Any, criterion: Any, *, epsilon: float,
             starting_points: Any = None, **kwargs: Any) -> Any:
@@ -151,7 +151,7 @@ class Climb(InNorm):
         """Return a context in which module is climbed, share (0 to 1) of the way up."""
         k = self._sharpness(share)
         return backward(module, self.mode) if k is None else \
-            soften(module, k, by_image=True)
+            soften(module, k, by_image=self.by_image)
 
     @contextmanager
     def _climbed(self, module: PixelModel, share: float) -> Iterator[None]:
@@ -159,7 +159,8 @@ class Climb(InNorm):
         with ExitStack() as stack:
             stack.enter_context(self._surrogate(module, share))
             if self.see_through:
-                stack.enter_context(module.seen_through(self._sharpness(share)))
+                stack.enter_context(
+                    module.seen_through(self._sharpness(share), self.by_image))
             yield
 
 
@@ -188,6 +189,8 @@ class PGD(Climb):
         see_through: while climbing, max-pool before a staircase instead of after it, and give
             foreign rounding a gradient; see :func:`quantguard.pooling.pools_first` and
             :func:`quantguard.straight.straight_through`.
+        by_image: whether softened thresholds have windows of each image's own: see
+            :func:`quantguard.soften`. Some nets fall to these, others to the gaps' windows.
         seed: of the start and the averaging.
 
     Raises:
@@ -200,9 +203,10 @@ class PGD(Climb):
                  decay: bool = False, mode: str = "ramp",
                  twin: tuple[float, float] | None = None, bits: int | None = None,
                  norm: str = "linf", noise: float = 1.0, target: int = 0, average: int = 1,
-                 restart: bool = False, see_through: bool = True, seed: int = 0) -> None:
+                 restart: bool = False, see_through: bool = True, by_image: bool = False,
+                 seed: int = 0) -> None:
         super().__init__(loss, steps, mode=mode, twin=twin, norm=norm, noise=noise, target=target,
-                         restart=restart, see_through=see_through, seed=seed)
+                         restart=restart, see_through=see_through, by_image=by_image, seed=seed)
         if average < 1:
             raise SpecError(f"average={average} must be at least 1")
         self.rel_step = 2.5 / steps if rel_step is None else rel_step

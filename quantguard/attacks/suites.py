@@ -38,7 +38,9 @@ _RESEEDS = 5
 # times the suite's own.
 _ROUNDS: tuple[dict[str, Any], ...] = (
     {"loss": "ce", "twin": (4, 64)},
+    {"loss": "margin", "twin": (4, 64), "by_image": True},
     {"loss": "margin", "twin": (4, 64), "target": 1},
+    {"loss": "ce", "twin": (4, 64), "by_image": True},
     {"loss": "ce", "twin": (1, 64), "steps": 2},
     {"loss": "margin", "twin": (4, 64), "target": 2},
     {"loss": "ce", "twin": (8, 128), "restart": True, "noise": 0.5},
@@ -124,7 +126,8 @@ def _rounds(steps: int, norm: str, seed: int) -> list[Entry]:
     for number, settings in enumerate(_ROUNDS, 1):
         options = {**_STRIDE, **settings, "steps": settings.get("steps", 1) * steps}
         attack = PGD(options.pop("loss"), norm=norm, seed=seed + number, **options)
-        extra = [f"target {attack.target}"] * bool(attack.target) + \
+        extra = ["by image"] * attack.by_image + \
+            [f"target {attack.target}"] * bool(attack.target) + \
             [f"averaged {attack.average}"] * (attack.average > 1) + ["restart"] * attack.restart
         name = " ".join([f"twin-{attack.steps} {attack.loss}",
                          "k {:g}-{:g}".format(*settings["twin"]), *extra])
@@ -147,7 +150,7 @@ def _default(norm: str, seed: int, steps: int, saturated: bool) -> list[Entry]:
     return entries
 
 
-def _climbs(norm: str, seed: int, steps: int, short: int, quantized: bool,
+def _climbs(norm: str, seed: int, steps: int, short: int, quantized: bool, softened: bool,
             fidelity: Mapping[str, float]) -> list[Entry]:
     """Return every surrogate gradient, those that tell most first.
 
@@ -159,10 +162,10 @@ def _climbs(norm: str, seed: int, steps: int, short: int, quantized: bool,
             Entry(f"PGD-{short} {loss} {mode if quantized else f'start {number}'}",
                   PGD(loss, short, mode=mode, norm=norm, seed=seed + number), "modes")
             for loss in ("ce", "margin")]))
-    for twin in TWINS:
+    for twin, own in zip(TWINS, (False, softened), strict=True):
         climbs.append((fidelity.get("twin k 8", 1.0), [
-            Entry("APGD-{} {} k {:g}-{:g}".format(steps, loss, *twin),
-                  APGD(loss, steps, twin=twin, norm=norm, seed=seed), "twin")
+            Entry("APGD-{} {} k {:g}-{:g}".format(steps, loss, *twin) + " by image" * own,
+                  APGD(loss, steps, twin=twin, by_image=own, norm=norm, seed=seed), "twin")
             for loss in ("ce", "margin")]))
     return [entry for _, pair in sorted(climbs, key=lambda climb: -climb[0]) for entry in pair]
 
@@ -193,7 +196,7 @@ def _differences(norm: str, seed: int, everywhere: bool, kinds: Sequence[type]) 
     return entries
 
 
-def _named(name: str, threat: Threat, seed: int, quantized: bool, saturated: bool,
+def _named(name: str, threat: Threat, seed: int, quantized: bool, softened: bool, saturated: bool,
            fidelity: Mapping[str, float]) -> Suite:
     norm, steps, queries, curve = threat.norm, *_SUITES[name]
     carlini = Entry("C&W L2", CarliniWagner(), "cw", True)
@@ -204,7 +207,7 @@ def _named(name: str, threat: Threat, seed: int, quantized: bool, saturated: boo
             Entry("substitute", Substitute(norm=norm, seed=seed), "transfer", True)], curve=curve)
     # What follows the twin rarely breaks what it did not: fewer steps, that it is not left out.
     short = max(20, steps * 2 // 5)
-    entries += _climbs(norm, seed, steps, short, quantized, fidelity)
+    entries += _climbs(norm, seed, steps, short, quantized, softened, fidelity)
     # A float model is its own parent: there the budget goes to other starts.
     transfers = [Entry(f"transfer-{short} {loss} from {bits} bits" if quantized else
                        f"PGD-{short} {loss} start {number}",
@@ -268,11 +271,13 @@ _MEANT = {**dict.fromkeys(("fast", "small", "short", "light", "tiny"), "quick"),
 
 
 def build_suite(suite: str | Sequence[Any], threat: Threat, *, seed: int, quantized: bool,
-                saturated: bool = False, fidelity: Mapping[str, float] | None = None) -> Suite:
+                foreign: bool = False, saturated: bool = False,
+                fidelity: Mapping[str, float] | None = None) -> Suite:
     """Return a named suite, or one of a list of Foolbox attacks or entries.
 
     Args:
         quantized: whether the model has staircases.
+        foreign: whether it has other people's, which are softened, too.
         saturated: whether its logits are so far apart that cross-entropy rounds to nothing.
         fidelity: of each surrogate, see :attr:`quantguard.Evaluation.fidelity`: those that tell
             most climb first, and leave the others less to do.
@@ -282,7 +287,8 @@ def build_suite(suite: str | Sequence[Any], threat: Threat, *, seed: int, quanti
     """
     check_suite(suite)
     if isinstance(suite, str):
-        return _named(suite, threat, seed, quantized, saturated, fidelity or {})
+        return _named(suite, threat, seed, quantized, quantized or foreign, saturated,
+                      fidelity or {})
     return Suite([attack if isinstance(attack, Entry) else
                   Entry(f"{type(attack).__name__} {number + 1}", attack, _group(attack), True)
                   for number, attack in enumerate(suite)])
