@@ -162,7 +162,8 @@ def _climbs(norm: str, seed: int, steps: int, short: int, quantized: bool, softe
             Entry(f"PGD-{short} {loss} {mode if quantized else f'start {number}'}",
                   PGD(loss, short, mode=mode, norm=norm, seed=seed + number), "modes")
             for loss in ("ce", "margin")]))
-    for twin, own in zip(TWINS, (False, softened), strict=True):
+    for number, twin in enumerate(TWINS):
+        own = softened and number % 2 == 1
         climbs.append((fidelity.get("twin k 8", 1.0), [
             Entry("APGD-{} {} k {:g}-{:g}".format(steps, loss, *twin) + " by image" * own,
                   APGD(loss, steps, twin=twin, by_image=own, norm=norm, seed=seed), "twin")

@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 
 from ..activation import QuantActivation
 from ..errors import ConversionError
-from ..running import evaluating, seeded
+from ..running import checkpoints_inlined, evaluating, seeded
 from ..spec import Threat
 from ..state import carried
 from .arithmetic import normed
@@ -134,7 +134,7 @@ def flattened(model: nn.Module, threat: Threat, key: str | None, pixels: Tensor)
     few = pixels[:_WATCHED]
     more, named = torch.cat([few, few[:1]]).flip(-1), functools.partial(node_name, root)
     try:
-        with evaluating(whole):
+        with evaluating(whole), checkpoints_inlined():  # as the tracer has them
             different = compared(whole, root, graph, few, named)
             with torch.no_grad(), seeded(0):
                 different = different or carried(model, lambda: whole(few.clone()))
