@@ -18,6 +18,7 @@ calls each time: where one has another name, the site is left alone.
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -144,9 +145,9 @@ class _Calls(TorchFunctionMode):
         finally:
             self.hidden = False
 
+    @abstractmethod
     def wanted(self, number: int) -> bool:
         """Return whether a call's arguments and results are of interest."""
-        raise NotImplementedError
 
     def given(self, number: int, name: str, leaves: list[Any]) -> list[Any]:
         """Return the leaves of a call's arguments, or others in their place."""
@@ -456,7 +457,6 @@ class _Candidate:
         self.axes = _axes(self.shape)
         rows = self._rows(self.own)
         self.low, self.high = rows.amin(1).double(), rows.amax(1).double()
-        self.steps: Steps | None = None
 
     def _rows(self, values: Tensor) -> Tensor:
         """Return (C, values of a channel)."""
@@ -570,7 +570,7 @@ def _probed(model: nn.Module, pixels: Tensor, begin: nn.Module,
             with prober.begun_by(begin), functions_hidden(prober), prober:
                 model(x)
         except Exception:  # numbers of other ranges may be refused: what is known must do
-            return
+            break
         nearer: dict[_Candidate, Tensor] = {c: asked[now[c.source]] for c in sharing}
         for c in (*now.values(), *sharing):
             y = prober.read.get(c.readers[0])

@@ -18,6 +18,7 @@ from quantguard.attacks._foolbox import fb
 from quantguard.attacks.bridge import PixelModel
 from quantguard.attacks.losses import input_gradient
 from quantguard.running import measuring
+from quantguard.step_sites import find_sites
 
 
 @pytest.fixture(scope="module")
@@ -137,6 +138,30 @@ class OfANeighbour(torch.autograd.Function):
 
 def test_a_step_function_of_something_else_is_none(images: Tensor) -> None:
     assert looked_at(Quantizing(lambda z: OfANeighbour.apply(z)), images).sites == ()
+
+
+class Touchy(nn.Module):
+    """Refuses numbers of a wider range than images give, as a table or an assertion does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+
+    def forward(self, z: Tensor) -> Tensor:
+        self.calls += 1
+        if self.calls > 9:  # recorded and probed twice by three layers
+            raise ValueError("out of the table")
+        return FORMS["Function"](z)
+
+
+def test_what_was_learned_before_a_forward_refused_is_kept(images: Tensor) -> None:
+    model, touchy = Quantizing(FORMS["Function"]).eval(), Touchy()
+    model.quantizers = (touchy,) * 3
+    wrapped = PixelModel(model, qg.Threat(eps=0.1))
+    with measuring(wrapped, 0):
+        sites = find_sites(wrapped, images + torch.rand(images.shape) / 100, model)
+    assert touchy.calls == 10 and len(sites) == 3
+    assert all(torch.allclose(s.steps.thresholds, T, atol=0.05) for s in sites)
 
 
 def test_our_own_quantizers_are_no_other_peoples(images: Tensor) -> None:

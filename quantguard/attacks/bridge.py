@@ -147,9 +147,11 @@ class PixelModel(nn.Module):
             noise = torch.rand(few.shape, generator=torch.Generator().manual_seed(0)) - 0.5
             few = (few + (high - low) / 4 * noise.to(few)).clamp(low, high)
             self._looking = True
-            with soften(self, 8.0), buffers_kept(self):
-                self.sites = find_sites(self, few, self.model)
-            self._looking, self.without_gradient = False, None
+            try:
+                with soften(self, 8.0), buffers_kept(self):
+                    self.sites = find_sites(self, few, self.model)
+            finally:
+                self._looking, self.without_gradient = False, None
         found = has_foreign_steps(self, pixels[:2], self.sites, self.model)
         # softened it must run with a gradient: it is nothing to climb otherwise
         self.foreign = found and self.without_gradient is None
