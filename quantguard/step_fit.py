@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .staircase import MOST_SOFTENED, soft_jumps
-from .windows import windows
+from .windows import typical, windows
 
 # Levels nearer than this share of their range are one level: ``z + (q(z) - z)`` rounds.
 SAME_LEVEL = 1e-5
@@ -205,9 +205,7 @@ def median_distance(gap: Tensor) -> Tensor:
     """
     rows = gap.detach().flatten(1) if gap.dim() > 1 else gap.detach().reshape(-1, 1)
     away = (rows if rows.dtype == torch.float64 else rows.float()).abs()
-    middle = away.median(1).values
-    width = torch.where(middle > 0, middle, away.mean(1))
-    return width.clamp_min(1e-6).to(gap.dtype).reshape(-1, *[1] * (gap.dim() - 1))
+    return typical(away).to(gap.dtype).reshape(-1, *[1] * (gap.dim() - 1))
 
 
 def soften(z: Tensor, steps: Steps, k: float, by_image: bool = False) -> Tensor:

@@ -50,6 +50,12 @@ def windows(t: Tensor, width: Tensor) -> Windows:
     return Windows(edges, torch.where(equal, mean, widths))
 
 
+def typical(distances: Tensor) -> Tensor:
+    """Return each row's median, (N,) of (N, values), positive; its mean where half of it is 0."""
+    middle = distances.median(1).values
+    return torch.where(middle > 0, middle, distances.mean(1)).clamp_min(1e-6)
+
+
 def gap_windows(x: Tensor, t: Tensor, axis: int | None, width: Tensor) -> list[Tensor]:
     """Return the window of each threshold by :func:`windows`, as :func:`image_windows` does."""
     gaps = windows(t, width.expand(t.shape[:-1])).widths
@@ -86,9 +92,7 @@ def image_windows(x: Tensor, t: Tensor, axis: int | None, width: Tensor) -> list
         away = (rows - t[..., i]).abs()
         if axis is not None and t.shape[-1] > 1:
             away = away / gaps[..., i]
-        away = away.flatten(1)
-        middle = away.median(1).values
-        width = torch.where(middle > 0, middle, away.mean(1)).clamp_min(1e-6).reshape(shape)
+        width = typical(away.flatten(1)).reshape(shape)
         if t.shape[-1] > 1 and axis is None:
             width = width.clamp_max(_GAPS * float(gaps[i]))
         elif t.shape[-1] > 1:
