@@ -241,7 +241,7 @@ def _evaluate(model: nn.Module, loader: Iterable[Any], threat: Threat, suite: st
             raise Interrupted(f"{done}; nothing was kept", fix="With run_dir= (--run-dir DIR) the "
                               "next run goes on from where it stopped.") from None
         ran = {r.label for r in state.results}
-        time_left.skipped = [e.label for e in certain if e.label not in ran]
+        time_left.skipped = [e.label for e in (*certain, *chosen.searches) if e.label not in ran]
         partial = path.with_name("partial.json")
         result(flags_of_attacks(state.results, correct, state.survived, proven,
                                 pixel_model.quantized, 0), Curve()).save(partial)
