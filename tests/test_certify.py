@@ -1146,7 +1146,7 @@ def test_a_false_certificate_is_found_out_by_the_attacks(
         found = real(*args, **options)
         return dataclasses.replace(found, certified=found.correct)
     monkeypatch.setattr(evaluation, "certificate_of", believing)
-    result = qg.evaluate(*trained, qg.Threat(eps=0.1), suite="quick", certify=True, progress=False)
+    result = qg.evaluate(*trained, qg.Threat(eps=0.2), suite="quick", certify=True, progress=False)
     assert result.refuted and not result.reliable and result.bracket[0] == 0
     assert [f.raised for f in result.flags if f.name == "certificate broken"] == [True]
     assert str(result).startswith("NOT ROBUST: Robust accuracy <= ")
