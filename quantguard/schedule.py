@@ -132,7 +132,7 @@ class Schedule:
         last = [*suite.reseeded, *suite.blind]
         for entry in suite.entries:
             self._one(entry, reserved=suite.blind)
-        self._escalate(suite.rounds, last)
+        self._escalate(suite, last)
         few = self.standing.copy()
         few[np.flatnonzero(few)[_RESEEDED:]] = False
         again = [self._one(entry, few, reserved=suite.blind) for entry in suite.reseeded]
@@ -226,17 +226,17 @@ class Schedule:
             self.budget.skipped.append(entry.label)
         self.bar.skip(entry.cost * int(self.correct.sum()))
 
-    def _escalate(self, rounds: Sequence[Entry], last: Sequence[Entry]) -> None:
-        """Run round after round, until two in a row each break less than half a point."""
+    def _escalate(self, suite: Suite, last: Sequence[Entry]) -> None:
+        """Run round after round, until so many in a row each break less than half a point."""
         idle = 0
-        for entry in rounds:
+        for entry in suite.rounds:
             self.bar.extend(entry.cost * int(self.correct.sum()))
             result = self._one(entry, reserved=last)
             if result is None:
                 continue
             few = int(result.broke.sum()) < masking.PAYS * len(self.correct)
             idle = idle + 1 if few else 0
-            if idle == 2:
+            if idle == suite.patience:
                 return
 
 

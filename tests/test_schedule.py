@@ -107,6 +107,24 @@ def test_escalation_leaves_time_for_what_sees_no_gradient(monkeypatch: pytest.Mo
     assert time.monotonic() - begin < 12
 
 
+@pytest.mark.parametrize("patience", [2, 4])
+def test_escalation_ends_when_so_many_in_a_row_break_next_to_nothing(
+        patience: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    breaks = [0, 0, 0, 5, *[0] * 9]  # the fourth pays, if it comes to that
+    rounds = [entry(f"{i}", "escalation", breaks=b) for i, b in enumerate(breaks)]
+    result = run(Suite([entry("first")], rounds, patience=patience), monkeypatch)
+    assert labels(result) == ["first", *map(str, range(2 if patience == 2 else 8))]
+
+
+def test_quantized_models_have_two_rounds_of_each_kind_of_windows() -> None:
+    threat = Threat(eps=0.1)
+    for options, patience in (({}, 2), ({"foreign": True}, 4)):
+        suite = suites.build_suite("quick", threat, seed=0, quantized=False, **options)
+        assert suite.patience == patience
+        first = [vars(entry.attack)["by_image"] for entry in suite.rounds[:4]]
+        assert first == [False, True, False, True]
+
+
 def test_without_a_budget_all_of_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     result = run(Suite([entry("a"), entry("b", steps=10**6)]), monkeypatch)
     assert labels(result) == ["a", "b"] and not result.skipped
