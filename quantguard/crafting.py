@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -92,34 +90,6 @@ def _gradient(model: nn.Module, x: Tensor, labels: Tensor, answers: Tensor | Non
             F.kl_div(logits.log_softmax(1), answers, reduction="sum")
         (gradient,) = torch.autograd.grad(height, leaf)
     return gradient
-
-
-def trains_in_bfloat16(recipe: Recipe, device: torch.device) -> bool:
-    """Return whether the network runs in bfloat16; weights and what is added up are float32.
-
-    ``auto``: where the machine is faster at it. A CPU that has instructions for it may be slower:
-    without AMX one of Intel's takes 1.7 times as long.
-    """
-    if recipe.precision != "auto":
-        return recipe.precision == "bfloat16"
-    if device.type == "cuda":
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported() and \
-        _seconds(torch.bfloat16) < 0.9 * _seconds(torch.float32)
-
-
-@functools.cache
-def _seconds(kind: torch.dtype) -> float:
-    """Return what a convolution as small nets have them takes on this CPU: the best of several."""
-    x, weight = torch.ones(16, 32, 14, 14, dtype=kind), torch.ones(64, 32, 3, 3, dtype=kind)
-    x, weight = (v.to(memory_format=torch.channels_last) for v in (x, weight))
-    took = []
-    with torch.no_grad():
-        for _ in range(10):
-            begin = time.perf_counter()
-            torch.conv2d(x, weight, padding=1)
-            took.append(time.perf_counter() - begin)
-    return min(took)
 
 
 class Objective:

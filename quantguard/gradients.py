@@ -20,7 +20,6 @@ from .crafting import (
     craft,
     perturbed,
     random_start,
-    trains_in_bfloat16,
 )
 from .errors import ConversionError, DataError, SpecError
 from .probing import is_frozen
@@ -65,7 +64,7 @@ class Gradients:
         self.model, self.whole, self.device, self.world, self.say = model, whole, device, world, say
         # who asks for digits gets them; intervals alone are float32
         low = model.dtype != torch.float64 and (recipe.attacks or not recipe.certifies) and \
-            world.agreed(trains_in_bfloat16(recipe, device))
+            recipe.precision == "bfloat16"
         self.objective: Objective | CertifiedObjective = (
             CertifiedObjective if recipe.certifies else Objective)(model, threat, recipe, low)
         if isinstance(self.objective, Objective) and recipe.distill:
@@ -75,10 +74,10 @@ class Gradients:
                              if isinstance(m, _BatchNorm) and is_frozen(m)]
 
     def look(self, pixels: Tensor) -> None:
-        """Stay with float32 where the model does not run on pixels in bfloat16.
+        """Refuse a model that does not run on pixels in the recipe's bfloat16.
 
         Raises:
-            SpecError: the recipe insists on bfloat16.
+            SpecError: it does not.
         """
         if not self.objective.low:
             return
@@ -87,11 +86,8 @@ class Gradients:
                 answers_of(self.model, pixels, True)
         except Exception as error:  # whatever a forward raises on a type it was not made for
             said = (str(error).strip() or type(error).__name__).splitlines()[0]
-            if self.objective.recipe.precision == "bfloat16":
-                raise SpecError("the model does not run in bfloat16", why=f"It says: {said}",
-                                fix="Use precision=auto or float32.") from error
-            self.objective.low = False
-            self.say(f"the model does not run in bfloat16 ({said}): float32 it is, and slower")
+            raise SpecError("the model does not run in bfloat16", why=f"It says: {said}",
+                            fix="Use precision=float32.") from error
 
     def check(self, pixels: Tensor, labels: Tensor, parameters: Sequence[nn.Parameter]) -> None:
         """Refuse, before any work, a model that has no gradient to be trained by.

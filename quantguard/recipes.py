@@ -16,7 +16,7 @@ _INTEGERS, _LISTS = ("steps", "batch_size", "input_bits"), ("sharpness", "walk",
 _WORDS = ("precision", "init")
 _NUMBERS = ("lr", "threshold_lr", "weight_decay", "rel_step", "noise", "stability", "ema",
             "range_factor", "mix", "beta", "awp", "distill", "box")
-PRECISIONS, INITS = ("auto", "float32", "bfloat16"), ("keep", "interval")
+PRECISIONS, INITS = ("float32", "bfloat16"), ("keep", "interval")
 # What makes no sense where the loss is that of worst-case logits.
 _NOT_CERTIFIED = ("stability", "mix", "beta", "awp", "distill")
 # Inner attack of certified training where intervals do not take the whole radius.
@@ -81,9 +81,9 @@ class Recipe:
             label is -1, or batches without labels, train as well.
         walk: bits that harden trains at first, each from what the one before has learned; 32 is
             float. They share half of the epochs.
-        precision: in which the network runs in training: ``float32``, ``bfloat16``, or ``auto``:
-            bfloat16 where the machine multiplies it faster. Weights, losses, what is probed and
-            the intervals of ``ibp`` are float32.
+        precision: in which the network runs in training: ``float32``, or ``bfloat16``, which some
+            machines multiply faster. Weights, losses, what is probed and the intervals of ``ibp``
+            are float32 in any case.
         init: ``interval``: harden draws weights anew, as suits intervals, and places thresholds
             for them: what the model has learned before is lost. The default of ``ibp``: trained
             weights make intervals that are so wide that it learns more from nothing. ``keep``:
@@ -121,7 +121,7 @@ class Recipe:
     awp: float = 0.0
     distill: float = 0.0
     walk: tuple[int, ...] | None = None
-    precision: str = "auto"
+    precision: str = "float32"
     init: str | None = None
     growth: tuple[float, float] = (0.05, 0.5)
     box: float = 1.0

@@ -14,9 +14,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from quantguard import crafting
 from quantguard.attacks import PixelModel
 from quantguard.contexts import soften
-from quantguard.crafting import Objective, craft, perturbed, trains_in_bfloat16
+from quantguard.crafting import Objective, craft, perturbed
+from quantguard.gradients import Gradients
 from quantguard.recipes import Recipe
 from quantguard.spec import Threat
+from quantguard.world import World
 
 Digits = tuple[Tensor, Tensor]
 THREAT = Threat(eps=0.1)
@@ -178,21 +180,14 @@ def test_a_loss_in_bfloat16_is_nearly_the_same_and_its_gradients_are_float32(
     assert F.cosine_similarity(found[0][1], found[1][1], 0) > 0.8
 
 
-@pytest.mark.parametrize(("precision", "expected"), [("float32", False), ("bfloat16", True)])
-def test_precision_is_what_the_recipe_says(precision: str, expected: bool) -> None:
-    recipe = Recipe("pgd", precision=precision)
-    assert trains_in_bfloat16(recipe, torch.device("cpu")) is expected
-
-
-def test_auto_precision_asks_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    for has, low, expected in ((False, 1.0, False), (True, 1.0, True), (True, 3.0, False)):
-        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda has=has: has)
-        monkeypatch.setattr(crafting, "_seconds",
-                            lambda kind, low=low: low if kind == torch.bfloat16 else 2.0)
-        assert trains_in_bfloat16(Recipe("pgd"), torch.device("cpu")) is expected
-    assert trains_in_bfloat16(Recipe("pgd"), torch.device("meta")) is False
-    monkeypatch.undo()
-    assert 0 < crafting._seconds(torch.float32) < 1
+def test_precision_is_what_the_recipe_says_and_no_machines_choice(
+        quantized: nn.Module, batch: Digits) -> None:
+    assert Recipe("pgd").precision == "float32"
+    for precision, low in (("float32", False), ("bfloat16", True)):
+        gradients = Gradients(PixelModel(quantized, THREAT), THREAT,
+                              Recipe("pgd", precision=precision), True, torch.device("cpu"),
+                              World(), print)
+        assert gradients.objective.low is low
 
 
 def test_noise_that_is_given_is_what_it_starts_from(quantized: nn.Module, batch: Digits) -> None:
