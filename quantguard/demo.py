@@ -24,6 +24,7 @@ from .spec import Threat
 EPS = 0.1
 EPOCHS = 12
 CERTIFIED_EPOCHS = 20
+IMAGES: int | None = None  # all of the test images
 
 
 def small_cnn() -> nn.Module:
@@ -71,13 +72,13 @@ def run(folder: str | os.PathLike[str], seed: int = 0, progress: bool = True) ->
     train_clean(model, train, epochs=10, progress=progress)
     result = ablate(model, train, test, Threat(eps=EPS), bits=2, dynamic=True,
                     recipe=Recipe("pgd"), epochs=EPOCHS, suite="quick", seed=seed,
-                    run_dir=target / "run", progress=progress, certify=True)
+                    images=IMAGES, run_dir=target / "run", progress=progress)
     # Beside them another model, trained for its certificate.
     proven = harden(certified_cnn(), train, Threat(eps=EPS), bits=2, recipe="ibp",
                     epochs=CERTIFIED_EPOCHS, seed=seed, run_dir=target / "run" / "ibp",
                     progress=progress)
-    row = evaluate(proven, test, Threat(eps=EPS), suite="quick", seed=seed, certify=True,
-                   run_dir=target / "run" / "ibp-evaluation", progress=progress)
+    row = evaluate(proven, test, Threat(eps=EPS), suite="quick", images=IMAGES, seed=seed,
+                   certify=True, run_dir=target / "run" / "ibp-evaluation", progress=progress)
     save(list(result.models.values())[-1], target / "model.hardened.qg")
     save(proven, target / "model.certified.qg")
     result = dataclasses.replace(result, rows={**result.rows, "2-bit fixed, recipe ibp": row},

@@ -183,3 +183,20 @@ def test_low_clean_accuracy_asks_how_images_are_fed(rows: Comparison) -> None:
     assert "normalised" in str(wrong) and "normalised" not in str(one)
     knows = dataclasses.replace(wrong, threat=Threat(mean=(0.5,), std=(0.5,)))
     assert "normalised" not in str(knows)
+
+
+def test_a_row_s_certificate_is_shown_wherever_it_stands(rows: Comparison) -> None:
+    """The demo certifies its last row alone."""
+    names = list(rows.rows)
+    evaluation = rows.rows[names[1]]
+    certificate = qg.Certificate(
+        evaluation.survived, evaluation.correct, np.zeros(evaluation.images), {}, 1.0,
+        evaluation.threat, "ibp", {}, evaluation.image_hash)
+    proven = dataclasses.replace(evaluation, certificate=certificate)
+    for order in (0, 1):
+        found = dict(rows.rows)
+        found[names[order]] = dataclasses.replace(proven)
+        comparison = dataclasses.replace(rows, rows=found)
+        for shown in (comparison_text(comparison), comparison_html(comparison)):
+            assert "certified" in shown and "lower bounds" in shown.replace("\n", " ")
+    assert "certified" not in comparison_text(rows)

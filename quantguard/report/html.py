@@ -11,7 +11,9 @@ from .text import (
     BOUNDS,
     UPPER_BOUND,
     Cell,
+    all_columns,
     attack_rows,
+    bounds_of,
     certificate_text,
     columns,
     flag_lines,
@@ -81,7 +83,7 @@ def _flags(evaluation: Evaluation) -> str:
 
 def _comparison(comparison: Comparison) -> str:
     first = next(iter(comparison.rows.values()))
-    names = list(columns(first))
+    names = all_columns(comparison)
     head = "".join(f"<th>{html.escape(n)}</th>" for n in ["model", *names, "verdict"])
     body = ""
     for name, evaluation in comparison.rows.items():
@@ -95,7 +97,7 @@ def _comparison(comparison: Comparison) -> str:
             "is still classified correctly, with its 95 % interval.</p>"
             f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
             + "<ul>" + "".join(f"<li>{html.escape(line)}</li>" for line in lines) + "</ul>"
-            + f"<p><small>{html.escape(_bounds(first))}</small></p>")
+            + f"<p><small>{html.escape(bounds_of(comparison))}</small></p>")
 
 
 def _bounds(evaluation: Evaluation) -> str:

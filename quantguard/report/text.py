@@ -69,6 +69,20 @@ def columns(evaluation: Evaluation) -> dict[str, Cell]:
     return result
 
 
+def all_columns(comparison: Comparison) -> list[str]:
+    """Return the columns of a comparison: what any row has, in the order of the fullest."""
+    each = [list(columns(evaluation)) for evaluation in comparison.rows.values()]
+    fullest = max(each, key=len)
+    return [*fullest[:-1], *dict.fromkeys(name for names in each for name in names
+                                          if name not in fullest), fullest[-1]]
+
+
+def bounds_of(comparison: Comparison) -> str:
+    """Return what kind of bounds a comparison's figures are."""
+    certified = any(e.certificate is not None for e in comparison.rows.values())
+    return BOUNDS if certified else UPPER_BOUND
+
+
 def table(rows: Sequence[Sequence[str]]) -> str:
     """Return rows as aligned text, the first being the header."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
@@ -262,7 +276,7 @@ def certificate_text(certificate: Certificate) -> str:
 
 def comparison_rows(comparison: Comparison) -> list[list[str]]:
     """Return one row a model, header first."""
-    names = list(columns(next(iter(comparison.rows.values()))))
+    names = all_columns(comparison)
     rows = [["model", *names, "verdict", "settled"]]
     for name, evaluation in comparison.rows.items():
         cells = columns(evaluation)
@@ -296,4 +310,4 @@ def comparison_text(comparison: Comparison) -> str:
     for name, evaluation in comparison.rows.items():
         parts += [f"{name}: {line}" for line in flag_lines(evaluation)]
     parts += [f"Note: {note}." for note in comparison.notes]
-    return "\n".join([*parts, UPPER_BOUND if first.certificate is None else BOUNDS])
+    return "\n".join([*parts, bounds_of(comparison)])
