@@ -61,14 +61,22 @@ def backward(model: nn.Module, mode: str) -> Iterator[nn.Module]:
     Raises:
         SpecError: an unknown mode.
     """
+    with switched(model, {"surrogate": surrogate_of(mode)}):
+        yield model
+
+
+def surrogate_of(mode: str) -> Surrogate:
+    """Return the surrogate gradient of this name, see :func:`backward`.
+
+    Raises:
+        SpecError: an unknown mode.
+    """
     match = re.fullmatch(r"(\w+)(?:\((\d+(?:\.\d+)?)\))?", mode)
     if not match or match[1] not in MODES or (match[2] and match[1] != "sigmoid") \
             or (match[2] and float(match[2]) <= 0):
         raise SpecError(f"backward mode {mode!r} is unknown",
                         fix=f"Use one of {', '.join(MODES)}, or sigmoid(k).")
-    surrogate = Surrogate(match[1], float(match[2] or 8.0))
-    with switched(model, {"surrogate": surrogate}):
-        yield model
+    return Surrogate(match[1], float(match[2] or 8.0))
 
 
 @contextmanager

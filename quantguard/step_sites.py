@@ -595,13 +595,16 @@ class SiteReader(_Calls):
 
     Args:
         sites: of the model that is run.
-        k: sharpness; None: y as it is, with the gradient of the line through the steps.
+        k: sharpness; None: y as it is, with a gradient.
         by_image: as of :func:`quantguard.soften`.
+        slope: whose gradient y as it is has: of the steps softened by so much; None: of the line
+            through them.
     """
 
-    def __init__(self, sites: Sequence[Site], k: float | None, by_image: bool = False) -> None:
+    def __init__(self, sites: Sequence[Site], k: float | None, by_image: bool = False,
+                 slope: float | None = None) -> None:
         super().__init__()
-        self.k, self._by_image = k, by_image
+        self.k, self._by_image, self._slope = k, by_image, slope
         self._sources: dict[int, list[tuple[Place, int]]] = {}
         self._readers: dict[int, list[tuple[Place, int]]] = {}
         self._inside: set[int] = set()
@@ -656,5 +659,10 @@ class SiteReader(_Calls):
             steps = self._steps[site]
             if steps.axis is not None and z.shape[steps.axis] != len(steps.thresholds):
                 return
-            self._ready[site] = step_fit.slope(z, steps) if self.k is None \
-                else step_fit.soften(z, steps, self.k, self._by_image)
+            if self.k is not None:
+                self._ready[site] = step_fit.soften(z, steps, self.k, self._by_image)
+            elif self._slope is None:
+                self._ready[site] = step_fit.slope(z, steps)
+            else:
+                soft = step_fit.soften(z, steps, self._slope, self._by_image)
+                self._ready[site] = soft - soft.detach()

@@ -128,8 +128,9 @@ def _rows(x: Tensor) -> Tensor:
 
 
 class _StraightThrough(SiteReader):
-    def __init__(self, k: float | None, sites: Sequence[Site], by_image: bool) -> None:
-        super().__init__(sites, k, by_image)
+    def __init__(self, k: float | None, sites: Sequence[Site], by_image: bool,
+                 slope: float | None) -> None:
+        super().__init__(sites, k, by_image, slope)
         self.met = bool(sites)
         # Softened comparisons that somebody still holds, by id: ids are used again afterwards.
         self.soft: weakref.WeakValueDictionary[int, Tensor] = weakref.WeakValueDictionary()
@@ -267,7 +268,8 @@ def _watched(apply: Any, mode: _StraightThrough) -> Callable[..., Any]:
 @contextmanager
 def straight_through(k: float | None = None,
                      sites: Sequence[Site] = (),
-                     by_image: bool = False) -> Iterator[_StraightThrough]:
+                     by_image: bool = False,
+                     slope: float | None = None) -> Iterator[_StraightThrough]:
     """Give foreign steps a gradient, inside the context.
 
     torch has no hook for the calls of a custom Function: while the context lasts, its ``apply`` is
@@ -279,12 +281,13 @@ def straight_through(k: float | None = None,
         sites: quantizers that are known, see :func:`quantguard.step_sites.find_sites`; the forward
             has to be begun, by ``begun_by`` of what is yielded.
         by_image: as of :func:`quantguard.soften`, of these quantizers.
+        slope: as of :class:`quantguard.step_sites.SiteReader`.
 
     Yields:
         An object whose ``met`` says whether there was such a step.
     """
     function: Any = torch.autograd.Function
-    before, mode = function.__dict__["apply"], _StraightThrough(k, sites, by_image)
+    before, mode = function.__dict__["apply"], _StraightThrough(k, sites, by_image, slope)
     function.apply = classmethod(_watched(before, mode))
     try:
         with mode:

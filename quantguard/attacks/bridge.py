@@ -161,7 +161,8 @@ class PixelModel(nn.Module):
         self.queries, self.gradients = asked
 
     @contextmanager
-    def seen_through(self, k: float | None, by_image: bool = False) -> Iterator[None]:
+    def seen_through(self, k: float | None, by_image: bool = False,
+                     slope: float | None = None) -> Iterator[None]:
         """Give what hides the gradient one, inside the context: see :mod:`quantguard.straight`.
 
         Max-pools before quantizers, too, and other people's quantizers softened; look for them
@@ -170,9 +171,11 @@ class PixelModel(nn.Module):
         Args:
             k: their sharpness; None: what they compute stays.
             by_image: as of :func:`quantguard.soften`.
+            slope: where it stays, whose gradient it has: of steps of this sharpness; None: of the
+                line through them.
         """
         with pools_first(self), straight_through(
-                k if self.foreign else None, self.sites, by_image) as mode, \
+                k if self.foreign else None, self.sites, by_image, slope) as mode, \
                 mode.begun_by(self.model) if self.sites else nullcontext():
             yield
 

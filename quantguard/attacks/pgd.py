@@ -14,7 +14,7 @@ import eagerpy as ep
 import torch
 from torch import Tensor
 
-from ..contexts import at_bits, backward, soften
+from ..contexts import at_bits, backward, soften, surrogate_of
 from ..errors import SpecError
 from ..running import frozen
 from ._foolbox import InNorm, fb, known_norm
@@ -159,8 +159,10 @@ class Climb(InNorm):
         with ExitStack() as stack:
             stack.enter_context(self._surrogate(module, share))
             if self.see_through:
-                stack.enter_context(
-                    module.seen_through(self._sharpness(share), self.by_image))
+                surrogate = surrogate_of(self.mode)
+                stack.enter_context(module.seen_through(
+                    self._sharpness(share), self.by_image,
+                    surrogate.k if surrogate.mode == "sigmoid" else None))
             yield
 
 

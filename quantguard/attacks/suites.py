@@ -161,7 +161,7 @@ def _climbs(norm: str, seed: int, steps: int, short: int, quantized: bool, softe
     climbs: list[tuple[float, list[Entry]]] = []
     for number, mode in enumerate(MODES, 1):
         climbs.append((fidelity.get(mode, 0.0), [
-            Entry(f"PGD-{short} {loss} {mode if quantized else f'start {number}'}",
+            Entry(f"PGD-{short} {loss} {mode if softened else f'start {number}'}",
                   PGD(loss, short, mode=mode, norm=norm, seed=seed + number), "modes")
             for loss in ("ce", "margin")]))
     for number, twin in enumerate(TWINS):
