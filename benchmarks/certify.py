@@ -1,4 +1,4 @@
-"""How much of Fashion-MNIST, MNIST or CIFAR-10 can be certified, at which bits?
+"""Certified share of Fashion-MNIST, MNIST or CIFAR-10, by number of bits.
 
     python benchmarks/certify.py                                    # small net, 2 and 32 bits
     python benchmarks/certify.py --net wide --epochs 28 --bits 2
@@ -6,20 +6,22 @@
     python benchmarks/certify.py --data mnist:FOLDER --eps 0.3 --epochs 8 --bits 2
     python benchmarks/certify.py --data mnist:FOLDER --eps 0.1 --train-eps 0.2 --net wide --bits 2
     python benchmarks/certify.py --net wide --epochs 28 --bits 2 --committee 3
-    python benchmarks/certify.py --epochs 6 --bits 2 --dynamic      # thresholds are learned
+    python benchmarks/certify.py --epochs 6 --bits 2 --dynamic      # learned thresholds
     python benchmarks/certify.py --data imagefolder:FOLDER --eps 8/255 --net deep --augment --bits 2
     python benchmarks/certify.py --table-only
 
-Nets: `small`: 4x4 convolutions of stride 2 with 16 and 32 channels, linear 128; `wide`: 32 and 64,
-linear 256; `deep`: a 3x3 convolution before each of those; `cnn7`: 3x3 with 64, 64, 128 (stride 2),
-128 and 128 channels, linear 512; all but the last layer without bias, then BatchNorm and ReLU,
-which `recipe="ibp"` converts. Batches are of 256; every other setting is the recipe's own, unless
---set says otherwise. The epoch is chosen by what intervals certify of a held-out twentieth of the
-training set. Certified: `qg.certify`, method "ibp", on all 10,000 test images. Attacked (without
---no-attack): `qg.evaluate`'s standard suite on the first 500: an upper bound. --committee N: seed s
-is one net that averages the logits of the cells of seeds N s to N s + N - 1, whose minutes it adds
-up; members without weights in work/ are trained again. Each cell writes its own JSON when it is
-done, and is resumed where it was interrupted. Minutes are of this machine, whatever else runs.
+Networks: `small` has 4x4 convolutions of stride 2 with 16 and 32 channels, and linear 128. `wide`
+has 32 and 64, and linear 256. `deep` adds a 3x3 convolution before each of those. `cnn7` has 3x3
+convolutions with 64, 64, 128 (stride 2), 128 and 128 channels, and linear 512. All but the last
+layer have no bias, then BatchNorm and ReLU, which `recipe="ibp"` converts. Batches are of 256;
+every other setting is the recipe's own, unless --set changes it. The epoch is chosen by the share
+that intervals certify of a held-out twentieth of the training set.
+
+Certified: `qg.certify`, method "ibp", on all 10,000 test images. Attacked (without --no-attack):
+the `standard` suite of `qg.evaluate` on the first 500, an upper bound. --committee N: seed s is one
+network that averages the logits of the cells of seeds N s to N s + N - 1 and adds up their minutes;
+members without weights in work/ are trained again. Each cell writes its own JSON when it is done
+and resumes after an interruption. Minutes are of this machine, whatever else it runs.
 """
 
 from __future__ import annotations
@@ -41,10 +43,10 @@ from scipy import stats
 from torch import Tensor, nn
 
 import quantguard as qg
-from quantguard.data import load_data
-from quantguard.files import write_text
-from quantguard.hardening import hardened
-from quantguard.recipes import recipe_of
+from quantguard.core.file_io import write_text
+from quantguard.data.loader import load_data
+from quantguard.training.hardening import hardened
+from quantguard.training.recipes import recipe_of
 
 HERE = Path(__file__).parent / "results" / "certify"
 BATCH = 256
@@ -69,9 +71,10 @@ def network(net: str, channels: int = 1, side: int = 28) -> nn.Module:
 
 
 class Committee(nn.Module):
-    """Average the logits of nets that end in a linear layer.
+    """Average of the logits of networks that end in a linear layer.
 
-    Their last layers are one over all features, so that bounds see the differences of its rows.
+    Their last layers form one layer over all features, so that bounds use the differences of its
+    rows.
     """
 
     def __init__(self, members: list[nn.Module]) -> None:
@@ -93,7 +96,7 @@ class Committee(nn.Module):
 
 @dataclass(frozen=True)
 class Cell:
-    """Say what is trained; its files are called by it."""
+    """Settings of one training, which name its files."""
 
     data: str
     eps: float
@@ -105,7 +108,7 @@ class Cell:
     augment: bool
     committee: int
     settings: dict[str, str]
-    said: str  # what the settings are called
+    said: str  # name of the settings
 
     def name(self, seed: int) -> str:
         kind = called(self.data)
@@ -117,7 +120,7 @@ class Cell:
 
 
 def called(data: str) -> str:
-    """Return what a DATA spec is called in files and tables."""
+    """Return the name of a DATA spec in files and tables."""
     kind, _, where = data.partition(":")
     return Path(where).stem if kind in ("imagefolder", "npz") else kind
 
@@ -134,12 +137,12 @@ def measure(cell: Cell, seed: int, attack: bool, device: str | None) -> None:
         model, record = trained(cell, seed, device)
     test = load_data(cell.data, "test", batch_size=500)
     certificate = qg.certify(model, test, threat, method="ibp", device=device)
-    told = certificate.to_dict()
-    for each in ("lower", "correct_images"):  # 10,000 numbers each; who is certified stays
-        del told[each]
+    lines = certificate.to_dict()
+    for each in ("lower", "correct_images"):  # 10,000 numbers each
+        del lines[each]
     record |= {"data": called(cell.data), "augment": cell.augment, "eps": cell.eps,
                "net": cell.net, "bits": cell.bits, "dynamic": cell.dynamic, "seed": seed,
-               "epochs": cell.epochs, "certificate": told, "python": platform.python_version(),
+               "epochs": cell.epochs, "certificate": lines, "python": platform.python_version(),
                "torch": version("torch"), "machine": platform.machine(), "cores": os.cpu_count(),
                "threads": torch.get_num_threads()}
     if attack:
@@ -177,7 +180,7 @@ def together(cell: Cell, seed: int, device: str | None) -> tuple[nn.Module, dict
         measure(alone, each, False, device)
         rows.append(json.loads((HERE / f"{alone.name(each)}.json").read_text()))
         kept = HERE / "work" / f"{alone.name(each)}.qg"
-        # weights are not committed: of a row that is, they are trained again
+        # weights are not committed, so those of a committed row are trained again
         members.append(qg.load(kept) if kept.exists() else trained(alone, each, device)[0])
     return Committee(members).eval(), {
         "members": seeds, "recipe": rows[0]["recipe"],
@@ -196,8 +199,8 @@ def table() -> None:
         attacked = "" if e is None else (
             f"  first 500: certified {100 * row['certified_of_first'] / 500:.1f} <= true <= "
             f"{100 * qg.Evaluation.from_dict(e).robust_accuracy:.1f}")
-        told = f"{row.get('data', 'fashion-mnist')} {row['eps']:g}"
-        print(f"{told:18} {file.stem:34} clean {100 * c['clean'] / c['images']:.2f}  certified "
+        lines = f"{row.get('data', 'fashion-mnist')} {row['eps']:g}"
+        print(f"{lines:18} {file.stem:34} clean {100 * c['clean'] / c['images']:.2f}  certified "
               f"{100 * c['certified_accuracy']:.2f}{attacked}  ({row['train_seconds'] / 60:.1f} "
               f"minutes, {c['seconds']:.0f} s to certify; {row['threads']} threads)")
     paired(rows)

@@ -1,18 +1,18 @@
-"""What do low-bit activations cost in clean accuracy, and what do learned thresholds win back?
+"""Clean accuracy that low-bit activations cost, and that learned thresholds regain.
 
 A CNN with BatchNorm on Fashion-MNIST, 5 seeds, the whole test set. Four tables:
 
-1. right after conversion, without any fine-tune: placed without data (BatchNorm statistics) and
-   from 8 batches of training images;
-2. `harden(recipe="clean")`, every weight trained, beside float with the same epochs;
-3. `train="thresholds"`: weights and BatchNorm frozen. A fixed staircase has nothing to train, so
+1. right after conversion, without any fine-tune: thresholds placed without data (BatchNorm
+   statistics), and from 8 batches of training images;
+2. `harden(recipe="clean")` with all weights trained, beside float with the same epochs;
+3. `train="thresholds"`: weights and BatchNorm frozen. A fixed quantizer has nothing to train, so
    its row is the converted model; both start from the same calibration;
-4. float and 2 bits, dynamic, with more epochs: a net that training has not fitted yet is behind.
+4. float and 2 bits dynamic with more epochs: a network that is not fitted yet is behind.
 
     python benchmarks/clean_accuracy.py --seeds 0 1 2 3 4      # missing seeds, then the tables
     python benchmarks/clean_accuracy.py --table-only
 
-Each seed writes its own JSON when it is done; work in between resumes.
+Each seed writes its own JSON when it is done and resumes after an interruption.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ import torch
 from torch import nn
 
 import quantguard as qg
-from quantguard.data import load_data
-from quantguard.demo import train_clean
-from quantguard.files import write_text
-from quantguard.spec import QuantSpec
+from quantguard.cli.demo import train_clean
+from quantguard.core.file_io import write_text
+from quantguard.core.specs import QuantSpec
+from quantguard.data.loader import load_data
 
 HERE = Path(__file__).parent / "results" / "clean_accuracy"
 START_BITS, TRAIN_BITS, LEARN_BITS = (8, 6, 5, 4, 3, 2), (1, 2, 3, 4), (2, 3, 4)
@@ -52,7 +52,7 @@ def cnn() -> nn.Sequential:
 
 
 def right(model: nn.Module) -> int:
-    """Count the test images that model gets right."""
+    """Return the number of test images that model gets right."""
     model.eval()
     with torch.no_grad():
         return sum(int((model(x).argmax(1) == y).sum())
@@ -72,7 +72,7 @@ def parent(seed: int, train: Any) -> nn.Module:
 
 
 def cells(seed: int) -> dict[str, int]:
-    """Return how many test images each model gets right; done ones are read from a work file."""
+    """Return how many test images each model gets right; finished ones come from a work file."""
     train = load_data("fashion-mnist", "train", batch_size=128)
     float_model = parent(seed, train)
     few = list(itertools.islice(train, 8))

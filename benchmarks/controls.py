@@ -1,8 +1,8 @@
-"""Does the standard suite see through networks that are known to mask their gradients?
+"""Standard suite on networks that are known to mask their gradients.
 
-Takes a folder with `fixed2.safetensors` and `fixed1.safetensors`: LeNets (5x5 convolutions 1-32-64
-with padding 2, max-pooling by 2, linear 3136-256-10) with staircases `a{j}.thresholds`, `a{j}.step`
-in place of ReLU, trained on Fashion-MNIST through the ramp. First 500 test images, Linf eps 0.1.
+FOLDER has `fixed2.safetensors` and `fixed1.safetensors`: LeNets (5x5 convolutions 1-32-64 with
+padding 2, max-pooling by 2, linear 3136-256-10) with quantizers `a{j}.thresholds`, `a{j}.step` in
+place of ReLU, trained on Fashion-MNIST through the ramp. First 500 test images, Linf eps 0.1.
 
     python benchmarks/controls.py FOLDER [--networks fixed2 fixed1] [--images 500] [--threads N]
 """
@@ -18,8 +18,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 import quantguard as qg
-from quantguard.data import load_data
-from quantguard.files import write_text
+from quantguard.core.file_io import write_text
+from quantguard.data.loader import load_data
 
 HERE = Path(__file__).parent / "results" / "controls"
 
@@ -55,10 +55,10 @@ def main() -> None:
                              load_data("fashion-mnist", "test"), qg.Threat(eps=0.1),
                              images=args.images, suite="standard", run_dir=HERE / "work" / name)
         write_text(HERE / f"{name}.json", json.dumps(result.to_dict()))
-        default, twin = ("noise", "fgsm", "pgd", "cw"), ("modes", "transfer", "twin")
+        default, through = ("noise", "fgsm", "pgd", "cw"), ("modes", "transfer", "softened")
         print(f"{name}, {result.images} images, upper bounds: clean {result.clean_accuracy:.1%}, "
               f"default attacks {result.surviving(*default).mean():.1%}, with every backward mode, "
-              f"transfer and the twin {result.surviving(*default, *twin).mean():.1%}, with "
+              f"transfer and the twin {result.surviving(*default, *through).mean():.1%}, with "
               f"escalation {result.robust_accuracy:.1%}; {result.verdict}; {result.seconds:.0f} s")
 
 

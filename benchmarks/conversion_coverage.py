@@ -1,15 +1,15 @@
-"""Does every model convert, and what is left in float?
+"""Conversion of every model of other libraries, and what stays float in it.
 
     python benchmarks/conversion_coverage.py torchvision  # every model, with weights: timed
-    python benchmarks/conversion_coverage.py timm  # every architecture, without weights if it can
-    python benchmarks/conversion_coverage.py families  # one of a family, after `timm`: it is run
+    python benchmarks/conversion_coverage.py timm  # every architecture, without weights if possible
+    python benchmarks/conversion_coverage.py families  # after `timm`: one of each family, run
     python benchmarks/conversion_coverage.py huggingface  # every image classifier of transformers
     python benchmarks/conversion_coverage.py peft  # wrapped by PEFT
     python benchmarks/conversion_coverage.py smp  # encoders of segmentation_models_pytorch
     python benchmarks/conversion_coverage.py open_clip  # its vision encoders
 
-Each prints a row a model and a closing line, and writes benchmarks/results/coverage_<what>.json.
-Rows that are there already are not measured again: an interrupted run goes on where it was.
+Each prints a row per model and a closing line, and writes benchmarks/results/coverage_<what>.json.
+Rows in that file are not measured again: an interrupted run resumes.
 """
 
 from __future__ import annotations
@@ -37,27 +37,28 @@ from torch import nn
 
 import quantguard as qg
 from quantguard.attacks import logits_of
-from quantguard.audit import audit
-from quantguard.conversion import carry_out, make_plan
-from quantguard.example import find_example
-from quantguard.files import write_text
-from quantguard.models import build_arch
-from quantguard.running import accepts
+from quantguard.conversion.apply_plan import apply_plan
+from quantguard.conversion.audit import audit
+from quantguard.conversion.example_input import find_example
+from quantguard.conversion.planning import make_plan
+from quantguard.core.file_io import write_text
+from quantguard.core.model_calls import accepts
+from quantguard.core.model_loading.load_model import build_arch
 
 HERE = Path(__file__).parent / "results"
-# Architectures without any activation of the target kinds: their one clear error is the result.
+# Architectures without any activation of the target kinds: the expected result is one error.
 NOTHING = "has no activations to convert"
 
 
 def counts(plan: qg.Plan) -> dict[str, Any]:
     return {"sites": len(plan.sites), "converted": len(plan.converted),
             "intercepted": sum(site.intercepted for site in plan.sites),
-            "kept": dict(Counter(site.reason for site in plan.kept))}
+            "kept": dict(Counter(site.reason for site in plan.excluded))}
 
 
 def measured(name: str) -> dict[str, Any]:
-    """Convert one model with its weights; every second is on the clock but the audit's."""
-    torch.manual_seed(0)  # what an untrained detector finds in noise takes most of its time
+    """Convert one model with its weights, and time all but the audit."""
+    torch.manual_seed(0)  # an untrained detector spends most of its time on detections in noise
     model = build_arch(f"torchvision:{name}").eval()
     begin = time.perf_counter()
     plan = qg.inspect(model)
@@ -88,7 +89,7 @@ def structure(name: str) -> dict[str, Any]:
     if example is None:
         raise RuntimeError("no input found")
     plan = make_plan(model, example=example)
-    found = audit(model, carry_out(model, plan), plan, example)
+    found = audit(model, apply_plan(model, plan), plan, example)
     return {**row, **counts(plan), "ran": len(found.ran), "left": found.left,
             "seconds": time.perf_counter() - begin}
 
@@ -112,7 +113,7 @@ def used(name: str) -> dict[str, Any]:
     converted.train()
     _first(_call(converted, example)).float().square().mean().backward()
     gradients = [p.grad for p in converted.parameters() if p.grad is not None]
-    for path, module in converted.named_modules():  # what the training step moved
+    for path, module in converted.named_modules():  # undo the training step's changes
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             module.load_state_dict(model.get_submodule(path).state_dict())
     converted.eval()
@@ -126,10 +127,10 @@ def used(name: str) -> dict[str, Any]:
 
 
 def elsewhere(build: Callable[[], nn.Module], evaluated: bool) -> dict[str, Any]:
-    """Convert one small model of another library without being told anything; save it, and load it.
+    """Convert one small model of another library without an example input; save it, and load it.
 
     Args:
-        evaluated: whether one attack is tried on two images, too.
+        evaluated: whether to run one attack on two images, too.
     """
     torch.manual_seed(0)
     model = build()
@@ -141,7 +142,7 @@ def elsewhere(build: Callable[[], nn.Module], evaluated: bool) -> dict[str, Any]
     example = find_example(model)
     [image] = example.values() if isinstance(example, dict) else [example]
     pixels = torch.rand(image.shape, generator=torch.Generator().manual_seed(0))
-    if accepts(model, pixels[..., :64, :64]):  # as good, and faster
+    if accepts(model, pixels[..., :64, :64]):  # equivalent, and faster
         pixels = pixels[..., :64, :64]
     with torch.no_grad():
         labels = logits_of(converted(pixels)).argmax(1)
@@ -219,7 +220,7 @@ def main() -> None:
             row |= measure(name)
         except qg.ConversionError as error:
             row["nothing" if NOTHING in str(error) else "error"] = str(error)
-        except ImportError as error:  # what the library itself cannot build here
+        except ImportError as error:  # models that the library itself cannot build here
             row["not_built"] = str(error).strip().splitlines()[0]
         except Exception as error:
             row["error"] = f"{type(error).__name__}: {error}"

@@ -1,14 +1,14 @@
-"""Does our standard suite find at least what AutoAttack finds, in at most half its time?
+"""Standard suite against AutoAttack: at least its survivors broken, in at most half its time?
 
-    pip install pyautoattack         # the field's reference, for this benchmark alone
+    pip install pyautoattack         # the reference, for this benchmark alone
     python benchmarks/evaluator.py FOLDER [--networks fixed2 ...] [--images 200]
 
-FOLDER holds the controls, see benchmarks/controls.py. Beside `fixed2`, `fixed1` and `float` stand
-`8 bits`, the float one converted, and `clean`, a LeNet of the same shape trained without attacks.
-Fashion-MNIST's first test images, Linf eps 0.1; all on one thread, one after the other; seconds
-are CPU seconds of this process, which other work on the machine changes little. The third row is
-AutoAttack driven through our surrogate: the network as it is with the gradient of its softened
-twin, k = 8. Every network's JSON is written when it is done, and then not measured again.
+FOLDER has the controls, see benchmarks/controls.py. Networks are `fixed2`, `fixed1`, `float`,
+`8 bits` (the float one, converted) and `clean` (a LeNet of the same shape trained without attacks).
+Fashion-MNIST's first test images, Linf eps 0.1, one thread, one network after the other. Seconds
+are CPU seconds of this process, on which other load has little effect. The third row is AutoAttack
+through our surrogate: the network itself with the gradient of its softened model, k = 8. Each
+network writes its JSON when it is done and is then not measured again.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from pyautoattack import AutoAttack
 from torch import Tensor, nn
 
 import quantguard as qg
-from quantguard.activation import staircases
-from quantguard.data import load_data
-from quantguard.demo import train_clean
-from quantguard.files import write_text
-from quantguard.pooling import pools_first
+from quantguard.cli.demo import train_clean
+from quantguard.core.file_io import write_text
+from quantguard.data.loader import load_data
+from quantguard.nn.pool_reordering import pools_first
+from quantguard.nn.quant_activation import quantizers
 
 HERE = Path(__file__).parent / "results" / "evaluator"
 EPS, SEED = 0.1, 0
@@ -57,7 +57,7 @@ def model_of(name: str, folder: Path) -> nn.Module:
 
 
 class Seen(nn.Module):
-    """A model inside contexts that change its gradient."""
+    """Model inside contexts that change its gradient."""
 
     def __init__(self, model: nn.Module, mode: str | None) -> None:
         super().__init__()
@@ -96,13 +96,13 @@ def row(name: str, folder: Path, images: int) -> dict[str, Any]:
         "network": name, "images": images, "eps": EPS, "seed": SEED,
         "ours": {"survived": np.flatnonzero(ours.survived).tolist(), "seconds": seconds,
                  "verdict": ours.verdict, "flags": [f.name for f in ours.flags if f.raised],
-                 "attacks": {a.label: int(a.broke.sum()) for a in ours.attacks}}}
+                 "attacks": {a.label: int(a.broken.sum()) for a in ours.attacks}}}
     print(f"{name:8s} standard suite              {ours.survived.sum():4d} of {images} survive, "
           f"{seconds:5.0f} s; {ours.verdict}", flush=True)
-    modes = [None, "sigmoid(8)"] if staircases(model) else [None]
+    modes = [None, "sigmoid(8)"] if quantizers(model) else [None]
     for mode in modes:
         survived, taken = measured(lambda mode=mode: autoattack(model, x, y, mode))
-        key = "autoattack" if mode is None else "autoattack through the twin"
+        key = "autoattack" if mode is None else "autoattack through the softened model"
         record[key] = {"survived": survived, "seconds": taken}
         print(f"{name:8s} {key:27s} {len(survived):4d} of {images} survive, {taken:5.0f} s: "
               f"{taken / seconds:.2f} times ours", flush=True)

@@ -1,13 +1,13 @@
-"""What does a short N-FGSM fine-tune leave standing on Fashion-MNIST, 2-bit beside float?
+"""Robustness of a short N-FGSM fine-tune on Fashion-MNIST, 2 bits against float.
 
-A LeNet (conv 32-64, fc 256) is trained clean, then hardened for 3 epochs; the first 1,000 test
-images, Linf eps 0.1. Three lines each: what survives PGD-50 (cross-entropy and margin) through the
-ramp, through every backward mode, and the union with the softened twin.
+A LeNet (conv 32-64, fc 256) is trained clean, then hardened for 3 epochs. The first 1,000 test
+images, Linf eps 0.1. Three lines each: survivors of PGD-50 (cross-entropy and margin) through the
+ramp, through every backward mode, and of all of these and attacks on the softened model.
 
-    python benchmarks/fashion_lenet.py            # every cell that is missing, then the table
+    python benchmarks/fashion_lenet.py            # every missing cell, then the table
     python benchmarks/fashion_lenet.py --seeds 0 --rows float --table-only
 
-Each cell writes its own JSON when it is done; run again, only missing cells are made.
+Each cell writes its own JSON when it is done; the next run computes only missing cells.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from torch import nn
 
 import quantguard as qg
 from quantguard.attacks import PGD, Entry
-from quantguard.data import load_data
-from quantguard.demo import train_clean
-from quantguard.files import write_text
+from quantguard.cli.demo import train_clean
+from quantguard.core.file_io import write_text
+from quantguard.data.loader import load_data
 
 HERE = Path(__file__).parent / "results" / "fashion_lenet"
 EPS, IMAGES, STEPS = 0.1, 1000, 50
 BITS = {"float": 32, "2-bit dynamic": 2}
 MODES = ("ste", "sigmoid(8)", "parent")
-TWINS = ((2.0, 16.0), (4.0, 32.0), (8.0, 8.0))
+SHARPNESSES = ((2.0, 16.0), (4.0, 32.0), (8.0, 8.0))
 
 
 def lenet(width: int = 1) -> nn.Sequential:
@@ -42,22 +42,23 @@ def lenet(width: int = 1) -> nn.Sequential:
 
 
 def suite(seed: int, quantized: bool) -> list[Entry]:
-    """The same attacks for every row; on a float model the twin's runs are further restarts.
+    """Return the same attacks for every row.
 
-    Backward modes are left out there: they would be six more, and the table says what they add.
+    On a float model, attacks on the softened model are further restarts. Backward modes are left
+    out there: they would be six more restarts, and the table shows what modes add.
     """
     entries = [Entry(f"PGD-{STEPS} {loss} ramp", PGD(loss, STEPS, seed=seed), "pgd", True)
                for loss in ("ce", "margin")]
     entries += [Entry(f"PGD-{STEPS} {loss} {mode}", PGD(loss, STEPS, mode=mode, seed=seed), "modes")
                 for mode in MODES for loss in ("ce", "margin") if quantized]
-    entries += [Entry(f"twin-{STEPS} {loss} k {a:g}-{b:g}",
-                      PGD(loss, STEPS, twin=(a, b), seed=seed), "twin")
-                for a, b in TWINS for loss in ("ce", "margin")]
+    entries += [Entry(f"softened-{STEPS} {loss} k {a:g}-{b:g}",
+                      PGD(loss, STEPS, sharpness=(a, b), seed=seed), "softened")
+                for a, b in SHARPNESSES for loss in ("ce", "margin")]
     return entries
 
 
 def clean_model(seed: int, epochs: int) -> nn.Module:
-    """Train one float LeNet; kept beside the results, so that both rows start from the same."""
+    """Return one float LeNet; it is saved, so that both rows start from the same weights."""
     model, path = lenet(), HERE / "work" / f"clean-{seed}.qg"
     if path.exists():
         return qg.load(path)
@@ -89,7 +90,7 @@ def cell(seed: int, row: str, recipe: qg.Recipe, epochs: int, tag: str) -> None:
 
 LINES = (("clean", ()), ("PGD-50 CE + margin, ramp", ("pgd",)),
          ("+ every backward mode", ("pgd", "modes")),
-         ("+ the softened twin", ("pgd", "modes", "twin")))
+         ("+ the softened model", ("pgd", "modes", "softened")))
 
 
 def table(tag: str) -> None:

@@ -1,4 +1,4 @@
-"""What do the first two minutes cost: time and memory of the demo, and of `import quantguard`?
+"""Time and memory of the demo, and of `import quantguard`.
 
     python benchmarks/footprint.py
 """
@@ -17,7 +17,7 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 
-from quantguard.files import write_text
+from quantguard.core.file_io import write_text
 
 HERE = Path(__file__).parent / "results"
 

@@ -1,25 +1,30 @@
-"""How much robustness do 1, 2, 3 and 4 bits keep, beside float with the same fine-tune?
+"""Robustness at 1, 2, 3 and 4 bits, against float with the same fine-tune.
 
-    python benchmarks/hardening.py                           # every cell that is missing, the table
+    python benchmarks/hardening.py                           # every missing cell, then the table
     python benchmarks/hardening.py --cells lenet-32 lenet-2-fixed --seeds 0
     python benchmarks/hardening.py --try lr=1e-3 stability=3 --cells lenet-2-fixed
     python benchmarks/hardening.py --table-only
 
-Fashion-MNIST, Linf eps 0.1. A LeNet (5x5 convolutions 32-64, linear 256; `wide`: twice as many of
-each; `resnet`: ResNet-18's blocks at quarter width, no pre-activation) is trained clean, then
-hardened by `recipe="pgd"` with EPOCHS epochs. `ramp` is the same net at equal cost with the
-staircase on the input, but the inner attack through the ramp, no stability term, and the range that
-calibration finds; `naive` has no staircase on the input either; `plain` is the recipe but for that
-staircase; `walk` spends half of the epochs on the float net first, which is what the held-out slice
-prefers for `resnet`. `ibp` is certified
-training, from fresh weights, with CERTIFIED_EPOCHS; its figure is a bracket, proven from below. The
-standard suite, twin included, attacks the first test images, 500 of them (`resnet`: 1,000), once
-per cell. --try trains a cell with other settings and judges it by the quick suite on
-the 1,000 images that are held out of training (the first tries: on 500 of them): all that was tried
-is listed, and no test image is seen.
+Fashion-MNIST, Linf eps 0.1. A network is trained clean, then hardened by `recipe="pgd"` for EPOCHS
+epochs: a LeNet (5x5 convolutions 32-64, linear 256), `wide` (twice as many of each) or `resnet`
+(ResNet-18's blocks at quarter width, no pre-activation). Variants of a cell:
 
-Each cell writes its own JSON when it is done, and is resumed where it was interrupted; on a GPU
-give --device cuda.
+- `ramp`: the same network at equal cost, with the inner attack through the ramp, no stability term,
+  and calibration's own range;
+- `naive`: as `ramp`, and without a quantizer on the input;
+- `plain`: the recipe without a quantizer on the input;
+- `walk`: half of the epochs on the float network first, which is better for `resnet` on held-out
+  images;
+- `ibp`: certified training from fresh weights for CERTIFIED_EPOCHS; its figure is a bracket, proven
+  from below.
+
+The standard suite, which attacks the softened model, runs once per cell on the first 500 test
+images (`resnet`: 1,000). --try trains a cell with other settings and judges it by the quick suite
+on the 1,000 images that are held out of training (the first tries: on 500 of them). Every try is
+listed, and none uses a test image.
+
+Each cell writes its own JSON when it is done and resumes after an interruption. On a GPU pass
+--device cuda.
 """
 
 from __future__ import annotations
@@ -39,15 +44,15 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
 import quantguard as qg
-from quantguard.data import load_data
-from quantguard.demo import train_clean
-from quantguard.files import write_text
-from quantguard.hardening import hardened
-from quantguard.recipes import recipe_of
+from quantguard.cli.demo import train_clean
+from quantguard.core.file_io import write_text
+from quantguard.data.loader import load_data
+from quantguard.training.hardening import hardened
+from quantguard.training.recipes import recipe_of
 
 HERE = Path(__file__).parent / "results" / "hardening"
 EPS, EPOCHS, CLEAN_EPOCHS, HELD = 0.1, 4, 2, 1000
-CERTIFIED_EPOCHS = 8  # an image costs two gradients, in the attacked ones four
+CERTIFIED_EPOCHS = 8  # two gradients per image; other recipes take four
 RAMP: dict[str, Any] = {"sharpness": (), "stability": 0.0, "range_factor": 1.0}
 CELLS = ["lenet-32",
          *(f"lenet-{b}-{kind}" for b in (4, 3, 2, 1) for kind in ("fixed", "dynamic")),
@@ -55,7 +60,7 @@ CELLS = ["lenet-32",
          "lenet-32-ibp", "lenet-4-fixed-ibp", "lenet-2-fixed-ibp", "lenet-1-fixed-ibp",
          "wide-32", "wide-2-fixed", "resnet-32", "resnet-2-fixed", "resnet-2-dynamic",
          "resnet-2-fixed-walk", "resnet-2-dynamic-walk"]
-# Rows of before BatchNorm statistics were estimated anew at the start: they cannot be had again.
+# Measured before BatchNorm statistics were re-estimated at the start: not reproducible any more.
 BEFORE = ["resnet-32-given-statistics", "resnet-2-fixed-given-statistics",
           "resnet-2-dynamic-given-statistics"]
 
@@ -86,7 +91,7 @@ def resnet() -> nn.Module:
 
 
 def data(batch: int = 128) -> tuple[DataLoader[Any], DataLoader[Any]]:
-    """Return what is trained on, and what tries are judged by: the last training images."""
+    """Return the training images, and the held-out ones that judge tries: the last of the split."""
     whole: Any = load_data("fashion-mnist", "train", batch_size=batch).dataset
     cut = len(whole) - HELD
     return (DataLoader(Subset(whole, range(cut)), batch_size=batch, shuffle=True),
@@ -94,7 +99,7 @@ def data(batch: int = 128) -> tuple[DataLoader[Any], DataLoader[Any]]:
 
 
 def clean_model(net: str, seed: int) -> nn.Module:
-    """Train a float network as a user would have; kept, so that all rows start from the same."""
+    """Return a clean float network; it is saved, so that all rows start from the same weights."""
     torch.manual_seed(seed)
     model = resnet() if net == "resnet" else lenet({"lenet": 1, "wide": 2}[net])
     path = HERE / "work" / f"{net}-{seed}.pt"
@@ -120,7 +125,7 @@ def trained(cell: str, seed: int, recipe: qg.Recipe, epochs: int, device: str | 
 
 
 def own(cell: str, settings: dict[str, str], using: str = "pgd") -> tuple[qg.Recipe, int]:
-    """Return a cell's recipe, with these settings where it is tried, and its epochs."""
+    """Return a cell's recipe and epochs, with the settings of a try."""
     kind = cell.split("-")[2:]
     if "ramp" in kind or "naive" in kind:
         if settings:
@@ -130,7 +135,9 @@ def own(cell: str, settings: dict[str, str], using: str = "pgd") -> tuple[qg.Rec
         return recipe_of(using, {**settings, "input_bits": "0"}), EPOCHS
     if "ibp" in kind:
         return recipe_of("ibp", {"batch_size": "256", **settings}), CERTIFIED_EPOCHS
-    return recipe_of(using, {"walk": "32", **settings} if "walk" in kind else settings), EPOCHS
+    return recipe_of(
+        using, {"bit_schedule": "32", **settings} if "walk" in kind else settings
+    ), EPOCHS
 
 
 def machine() -> dict[str, Any]:
@@ -154,12 +161,12 @@ def measure(cell: str, seed: int, device: str | None) -> None:
 
 def attempt(cell: str, seed: int, settings: dict[str, str], device: str | None,
             epochs: int | None, eps: float | None, using: str, first: int | None) -> None:
-    told = ",".join(f"{k}={v}" for k, v in [
+    shown = ",".join(f"{k}={v}" for k, v in [
         *([("recipe", using)] if using != "pgd" else []),
         *([("first", first)] if first else []),
         *([("epochs", epochs)] if epochs else []), *([("eps", eps)] if eps else []),
         *sorted(settings.items())])
-    name = f"{cell}-seed{seed}-{told.replace(',', '_').replace('=', '') or 'default'}"
+    name = f"{cell}-seed{seed}-{shown.replace(',', '_').replace('=', '') or 'default'}"
     target = HERE / "tries" / f"{name}.json"
     if not target.exists():
         recipe, usual = own(cell, settings, using)
@@ -168,7 +175,7 @@ def attempt(cell: str, seed: int, settings: dict[str, str], device: str | None,
         result = qg.evaluate(model, data()[1], qg.Threat(eps=EPS), suite="quick", seed=seed,
                              device=device)
         target.parent.mkdir(parents=True, exist_ok=True)
-        write_text(target, json.dumps({**record, "settings": told, **machine(),
+        write_text(target, json.dumps({**record, "settings": shown, **machine(),
                                        "evaluation": result.to_dict()}))
 
 

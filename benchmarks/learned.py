@@ -1,13 +1,14 @@
-"""Does learning thresholds during adversarial training help, or hurt?
+"""Effect of learned thresholds in adversarial training.
 
     python benchmarks/learned.py [--seeds 0 1 2 3 4] [--bits 2] [--table-only]
 
-Fashion-MNIST, Linf eps 0.1, the LeNet of `fashion_lenet.py`, 11,500 training images, other ones for
-each seed. Trained clean for an epoch, then by `recipe="pgd"` in float for another; from there, and
-from the same calibration, order and random starts, two epochs with fixed thresholds and two with
-learned ones. The first 2,000 test images: clean, and what survives 20 steps of PGD through the
-softened twin on the margin and 20 on cross-entropy; upper bounds. Differences are paired; +- is
-half the 95 % t interval. Each seed writes its own JSON; missing ones are made.
+Fashion-MNIST, Linf eps 0.1, the LeNet of `fashion_lenet.py`, 11,500 training images, different ones
+for each seed. The network is trained clean for an epoch, then by `recipe="pgd"` in float for
+another. From there, with the same calibration, order and random starts, it is trained for two
+epochs with fixed thresholds and for two with learned ones. On the first 2,000 test images: clean
+accuracy, and survivors of 20 steps of PGD through the softened model on the margin and 20 on
+cross-entropy, both upper bounds. Differences are paired; +- is half the 95 % t interval. Each seed
+writes its own JSON; missing ones are computed.
 """
 
 from __future__ import annotations
@@ -25,12 +26,12 @@ from fashion_lenet import lenet
 from precision import gained, split
 
 import quantguard as qg
-from quantguard.activation import staircases
 from quantguard.attacks import PGD
-from quantguard.data import load_data
-from quantguard.demo import train_clean
-from quantguard.files import write_text
-from quantguard.optimizing import merging
+from quantguard.cli.demo import train_clean
+from quantguard.core.file_io import write_text
+from quantguard.data.loader import load_data
+from quantguard.nn.quant_activation import quantizers
+from quantguard.training.optim import merging
 
 HERE = Path(__file__).parent / "results" / "learned"
 EPS, IMAGES, HELD, TEST = 0.1, 11_500, 500, 2000
@@ -46,14 +47,14 @@ def run(bits: int, seed: int) -> dict[str, Any]:
     first = qg.harden(model, train, THREAT, bits=32, epochs=1, **common)
     test, rows = load_data("fashion-mnist", "test", batch_size=250), {}
     for kind in ("fixed", "learned"):
-        recipe = qg.Recipe("pgd", walk=())
+        recipe = qg.Recipe("pgd", bit_schedule=())
         hard = qg.harden(first, train, THREAT, bits=bits, dynamic=kind == "learned", recipe=recipe,
                          epochs=2, **common)
         found = qg.evaluate(hard, test, THREAT, images=TEST, seed=seed, progress=False, suite=[
-            PGD(loss, 20, twin=(2, 16), seed=seed) for loss in ("margin", "ce")])
+            PGD(loss, 20, sharpness=(2, 16), seed=seed) for loss in ("margin", "ce")])
         rows[kind] = {"clean": found.clean_accuracy, "robust": found.robust_accuracy,
                       "recipe": recipe.to_dict(), "merged": merging(hard), "thresholds": {
-                          name: m.thresholds.tolist() for name, m in staircases(hard).items()}}
+                          name: m.thresholds.tolist() for name, m in quantizers(hard).items()}}
         print(f"{bits} bits, seed {seed}, {kind}: clean {found.clean_accuracy:.1%}, attacked "
               f"{found.robust_accuracy:.1%}", flush=True)
     return {"bits": bits, "seed": seed, "rows": rows, "eps": EPS, "images": IMAGES,

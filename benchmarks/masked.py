@@ -1,15 +1,15 @@
-"""Is every way of hiding a gradient that we know flagged, and seen through?
+"""Known ways of hiding a gradient: is each flagged, and is its figure close to the truth?
 
     python benchmarks/masked.py FOLDER [--images 200] [--suite quick] [--rows PART ...] [--known]
 
-FOLDER holds the controls, see benchmarks/controls.py. Each row is a network whose forward is that
-of another one, or nearly, with its gradient hidden; the truth is the lowest that we know of the
-network behind it, whichever is lowest: the suite on the same forward with its gradient in the open,
-on another row that decides alike, or TENFOLD on what the suite left standing, ten times its steps
-and queries (of rows that decide alike, on the first of them; --known: as an earlier run found it).
+FOLDER has the controls, see benchmarks/controls.py. Each row is a network with the forward of
+another one, or nearly, and with a hidden gradient. The truth is the lowest known figure of the
+network behind it: of the suite on the same forward with its gradient in the open, of another row
+with the same answers, or of TENFOLD, ten times the steps and queries, on the suite's survivors. Of
+rows with the same answers TENFOLD runs on the first (--known: its result in an earlier run).
 `k-WTA` (k winners take all, Xiao, Zhong, Zheng 2020, arXiv:1905.10510) is trained without attacks.
-Fashion-MNIST's first test images, Linf eps 0.1. A row is caught where a flag of kind masked or
-unresolved is raised, and seen through where the figure is at most 3 points above the truth.
+Fashion-MNIST's first test images, Linf eps 0.1. A row is caught if a flag of kind masked or
+unresolved is raised. It is seen through if the figure is at most 3 points above the truth.
 """
 
 from __future__ import annotations
@@ -28,34 +28,34 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
 import quantguard as qg
-from quantguard.activation import QuantActivation
 from quantguard.attacks import PGD, Square
-from quantguard.data import load_data
-from quantguard.demo import train_clean
-from quantguard.files import write_text
+from quantguard.cli.demo import train_clean
+from quantguard.core.file_io import write_text
+from quantguard.data.loader import load_data
+from quantguard.nn.quant_activation import QuantActivation
 
 HERE = Path(__file__).parent / "results"
 EPS, SEED = 0.1, 0
 
 
-# Rows that decide alike, image by image: what breaks one breaks the others.
+# Rows with the same answer on every image: an adversarial of one is one of the others.
 ALIKE = (("logits x10", "logits x30", "logits x100", "logits x300 on 30 % of the images",
           "softmax of logits x10"),
          ("rounding, torch.round", "rounding, a zero Function"), ("1 bit by torch.sign",),
          ("2 bits, trained through the ramp", "2 bits, surrogate lost"), ("k-WTA",))
 STRIDE: dict[str, Any] = {"rel_step": 0.4, "decay": True}
-# Quick has 20 steps and 200 queries.
+# The quick suite has 20 steps and 200 queries.
 TENFOLD = [
-    PGD("ce", 200, twin=(2, 64), seed=1001, **STRIDE),
-    PGD("margin", 200, twin=(4, 64), target=1, seed=1002, **STRIDE),
-    PGD("margin", 200, twin=(4, 64), target=2, seed=1003, **STRIDE),
-    PGD("ce", 200, twin=(8, 128), average=4, seed=1004, **STRIDE),
-    PGD("scaled", 200, average=4, see_through=False, seed=1005, **STRIDE),
+    PGD("ce", 200, sharpness=(2, 64), seed=1001, **STRIDE),
+    PGD("margin", 200, sharpness=(4, 64), target=1, seed=1002, **STRIDE),
+    PGD("margin", 200, sharpness=(4, 64), target=2, seed=1003, **STRIDE),
+    PGD("ce", 200, sharpness=(8, 128), average=4, seed=1004, **STRIDE),
+    PGD("scaled", 200, average=4, bpda=False, seed=1005, **STRIDE),
     Square(2000, seed=1006)]
 
 
 class Scaled(nn.Module):
-    """Logits times a number: on all images, or on those whose first pixels' bits say so."""
+    """Logits times a number, on all images or on a share that a hash of the logits chooses."""
 
     def __init__(self, model: nn.Module, scale: float, share: float = 1.0) -> None:
         super().__init__()
@@ -87,7 +87,7 @@ class _NoGradient(torch.autograd.Function):
 
 
 class ZeroFunction(nn.Module):
-    """Rounding by a Function whose backward is zero."""
+    """Rounding by a Function with a zero backward."""
 
     def forward(self, x: Tensor) -> Tensor:
         return _NoGradient.apply(x)  # type: ignore[no-any-return]
@@ -107,7 +107,7 @@ class OpenRound(nn.Module):
 
 
 class Sign(nn.Module):
-    """A 1-bit staircase written with torch.sign."""
+    """1-bit quantizer written with torch.sign."""
 
     def __init__(self, staircase: QuantActivation) -> None:
         super().__init__()
@@ -118,7 +118,7 @@ class Sign(nn.Module):
 
 
 class Lost(nn.Module):
-    """A staircase read by a tracer that lost its surrogate: comparisons, no gradient at all."""
+    """Quantizer whose surrogate a tracer has lost: comparisons, without any gradient."""
 
     def __init__(self, staircase: QuantActivation) -> None:
         super().__init__()
@@ -153,7 +153,7 @@ def winners() -> nn.Module:
 
 
 def rows(folder: Path, some: list[str] | None) -> dict[str, tuple[nn.Module, nn.Module | None]]:
-    """Return by name: the network, and the one whose gradient is in the open, where there is."""
+    """Return by name: the network, and the one with its gradient in the open, if there is one."""
     def load(name: str) -> nn.Module:
         return network(folder / f"{name}.safetensors")
     float_model, one, two = load("float"), load("fixed1"), load("fixed2")
@@ -169,7 +169,7 @@ def rows(folder: Path, some: list[str] | None) -> dict[str, tuple[nn.Module, nn.
         "1 bit by torch.sign": (swapped(load("fixed1"), Sign), one),
         "2 bits, trained through the ramp": (load("fixed2"), two),
         "2 bits, surrogate lost": (swapped(load("fixed2"), Lost), two),
-        # trained here, so only where it is asked for
+        # trained here, so only if requested
         **({} if some and not any(s in "k-WTA" for s in some) else {"k-WTA": (winners(), None)})}
     return {name: row for name, row in found.items() if not some or any(s in name for s in some)}
 
@@ -217,7 +217,7 @@ def main() -> None:
                "clean": result.clean_accuracy, "default": float(default),
                "robust": result.robust_accuracy, "open": truth, "tenfold": tenfold, "flags": flags,
                "caught": bool(flags),
-               "attacks": {a.label: int(a.broke.sum()) for a in result.attacks}}
+               "attacks": {a.label: int(a.broken.sum()) for a in result.attacks}}
         table[key_of(row)] = row
         print(f"{name}: {result.robust_accuracy:.1%}, in the open {truth:.1%}, "
               f"ten times the budget {tenfold:.1%}, {result.seconds:.0f} s", flush=True)

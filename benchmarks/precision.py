@@ -1,14 +1,15 @@
-"""Does training in bfloat16 cost accuracy?
+"""Accuracy of training in bfloat16, against float32.
 
     python benchmarks/precision.py [--seeds 0 1 2 3 4] [--table-only]
 
-Fashion-MNIST, Linf eps 0.1, `recipe="pgd"`, 2 bits fixed, an epoch in float and one through the
-staircase; a LeNet (no BatchNorm, 6,000 training images) and the ResNet of `hardening.py` (3,000),
-each trained clean for an epoch first. The same seed trains in float32 and in bfloat16: the same
-start, images and order. The first 2,000 test images, in float32: clean, and attacked by 20 steps of
-PGD on the margin through the softened twin; an upper bound, the same for both. Differences are
-paired; +- is half the 95 % t interval. Each seed of a net writes its own JSON; missing ones are
-made. On a machine whose `auto` is float32 the question does not arise; it is slow there.
+Fashion-MNIST, Linf eps 0.1, `recipe="pgd"`, 2 bits fixed, an epoch in float and one with
+quantizers. A LeNet (no BatchNorm, 6,000 training images) and the ResNet of `hardening.py` (3,000),
+each trained clean for an epoch first. Each seed trains in float32 and in bfloat16 from the same
+start, images and order. Evaluated in float32 on the first 2,000 test images: clean accuracy, and
+accuracy under 20 steps of PGD on the margin through the softened model, an upper bound and the same
+for both. Differences are paired; +- is half the 95 % t interval. Each seed of a network writes its
+own JSON; missing ones are computed. On a machine whose `auto` is float32 the question does not
+arise, and this is slow.
 """
 
 from __future__ import annotations
@@ -31,9 +32,9 @@ from torch.utils.data import DataLoader, Subset
 
 import quantguard as qg
 from quantguard.attacks import PGD
-from quantguard.data import load_data
-from quantguard.demo import train_clean
-from quantguard.files import write_text
+from quantguard.cli.demo import train_clean
+from quantguard.core.file_io import write_text
+from quantguard.data.loader import load_data
 
 HERE = Path(__file__).parent / "results" / "precision"
 EPS, EPOCHS, HELD, TEST = 0.1, 2, 250, 2000
@@ -41,7 +42,7 @@ NETS = {"LeNet": (lenet, 6_000), "ResNet": (resnet, 3_000)}
 
 
 def split(seed: int, count: int, held: int) -> tuple[DataLoader[Any], DataLoader[Any]]:
-    """Return training and held-out images, other ones for each seed."""
+    """Return training and held-out images, different ones for each seed."""
     whole: Any = load_data("fashion-mnist", "train", batch_size=128).dataset
     start = seed * (count + held)
     middle, end = start + count, start + count + held
@@ -50,7 +51,7 @@ def split(seed: int, count: int, held: int) -> tuple[DataLoader[Any], DataLoader
 
 
 def gained(first: list[float], second: list[float]) -> str:
-    """Say both means, and the mean of paired differences with half of its 95 % t interval."""
+    """Return both means, and the mean paired difference with half of its 95 % t interval."""
     gain = [b - a for a, b in zip(first, second, strict=True)]
     half = float(scipy.stats.t.ppf(0.975, len(gain) - 1)) \
         * statistics.stdev(gain) / len(gain) ** 0.5
@@ -73,7 +74,7 @@ def run(net: str, seed: int) -> dict[str, Any]:
                          epochs=EPOCHS, val=held, seed=seed, progress=False)
         took = time.process_time() - begin
         found = qg.evaluate(hard, test, qg.Threat(eps=EPS), images=TEST, seed=seed, progress=False,
-                            suite=[PGD("margin", 20, twin=(2, 16), seed=seed)])
+                            suite=[PGD("margin", 20, sharpness=(2, 16), seed=seed)])
         rows[precision] = {"clean": found.clean_accuracy, "robust": found.robust_accuracy,
                            "cpu_seconds": took, "recipe": recipe.to_dict()}
         print(net, seed, precision, f"clean {found.clean_accuracy:.1%}, attacked "

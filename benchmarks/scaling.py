@@ -1,16 +1,16 @@
-"""Do two processes train as fast as two cores allow, and with BatchNorm as well as one does?
+"""Two processes against one: training speed, and accuracy with BatchNorm.
 
     pip install '.[accelerate]'
     python benchmarks/scaling.py [--seeds 5] [--repeats 3]
 
-Speed: `harden`, recipe `pgd`, of a LeNet on random images, batches of 128: one process with one
-thread, one process with two threads, two processes (torchrun, gloo) with one thread each; seconds
-are the wall's, of training alone, medians of repeats that take turns. So it needs two idle cores.
+Speed: `harden`, recipe `pgd`, of a LeNet on random images, batches of 128. One process with one
+thread, one process with two threads, and two processes (torchrun, gloo) with one thread each. Wall
+seconds of training alone, medians of interleaved repeats. This needs two idle cores.
 
-BatchNorm sees each process's part of a batch. A small CNN with BatchNorm is trained on
+BatchNorm sees each process's shard of a batch. A small CNN with BatchNorm is trained on
 scikit-learn's digits (`pgd`, Linf eps 0.1, 6 epochs, batches of 64) by one process and by two, from
-several seeds: clean accuracy and what PGD-20 leaves of 397 test images, mean and 95 % t interval of
-the paired difference.
+several seeds. Mean and 95 % t interval of the paired difference, of clean accuracy and of accuracy
+under PGD-20, on 397 test images.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import quantguard as qg
 from quantguard.attacks import PGD
-from quantguard.data import load_data
-from quantguard.files import write_text
-from quantguard.world import world
+from quantguard.core.distributed import distributed
+from quantguard.core.file_io import write_text
+from quantguard.data.loader import load_data
 
 HERE = Path(__file__).parent / "results"
 WAYS = {"one process, one thread": (1, 1), "one process, two threads": (1, 2),
@@ -47,12 +47,12 @@ BATCHES = 16
 
 
 def timed() -> dict[str, Any]:
-    """Train a LeNet once to compile, and once for its time."""
+    """Train a LeNet once to compile, and once to be timed."""
     x, y = torch.rand(128 * BATCHES, 1, 28, 28), torch.randint(0, 10, (128 * BATCHES,))
     loader = DataLoader(TensorDataset(x, y), batch_size=128, shuffle=True)
     recipe, val = qg.Recipe("pgd", lr=1e-3), [(x[:2], y[:2])]
     for _ in range(2):
-        model = qg.convert(lenet(), 2, dynamic=True)  # so that no time goes into calibration
+        model = qg.convert(lenet(), 2, dynamic=True)  # takes no time for calibration
         begin = time.monotonic()
         qg.harden(model, loader, qg.Threat(eps=0.1), recipe=recipe, epochs=1, val=val,
                   progress=False)
@@ -70,13 +70,13 @@ def with_batchnorm(seed: int) -> dict[str, Any]:
     hardened = qg.harden(model, load_data("digits", "train", batch_size=64), threat, seed=seed,
                          recipe=qg.Recipe("pgd", lr=5e-3), epochs=6, progress=False)
     found = qg.evaluate(hardened, load_data("digits", "test"), threat, suite=[
-        PGD("ce", 20, twin=(2, 16))], progress=False)
+        PGD("ce", 20, sharpness=(2, 16))], progress=False)
     return {"clean": found.clean_accuracy, "attacked": found.robust_accuracy,
             "images": found.images}
 
 
 def launched(processes: int, threads: int, *arguments: str) -> dict[str, Any]:
-    """Run this file's worker in so many processes; return what the first one found."""
+    """Run this file's worker in several processes; return the result of the first."""
     several = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)] \
         if processes > 1 else []
     with tempfile.TemporaryDirectory() as folder:
@@ -98,7 +98,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.out:
         found = timed() if args.seed is None else with_batchnorm(args.seed)
-        if world().first:
+        if distributed().is_main:
             write_text(args.out, json.dumps(found))
         return
     seconds: dict[str, list[float]] = {name: [] for name in WAYS}

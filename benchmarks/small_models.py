@@ -1,4 +1,4 @@
-"""Small random models of other libraries: no download, next to no time."""
+"""Small random models of other libraries: no download, a fraction of a second each."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _EFFICIENT: dict[str, Any] = {
     "in_channels": [32, 16], "out_channels": [16, 24], "strides": [1, 2],
     "num_block_repeats": [1, 2], "expand_ratios": [1, 2], "hidden_dim": 1280}
 
-# Name of the configuration -> settings of a small one, or several by a word that tells them apart.
+# Configuration name -> settings of a small one, or of several by a distinguishing word.
 SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
     "beit": {"": _VIT, "relative": {**_VIT, "use_relative_position_bias": True,
                                     "use_absolute_position_embeddings": True}},
@@ -129,7 +129,7 @@ class Tokens(nn.Module):
 
 
 class Patches(nn.Module):
-    """Classify images by SigLIP 2, which reads patches in a row and how they lie."""
+    """Classify images by SigLIP 2, which reads patches in a row and their layout."""
 
     image_size = 32
 
@@ -161,7 +161,7 @@ class Prompt(nn.Module):
         return self.model(self.text.expand(len(pixels), -1), pixels)
 
 
-# What reads something else than images alone is given them by a module around it.
+# Wrappers that turn images into the inputs of models that read something else.
 AROUND = {"ImageGPTForImageClassification": Tokens, "Siglip2ForImageClassification": Patches,
           "ShieldGemma2ForImageClassification": Prompt}
 
@@ -189,7 +189,7 @@ def huggingface() -> dict[str, Callable[[], nn.Module]]:
 
 
 class Head(nn.Module):
-    """Classify by the features that an encoder gives: its last map, or one vector an image."""
+    """Classify by the features of an encoder: its last map, or one vector per image."""
 
     def __init__(self, encoder: nn.Module, channels: int) -> None:
         super().__init__()
@@ -202,7 +202,7 @@ class Head(nn.Module):
 
 
 class Cnn(nn.Module):
-    """A small net of one's own."""
+    """Small network of the user's own."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -215,7 +215,7 @@ class Cnn(nn.Module):
 
 
 def peft() -> dict[str, Callable[[], nn.Module]]:
-    """Return builders of nets that PEFT wraps: each kind of adapter, several kinds of nets."""
+    """Return builders of networks wrapped by PEFT: each kind of adapter, several networks."""
     import peft
     import timm
 

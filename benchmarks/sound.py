@@ -1,26 +1,28 @@
-"""Are sound float models left alone, or do flags cry wolf?
+"""False alarms of the flags on sound float models.
 
-Ten float models on Fashion-MNIST without staircases, randomness or any other trick: LeNet, ResNet,
-MLP, ViT, and a ConvNet of GELU and average pooling, each trained clean and, another one, by three
-steps of PGD. Each meets six draws of images: draw d is the test images 128 d ... 128 d + 127 (two
-whole batches; 100 would take as long), suite quick, seed d: about half an hour of CPU for all, and
-as much for training. Linf eps is 0.1 for hardened models; at 0.1 PGD-20 leaves 5 to 7 % of a clean
-one, and where nothing stands no survivor can be in doubt: for those it is 0.05.
+Ten models with float activations on Fashion-MNIST, without randomness or any other trick: LeNet,
+ResNet, MLP, ViT, and a ConvNet of GELU and average pooling. Each is trained clean and, from another
+seed, by three steps of PGD, then with the recipe's 8-bit quantizer on the input. Each is evaluated
+on six draws of images: draw d is the test images 128 d ... 128 d + 127 (two whole batches; 100
+would take as long), suite quick, seed d. All of it takes about half an hour of CPU, and as much for
+training. Linf eps is 0.1 for hardened models. At
+0.1 PGD-20 leaves 5 to 7 % of a clean one, and without survivors nothing can be in doubt: for those
+it is 0.05.
 
 A false alarm is any raised flag of kind masked or unresolved, whatever the verdict. So few images
-cannot raise all that more could: default attacks overstate from 8 of 128 images on, where 2 points
-are the threshold. So the table gives the mean over a model's draws, too. That the same flags speak
-where they should is benchmarks/masked.py's question.
+cannot raise every flag that more could: default attacks overstate from 8 of 128 images on, where
+the threshold is 2 points. The table therefore has the mean over a model's draws, too. Whether the
+same flags are raised where they should be is measured by benchmarks/masked.py.
 
-Flags may be tuned on the five models of `tuning`; those of `held out` share no weights with them
+Flags may be tuned on the five models of `tuning`. Those of `held out` share no weights with them
 and run once afterwards.
 
-    python benchmarks/sound.py                    # every cell that is missing, then the tables
-    python benchmarks/sound.py --group tuning     # what may be looked at while tuning
+    python benchmarks/sound.py                    # every missing cell, then the tables
+    python benchmarks/sound.py --group tuning     # the models for tuning
     python benchmarks/sound.py --table-only
 
-Each cell writes its own JSON when it is done; run again, only missing cells are made. Trained
-weights lie in `results/sound/work`. Seconds are CPU seconds of this process on one thread.
+Each cell writes its own JSON when it is done; the next run computes only missing cells. Trained
+weights are in `results/sound/work`. Seconds are CPU seconds of this process on one thread.
 """
 
 from __future__ import annotations
@@ -41,15 +43,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import quantguard as qg
-from quantguard.data import load_data
-from quantguard.demo import train_clean
-from quantguard.files import write_text
-from quantguard.masking import clopper_pearson
+from quantguard.cli.demo import train_clean
+from quantguard.core.file_io import write_text
+from quantguard.core.statistics import clopper_pearson
+from quantguard.data.loader import load_data
 
 HERE = Path(__file__).parent / "results" / "sound"
 DRAWS, IMAGES, SUITE = 6, 128, "quick"
 EPS = {"clean": 0.05, "hardened": 0.1}
-# Every architecture is in both, and so are both trainings.
+# Both groups have every architecture and both kinds of training.
 GROUPS = {
     "tuning": ["LeNet clean", "ResNet hardened", "MLP clean", "ViT hardened", "ConvNet clean"],
     "held out": ["LeNet hardened", "ResNet clean", "MLP hardened", "ViT clean", "ConvNet hardened"]}
@@ -105,7 +107,7 @@ def mlp() -> nn.Sequential:
 
 
 def smooth() -> nn.Sequential:
-    """A ConvNet without a kink: GELU and average pooling."""
+    """Return a ConvNet without kinks: GELU and average pooling."""
     return nn.Sequential(
         nn.Conv2d(1, 32, 3, padding=1), nn.GELU(), nn.AvgPool2d(2),
         nn.Conv2d(32, 64, 3, padding=1), nn.GELU(), nn.AvgPool2d(2),
@@ -119,7 +121,7 @@ ARCHITECTURES: dict[str, tuple[Callable[[], nn.Module], int, int]] = {
 
 
 def trained(name: str) -> nn.Module:
-    """Train a model, or read it; each from a seed of its own."""
+    """Return a trained model, or read it from its file; each has a seed of its own."""
     architecture, training = name.split()
     build, epochs, hardening = ARCHITECTURES[architecture]
     seed, path = MODELS.index(name), HERE / "work" / f"{name.replace(' ', '-')}.safetensors"
@@ -156,7 +158,7 @@ def cell(name: str, model: nn.Module, draw: int, images: tuple[Tensor, Tensor]) 
             "clean": result.clean_accuracy, "robust": result.robust_accuracy,
             "verdict": result.verdict, "flags": [vars(f) for f in result.flags],
             "fidelity": result.fidelity, "seconds": seconds,
-            "attacks": {a.label: int(a.broke.sum()) for a in result.attacks},
+            "attacks": {a.label: int(a.broken.sum()) for a in result.attacks},
             "environment": result.environment}
 
 
@@ -179,7 +181,7 @@ def table(names: list[str]) -> None:
         print(f"{name:17s} {rows[0]['group']:8s} eps {rows[0]['eps']:4g}  {len(rows)} draws  clean "
               f"{100 * statistics.mean(r['clean'] for r in rows):5.1f}  robust "
               f"{statistics.mean(robust):5.1f} ({min(robust):.1f}-{max(robust):.1f})  fidelity "
-              f"{statistics.mean(r['fidelity']['gradient'] for r in rows):.2f}  "
+              f"{statistics.mean(max(r['fidelity'].values()) for r in rows):.2f}  "
               f"{sum(bool(alarms(r)) for r in rows)} with alarms  "
               f"{', '.join(f'{n} {v}' for v, n in verdicts.items())}  "
               f"{statistics.mean(r['seconds'] for r in rows):.0f} s a draw")

@@ -1,11 +1,12 @@
-"""How fast is the staircase, beside the ReLU that it replaces and beside its peers?
+"""Speed of a quantized activation, against ReLU and against other libraries' quantizers.
 
-    pip install brevitas          # a peer; its rows are left out where it is not installed
+    pip install brevitas          # optional: its rows are left out if it is not installed
     python benchmarks/staircase.py
 
-Forward and backward on a (64, 64, 56, 56) float32 tensor: every row over an out-of-place ReLU that
-is timed right before it and right after, median of the ratios. Then a training step of ResNet-18
-(batch 64, 32x32) converted over float, the bytes that autograd keeps, and peak memory.
+Forward and backward on a (64, 64, 56, 56) float32 tensor. Every row is relative to an out-of-place
+ReLU that is timed right before and right after it, median of the ratios. Then a training step of
+ResNet-18 (batch 64, 32x32), converted over float: its time, the bytes that autograd saves, and peak
+memory.
 """
 
 from __future__ import annotations
@@ -31,9 +32,9 @@ import torchvision
 from torch import Tensor, nn
 
 import quantguard as qg
-from quantguard import fused
-from quantguard.files import write_text
-from quantguard.spec import QuantSpec
+from quantguard.core.file_io import write_text
+from quantguard.core.specs import QuantSpec
+from quantguard.nn.functional import compiled_kernels as fused
 
 HERE = Path(__file__).parent / "results"
 SHAPE = (64, 64, 56, 56)
@@ -51,7 +52,7 @@ def stairs(bits: int, dynamic: bool, per_channel: bool = False) -> qg.QuantActiv
 
 @contextmanager
 def eagerly() -> Any:
-    """Switch the compiled passes off, as where no compiler is present."""
+    """Switch the compiled passes off, as without a compiler."""
     before = fused.WORTH, fused._CALL
     fused.WORTH = fused._CALL = sys.maxsize
     try:
@@ -69,7 +70,7 @@ def timed(function: Callable[[Tensor], Tensor], x: Tensor, grad: Tensor) -> floa
 
 def peers() -> dict[str, Callable[[Tensor], Tensor]]:
     found: dict[str, Callable[[Tensor], Tensor]] = {}
-    fake = torch.ao.quantization.FakeQuantize(  # its observer off, as in the later part of training
+    fake = torch.ao.quantization.FakeQuantize(  # observer off, as late in training
         torch.ao.quantization.MovingAverageMinMaxObserver, 0, 3)
     fake(torch.rand(8))
     fake.disable_observer()
@@ -172,12 +173,12 @@ def training() -> list[dict[str, Any]]:
 
 
 def peak(bits: int, dynamic: bool) -> float:
-    """Return how far two training steps raise this process's memory at their peak, in MiB."""
+    """Return by how much two training steps raise this process's peak memory, in MiB."""
     net, images = resnet(bits, dynamic), torch.rand(64, 3, 32, 32)
     labels = torch.zeros(64, dtype=torch.long)
     step(net, images, labels)  # compiles
     net.zero_grad()
-    ctypes.CDLL("libc.so.6").malloc_trim(0)  # what that step has left behind
+    ctypes.CDLL("libc.so.6").malloc_trim(0)  # free what that step left
     before = status("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts from here (Linux)
     for _ in range(2):
@@ -202,7 +203,7 @@ def main() -> None:
     if sys.argv[1:2] == ["--peak"]:
         print(peak(int(sys.argv[2]), sys.argv[3] == "dynamic"))
         return
-    with tempfile.TemporaryDirectory() as cold:  # what a first call costs on a new machine
+    with tempfile.TemporaryDirectory() as cold:  # cost of a first call on a new machine
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = cold
         record = {"shape": SHAPE, "rounds": ROUNDS, "seed": 0, "activations": activations(),
                   "training": training(), "python": platform.python_version(),

@@ -1,12 +1,12 @@
-"""Is a run that is killed again and again the run that was left alone, bit for bit?
+"""Bitwise comparison of a run that is killed repeatedly with an undisturbed one.
 
     python benchmarks/survival.py [--kills 20] [--epochs 6]
 
-The demo's CNN is hardened on digits in a process of its own, which gets SIGKILL at random moments
-and is started again, until it has been killed so often; then it may finish. Its weights are
-compared with those of a run that nobody disturbed. State is saved every 0.2 seconds here, by
-default every minute. Moments are drawn from half of the time that a start takes to write its first
-state, to what is left of the run, shared by the kills.
+The demo's CNN is hardened on digits in a separate process. That process gets SIGKILL at random
+moments and is started again, until it has been killed --kills times; then it may finish. Its
+weights are compared with those of an undisturbed run. State is saved every 0.2 seconds here, by
+default every minute. Each moment is drawn between half of the time that a start takes to write its
+first state, and the rest of the run divided by the remaining kills.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ from pathlib import Path
 
 import torch
 
-from quantguard.files import write_text
+from quantguard.core.file_io import write_text
 
 HERE = Path(__file__).parent / "results"
 RUN = """
 import sys, torch
 import quantguard as qg
-from quantguard import training
-from quantguard.data import load_data
-from quantguard.demo import small_cnn
+from quantguard.training import trainer
+from quantguard.data.loader import load_data
+from quantguard.cli.demo import small_cnn
 torch.set_num_threads(1)
-training._SAVE_EVERY = 0.2
+trainer._SAVE_EVERY = 0.2
 torch.manual_seed(0)
 model = small_cnn().eval()
 loader = load_data("digits", "train", batch_size=64)

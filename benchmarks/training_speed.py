@@ -1,17 +1,16 @@
-"""How many images a second does adversarial training get through, beside ART's and a plain loop?
+"""Images per second of adversarial training, against ART and a plain loop.
 
     pip install adversarial-robustness-toolbox          # for this benchmark alone
     python benchmarks/training_speed.py [--repeats 3]
 
-PGD-7 adversarial training in float, as Madry et al. 2018 do it (every image of a batch attacked,
-the loss on attacked images alone), on random images and weights: a LeNet (28x28, batches of 256)
-and torchvision's ResNet-18 (32x32, batches of 64). ART is its AdversarialTrainerMadryPGD. The plain
-loop calls .backward() while crafting, as is often written: parameters get gradients nobody needs.
-Ours is `qg.harden` whole, with its checks, average of weights and probe (of two images), in float32
-and in bfloat16, over twelve batches; and of 2 bits, through the twin
-and with the stability term, in float32. Machines on which float32 is the faster one write a JSON of
-their own. All on one thread; seconds are CPU seconds of this process,
-medians of repeats that take turns.
+PGD-7 adversarial training in float, as in Madry et al. 2018 (every image of a batch attacked, the
+loss on attacked images alone), on random images and weights: a LeNet (28x28, batches of 256) and
+torchvision's ResNet-18 (32x32, batches of 64). ART is its AdversarialTrainerMadryPGD. The plain
+loop calls .backward() in its inner attack, as is often written, so that parameters get gradients
+that nothing uses. Ours is `qg.harden` with its checks, weight averaging and validation (of two
+images), over twelve batches: in float32 and in bfloat16, and at 2 bits through the softened model
+with the stability term in float32. Machines on which float32 is faster write a JSON of their own.
+All on one thread; CPU seconds of this process, medians of interleaved repeats.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import quantguard as qg
-from quantguard.files import write_text
+from quantguard.core.file_io import write_text
 
 HERE = Path(__file__).parent / "results"
 EPS, STEPS, STEP, LR = 8 / 255, 7, 2 / 255, 1e-3
@@ -79,7 +78,7 @@ def art(model: nn.Module, x: Tensor, y: Tensor, batch: int) -> None:
 
 def ours(precision: str, bits: int = 32) -> Callable[[nn.Module, Tensor, Tensor, int], None]:
     def train(model: nn.Module, x: Tensor, y: Tensor, batch: int) -> None:
-        recipe = qg.Recipe("pgd", lr=LR, steps=STEPS, rel_step=STEP / EPS, walk=(),
+        recipe = qg.Recipe("pgd", lr=LR, steps=STEPS, rel_step=STEP / EPS, bit_schedule=(),
                            precision=precision)
         qg.harden(model, DataLoader(TensorDataset(x, y), batch_size=batch), qg.Threat(eps=EPS),
                   bits=bits, recipe=recipe, epochs=1, val=[(x[:2], y[:2])], progress=False)
@@ -111,7 +110,7 @@ def main() -> None:
             others = [value / speed[n] for n in ("ART, Madry's trainer", "plain .backward() loop")]
             print(f"{net:10} {name:24} {value:7.1f} images/s  {others[0]:5.2f} x ART  "
                   f"{others[1]:5.2f} x plain", flush=True)
-    low = torch.cpu._is_amx_tile_supported()  # where bfloat16 is the faster one
+    low = torch.cpu._is_amx_tile_supported()  # machines on which bfloat16 is faster
     write_text(HERE / f"training_speed{'' if low else '_float32'}.json", json.dumps({
         "rows": rows, "steps": STEPS, "eps": EPS, "threads": 1, "cores": os.cpu_count(),
         "python": platform.python_version(), "machine": platform.machine(),

@@ -1,14 +1,14 @@
-"""With BatchNorm and 2 bits: should half of the epochs go into the float net first?
+"""With BatchNorm and 2 bits: half of the epochs on the float network first?
 
     python benchmarks/walk.py [--nets digits fashion] [--seeds 5]
 
-`harden`'s default converts at once; `walk=(32,)` trains in float for half of the epochs. Of the
-ResNet in hardening.py the walk keeps more, of the LeNet there less. Here: the demo's CNN on
+`harden` converts at once by default; `bit_schedule=(32,)` trains in float for half of the epochs.
+In hardening.py that is better for the ResNet and worse for the LeNet. Here: the demo's CNN on
 scikit-learn's digits (three convolutions, 6 epochs, the first 1,000 training images, judged on the
 other 297), and four convolutions on 10,000 training images of Fashion-MNIST (4 epochs, judged on
-1,000 others); both with BatchNorm, trained clean for 4 epochs first. Fixed thresholds, 2 bits, Linf
-eps 0.1, suite quick; no test image is seen. Mean and 95 % t interval of the paired difference.
-Each seed of a net is kept, and not run again.
+1,000 others). Both have BatchNorm and are trained clean for 4 epochs first. Fixed thresholds, 2
+bits, Linf eps 0.1, suite quick; no test image is used. Mean and 95 % t interval of the paired
+difference. Each seed of a network is saved and not run again.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from torch import nn
 from torch.utils.data import DataLoader, Subset
 
 import quantguard as qg
-from quantguard.data import load_data
-from quantguard.demo import small_cnn, train_clean
-from quantguard.files import write_text
+from quantguard.cli.demo import small_cnn, train_clean
+from quantguard.core.file_io import write_text
+from quantguard.data.loader import load_data
 
 HERE = Path(__file__).parent / "results"
 WALKS: dict[str, tuple[int, ...]] = {"at once": (), "float first": (32,)}
@@ -45,7 +45,7 @@ def four() -> nn.Module:
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10))
 
 
-# net -> data, how to make it, training images, images to judge by, batch, epochs
+# net -> data, builder, training images, images to judge by, batch, epochs
 NETS: dict[str, Any] = {
     "digits": ("digits", small_cnn, range(1000), range(1000, 1297), 64, 6),
     "fashion": ("fashion-mnist", four, range(10_000), range(59_000, 60_000), 128, 4)}
@@ -59,9 +59,17 @@ def measured(net: str, seed: int) -> dict[str, dict[str, float]]:
     model = make()
     train_clean(model, loader, 4, progress=False)
     threat, found = qg.Threat(eps=0.1), {}
-    for said, walk in WALKS.items():
-        hardened = qg.harden(model, loader, threat, bits=2, recipe=qg.Recipe("pgd", walk=walk),
-                             epochs=epochs, seed=seed, progress=False)
+    for said, bit_schedule in WALKS.items():
+        hardened = qg.harden(
+            model,
+            loader,
+            threat,
+            bits=2,
+            recipe=qg.Recipe("pgd", bit_schedule=bit_schedule),
+            epochs=epochs,
+            seed=seed,
+            progress=False,
+        )
         result = qg.evaluate(hardened, DataLoader(Subset(whole, judged), batch_size=250), threat,
                              suite="quick", seed=seed, progress=False)
         found[said] = {"clean": result.clean_accuracy, "robust": result.robust_accuracy,

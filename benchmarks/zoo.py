@@ -1,29 +1,29 @@
-"""What is our ZOO worth: how fast beside ART's, how much it breaks beside PGD, and what h does.
+"""Our ZOO: its speed against ART's, its strength against PGD, and the effect of its step h.
 
-A LeNet trained for one epoch on Fashion-MNIST, undefended, and two made of it, with 2-bit and
-1-bit staircases, trained for one more; L2 eps 1.5 in pixels from 0 to 1; the first test images
-that are classified correctly. 112 coordinates a step, so that seven steps see 784 pixels once.
-Three parts:
+A LeNet trained for one epoch on Fashion-MNIST, undefended, and two made from it, with 2-bit and
+1-bit quantizers, trained for one more. L2 eps 1.5 in pixels from 0 to 1; the first test images that
+are classified correctly. 112 coordinates a step, so that seven steps see each of the 784 pixels
+once. Three parts:
 
-- speed: our ZOO and ART's on the same network and images, CPU seconds of this process with one
-  thread, queries and forward passes counted at the model. First with equal queries, in turns
-  (ours with an eps at which nothing falls, ART's without stopping early): what a query costs, and
-  all that many queries in one forward pass gain on this machine; where a pass costs more than
-  what it holds, on a GPU, the counts of passes say what is to be gained there, which was not
-  measured. Then with an equal budget: ours leaves an image alone once it has fallen within eps,
-  ART's goes on looking for a smaller change, until the budget is spent, or (its default) until it
-  makes no progress. ART's is another attack (it minimises a norm), its constant and rate the best
-  of three pairs tried on six images: what it breaks says that it works, no more.
+- speed: our ZOO and ART's on the same network and images. CPU seconds of this process on one
+  thread; queries and forward passes are counted at the model. First with equal queries, interleaved
+  (ours with an eps at which nothing is broken, ART's without early stopping): the cost of a query,
+  and the gain of having all of them in one forward pass. On a GPU, where a pass costs more than its
+  content, the pass counts tell the gain; that was not measured. Then with an equal budget: ours
+  leaves an image once it is broken within eps. ART's continues to look for a smaller change, until
+  the budget is spent or (its default) until it makes no progress. ART's is another attack (it
+  minimises a norm); its constant and rate are the best of three pairs tried on six images. What it
+  breaks shows only that it works.
 - share: of the images that L2 PGD-100 breaks (cross-entropy, margin, and their union), how many
-  ZOO with h = 1e-4 breaks, and by how many queries; NES beside it.
-- reach: images standing after ZOO with h = 1e-4, eps / 4, eps / 2, eps, on float, 2 bits and
-  1 bit, and after PGD-100 (margin) through the ramp and through the twin. Differences of exactly 0
-  are a fact about h, not about robustness.
+  ZOO with h = 1e-4 breaks, and in how many queries; NES beside it.
+- reach: survivors of ZOO with h = 1e-4, eps / 4, eps / 2, eps, on float, 2 bits and 1 bit, and of
+  PGD-100 (margin) through the ramp and through the softened model. Differences of exactly 0 are a
+  property of h, not of robustness.
 
     python benchmarks/zoo.py [--parts share reach] [--images 100]
     PYTHONPATH=FOLDER python benchmarks/zoo.py --parts speed   # FOLDER: where ART is
 
-Each part is put into the same JSON when it is done. Trained networks are kept for the next run.
+All parts share one JSON, written as each is done. Trained networks are saved for the next run.
 """
 
 from __future__ import annotations
@@ -49,9 +49,9 @@ import quantguard as qg
 from quantguard.attacks import PGD, FoolboxModel
 from quantguard.attacks.nes import NES
 from quantguard.attacks.zoo import ZOO
-from quantguard.data import load_data
-from quantguard.demo import train_clean
-from quantguard.files import write_text
+from quantguard.cli.demo import train_clean
+from quantguard.core.file_io import write_text
+from quantguard.data.loader import load_data
 
 HERE = Path(__file__).parent / "results"
 EPS, SEED, COORDINATES = 1.5, 0, 112
@@ -61,7 +61,7 @@ REACHES: dict[str, dict[str, float]] = {
 
 
 def network(row: str) -> nn.Module:
-    """Train once; the quantized ones start from the float one."""
+    """Return a network, trained once; the quantized ones start from the float one."""
     path = HERE / "zoo" / "work" / f"{row}.qg"
     if path.exists():
         return qg.load(path).eval()
@@ -92,7 +92,7 @@ def fooled(model: nn.Module, found: Tensor, x: Tensor, y: Tensor) -> Tensor:
 
 def measured(model: nn.Module, attack: Callable[[FoolboxModel], Tensor],
              ) -> tuple[Tensor, dict[str, Any]]:
-    """Return what an attack found and what it cost."""
+    """Return the adversarials of an attack and its cost."""
     fmodel, passes = FoolboxModel(model), []
     hook = model.register_forward_pre_hook(lambda *_: passes.append(1))
     cpu, wall = time.process_time(), time.perf_counter()
@@ -114,7 +114,7 @@ def arts(model: nn.Module, x: Tensor, y: Tensor, steps: int,
     from art.estimators.classification import PyTorchClassifier
 
     def attack(fmodel: FoolboxModel) -> Tensor:
-        np.random.seed(SEED)  # where it draws its coordinates from
+        np.random.seed(SEED)  # source of its random coordinates
         classifier = PyTorchClassifier(fmodel.module, nn.CrossEntropyLoss(), tuple(x.shape[1:]),
                                        10, clip_values=(0.0, 1.0), device_type="cpu")
         zoo = ZooAttack(classifier, learning_rate=1e-2, initial_const=1.0, binary_search_steps=1,
@@ -200,8 +200,9 @@ def reach(count: int) -> dict[str, Any]:
                                                       seed=SEED, **options)
                                    for name, options in REACHES.items()}
         attacks["PGD-100"] = PGD("margin", 100, norm="l2", seed=SEED)
-        attacks["twin-100"] = PGD("margin", 100, norm="l2", twin=(2, 16), rel_step=0.4, decay=True,
-                                  seed=SEED)
+        attacks["softened-100"] = PGD(
+            "margin", 100, norm="l2", sharpness=(2, 16), rel_step=0.4, decay=True, seed=SEED
+        )
         cells, worst = {}, torch.ones(len(x), dtype=torch.bool)
         for name, attack in attacks.items():
             found, cost = ours(attack, model, x, y)
@@ -227,7 +228,7 @@ def main() -> None:
     target = HERE / "zoo.json"
     for part in args.parts:
         result = {"speed": speed, "share": share, "reach": reach}[part](args.images)
-        # read again, as another part may have been run meanwhile
+        # read again: another part may have run meanwhile
         record = json.loads(target.read_text()) if target.exists() else {}
         record[part] = {**result, "eps": EPS, "seed": SEED, "coordinates": COORDINATES,
                         "python": platform.python_version(), "torch": version("torch"),

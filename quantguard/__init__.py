@@ -9,35 +9,57 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from .errors import ConversionError, DataError, LoadError, QuantguardError, SpecError, WriteError
-from .spec import QuantSpec, Threat
+from .core.errors import (
+    ConversionError,
+    DataError,
+    LoadError,
+    QuantguardError,
+    SpecError,
+    WriteError,
+)
+from .core.specs import QuantSpec, Threat
 
 if TYPE_CHECKING:
     from . import attacks
-    from .activation import QuantActivation
-    from .certificate import Certificate
-    from .certification import certify
-    from .checkpoint import load, save
-    from .contexts import backward, bypass, soften
-    from .conversion import convert, inspect, restore
-    from .evaluation import evaluate
-    from .hardening import harden
-    from .masking import Flag
-    from .pipeline import Comparison, ablate, compare
-    from .plan import Plan
-    from .recipes import Recipe
-    from .results import Evaluation
-    from .sensitive import Sensitivity, sensitivity
+    from .certification.certificate import Certificate
+    from .certification.certifier import certify
+    from .conversion.checkpoint import load, save
+    from .conversion.converter import convert, inspect, restore
+    from .conversion.plan import Plan
+    from .evaluation.comparison import Comparison, compare
+    from .evaluation.evaluator import evaluate
+    from .evaluation.flags import Flag
+    from .evaluation.results import Evaluation
+    from .evaluation.site_sensitivity import Sensitivity, sensitivity
+    from .nn.contexts import backward, bypass, soften
+    from .nn.quant_activation import QuantActivation
+    from .training.ablation import ablate
+    from .training.hardening import harden
+    from .training.recipes import Recipe
 
 _LAZY = {
-    "QuantActivation": "activation", "backward": "contexts", "bypass": "contexts",
-    "soften": "contexts", "Certificate": "certificate", "certify": "certification",
-    "load": "checkpoint", "save": "checkpoint",
-    "Evaluation": "results", "evaluate": "evaluation", "Flag": "masking",
-    "Comparison": "pipeline", "ablate": "pipeline", "compare": "pipeline", "harden": "hardening",
-    "Sensitivity": "sensitive", "sensitivity": "sensitive",
-    "Recipe": "recipes", "convert": "conversion", "inspect": "conversion", "restore": "conversion",
-    "Plan": "plan",
+    "QuantActivation": "nn.quant_activation",
+    "backward": "nn.contexts",
+    "bypass": "nn.contexts",
+    "soften": "nn.contexts",
+    "Certificate": "certification.certificate",
+    "certify": "certification.certifier",
+    "load": "conversion.checkpoint",
+    "save": "conversion.checkpoint",
+    "Evaluation": "evaluation.results",
+    "evaluate": "evaluation.evaluator",
+    "Flag": "evaluation.flags",
+    "Comparison": "evaluation.comparison",
+    "ablate": "training.ablation",
+    "compare": "evaluation.comparison",
+    "harden": "training.hardening",
+    "Sensitivity": "evaluation.site_sensitivity",
+    "sensitivity": "evaluation.site_sensitivity",
+    "Recipe": "training.recipes",
+    "convert": "conversion.converter",
+    "inspect": "conversion.converter",
+    "restore": "conversion.converter",
+    "Plan": "conversion.plan",
 }
 
 __all__ = [
@@ -53,7 +75,7 @@ def __getattr__(name: str) -> Any:
     if name == "attacks":
         return importlib.import_module(".attacks", __name__)
     if name == "__version__":
-        from .running import version
+        from .core.runtime import version
         return version()
     if name in _LAZY:
         value = getattr(importlib.import_module(f".{_LAZY[name]}", __name__), name)

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from quantguard.activation import staircases
-from quantguard.conversion import convert
-from quantguard.data import load_data
-from quantguard.demo import small_cnn, train_clean
+from quantguard.cli.demo import small_cnn, train_clean
+from quantguard.conversion.converter import convert
+from quantguard.data.loader import load_data
+from quantguard.nn.quant_activation import quantizers
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -74,7 +74,7 @@ def _everything(model: nn.Module) -> dict[str, Any]:
         "requires_grad": [p.requires_grad for p in model.parameters()],
         "mode": [m.training for m in model.modules()],
         "hooks": [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()],
-        "contexts": [(m._state, m._listener) for m in staircases(model).values()],
+        "contexts": [(m._state, m._listener) for m in quantizers(model).values()],
         "random numbers": torch.get_rng_state(), "grad mode": torch.is_grad_enabled(),
         "tf32": (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32)}
 

@@ -1,4 +1,4 @@
-"""Random numbers that belong to an image, whatever batch it comes in; and noise as an attack."""
+"""Random numbers seeded by an image, independent of its batch, and random noise as an attack."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import eagerpy as ep
 import torch
 from torch import Tensor
 
-from ._foolbox import InNorm, fb
+from .base import NormBallAttack, fb
 
 
 def seed_of(image: Tensor, salt: str) -> int:
-    """Return a seed for one image's random numbers: a hash of its bytes and salt."""
+    """Return a seed for one image's random numbers: a hash of the image's bytes and a salt."""
     data = image.detach().float().cpu().contiguous().numpy().tobytes()
     digest = hashlib.blake2b(data + salt.encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little")
@@ -23,8 +23,8 @@ def image_noise(x: Tensor, norm: str, seed: int, tag: str) -> Tensor:
     """Return a random point for each image: uniform in the unit ball of Linf or L2, or normal.
 
     Args:
-        x: (N, ...) images; the noise of each is drawn from a hash of its bytes, seed and tag.
-        norm: ``linf`` or ``l2``, or ``normal``: N(0, 1) an entry.
+        x: (N, ...) images; each one's generator is seeded by a hash of its bytes, seed and tag.
+        norm: ``linf`` or ``l2``, or ``normal``: N(0, 1) for each entry.
     """
     out = torch.empty(x.shape, dtype=torch.float32)
     for row, image in zip(out, x.detach().float().cpu(), strict=True):
@@ -39,11 +39,11 @@ def image_noise(x: Tensor, norm: str, seed: int, tag: str) -> Tensor:
     return out.to(x.device)
 
 
-class Noise(InNorm):
-    """Add random noise of full strength, several times: what no gradient guided.
+class Noise(NormBallAttack):
+    """Random noise of full strength, drawn several times: a baseline without any gradient.
 
     Args:
-        norm: ``linf`` (corners of the ball and uniform draws in turn) or ``l2``.
+        norm: ``linf`` (corners of the ball and uniform draws alternate) or ``l2``.
         repeats: draws for each image.
         seed: of the draws.
     """
@@ -53,7 +53,7 @@ class Noise(InNorm):
 
     def run(self, model: Any, inputs: Any, criterion: Any, *, epsilon: float,
             **kwargs: Any) -> Any:
-        """Return for each image the first draw that fools model, else the last."""
+        """Return for each image the first draw that fools the model, else the last."""
         fb.attacks.base.raise_if_kwargs(kwargs)
         x, restore = ep.astensor_(inputs)
         judge = fb.attacks.base.get_criterion(criterion)
@@ -65,6 +65,6 @@ class Noise(InNorm):
             trial = ep.astensor(x.raw + epsilon * unit).clip(*model.bounds)
             best = ep.where(fb.devutils.atleast_kd(fooled, x.ndim), best, trial)
             logits = model(trial)
-            nothing = ep.astensor(logits.raw.isnan().any(1))  # NaN would pass for class 0
-            fooled = ep.logical_or(fooled, ep.logical_or(nothing, judge(trial, logits)))
+            no_class = ep.astensor(logits.raw.isnan().any(1))  # arg max takes NaN for class 0
+            fooled = ep.logical_or(fooled, ep.logical_or(no_class, judge(trial, logits)))
         return restore(best)

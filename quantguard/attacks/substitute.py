@@ -1,7 +1,7 @@
-"""A substitute of the attacked model, trained on its answers, and PGD transferred from it.
+"""Transfer attack: PGD on a substitute model trained on the attacked model's predictions.
 
-Papernot, McDaniel, Goodfellow, Jha, Celik, Swami 2017, arXiv:1602.02697, algorithm 1; a limit on
-the queries as in Papernot, McDaniel, Goodfellow 2016, arXiv:1605.07277.
+Papernot, McDaniel, Goodfellow, Jha, Celik, Swami 2017, arXiv:1602.02697, algorithm 1, with a limit
+on the queries as in Papernot, McDaniel, Goodfellow 2016, arXiv:1605.07277.
 """
 
 from __future__ import annotations
@@ -14,27 +14,28 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..batches import check_images
-from ..errors import SpecError
-from ..running import seeded
-from ._foolbox import InNorm, fb, known_norm
-from .bridge import PixelModel, labels_of, module_of
+from ..core.errors import SpecError
+from ..core.runtime import seeded
+from ..data.batches import check_images
+from .base import NormBallAttack, check_norm, fb
+from .foolbox_model import labels_of, module_of
 from .losses import ascend, height, input_gradient, project
 from .noise import image_noise, seed_of
+from .pixel_model import PixelModel
 
 _LOSSES = ("ce", "margin")
-# Images in one forward pass, and in one step of training.
+# Images in one forward pass, and in one training step.
 _CHUNK, _BATCH = 128, 64
-# A large image is brought down to about this side by the first convolution's stride.
+# The stride of the first convolution reduces large images to about this side length.
 _SIDE = 32
 
 
 class Net(nn.Module):
-    """A small classifier of our own: two convolutions, or one hidden layer more.
+    """Small classifier: two convolutions, or a linear layer for other shapes, and a hidden layer.
 
     Args:
-        shape: of one image, (C, H, W); any other is flattened.
-        classes: of the attacked model.
+        shape: of one image, (C, H, W); any other shape is flattened.
+        classes: number of classes of the attacked model.
         bounds: of the pixels.
     """
 
@@ -61,23 +62,24 @@ class Net(nn.Module):
         return logits
 
 
-class Substitute(InNorm):
-    """PGD on a substitute that was trained on nothing but the classes the attacked model names.
+class Substitute(NormBallAttack):
+    """PGD on a substitute that was trained only on the classes predicted by the attacked model.
 
-    :meth:`fit` comes first, with images of the attacker's; what an image's result is then does not
-    depend on the images beside it. Every iterate is judged by the model as it is.
+    Call :meth:`fit` first, with the attacker's own images. After that the result of an image does
+    not depend on the rest of its batch. Every iterate is judged by the attacked model.
 
     Args:
-        steps: gradient steps, on the substitute, of each loss.
-        losses: climbed in turn, the second by what still stands: ``ce``, ``margin``.
+        steps: gradient steps on the substitute, for each loss.
+        losses: maximised one after the other, each on the survivors so far: ``ce``, ``margin``.
         norm: ``linf`` or ``l2``.
         rel_step: step's length over eps.
         noise: radius of the random start over eps, 0 to 1.
-        rounds: how often the images are doubled by steps along the substitute's Jacobian.
-        step: length of those in each pixel, over the range of pixels; its sign turns every round,
-            towards the class that the model names and away from it.
-        epochs: of training, each round.
-        limit: images that the substitute learns from, at most; each is one query.
+        rounds: number of times that the training images are doubled, by steps along the
+            substitute's Jacobian.
+        step: length of these steps in each pixel, over the range of pixels; the sign alternates
+            from round to round, towards the predicted class and away from it.
+        epochs: of training in each round.
+        limit: training images of the substitute, at most; each is one query.
         seed: of everything random.
 
     Raises:
@@ -93,8 +95,8 @@ class Substitute(InNorm):
                  rel_step: float = 0.1, noise: float = 1.0, rounds: int = 4, step: float = 0.1,
                  epochs: int = 5, limit: int = 6400, seed: int = 0) -> None:
         if not losses or not set(losses) <= set(_LOSSES):
-            raise SpecError(f"losses={losses!r} are not of {', '.join(_LOSSES)}")
-        known_norm(norm)
+            raise SpecError(f"losses={losses!r} must be one or more of {', '.join(_LOSSES)}")
+        check_norm(norm)
         if steps < 1 or epochs < 1 or limit < 1 or rounds < 0:
             raise SpecError(f"steps={steps}, epochs={epochs} and limit={limit} must be at least 1, "
                             f"and rounds={rounds} 0 or more")
@@ -109,9 +111,9 @@ class Substitute(InNorm):
 
     @property
     def agreement(self) -> float:
-        """Return on how many of the images it did not learn from the substitute names the class.
+        """Return the share of holdout images on which the substitute predicts the model's class.
 
-        That is, the one that the attacked model names; a share, of a tenth of the images.
+        The holdout is a tenth of the images passed to :meth:`fit`.
         """
         self._fitted()
         return self._agreement
@@ -123,12 +125,12 @@ class Substitute(InNorm):
         return self._net
 
     def fit(self, model: Any, images: Any) -> None:
-        """Train the substitute; nothing but the model's arg max is asked.
+        """Train the substitute on the model's predicted classes.
 
         Args:
             model: a :class:`FoolboxModel`.
-            images: (M, ...) pixels, the attacker's own. A tenth is left out, for ``agreement``.
-                Their order does not matter.
+            images: (M, ...) pixels of the attacker's own images, in any order. A tenth is held
+                out, for ``agreement``.
 
         Raises:
             DataError: images outside the bounds.
@@ -137,27 +139,28 @@ class Substitute(InNorm):
         module, bounds = module_of(model), model.bounds
         check_images(x, bounds, "images to fit a substitute on")
         order = sorted(range(len(x)), key=lambda i: seed_of(x[i], f"{self.seed} substitute"))
-        held = x[order[:max(1, len(x) // 10)]]
-        x = x[order[len(held):]][:self.limit] if len(x) > 1 else x
-        y, classes = _named(module, x)
+        holdout = x[order[:max(1, len(x) // 10)]]
+        x = x[order[len(holdout):]][:self.limit] if len(x) > 1 else x
+        y, classes = _predict(module, x)
         with seeded(self.seed), torch.enable_grad(), \
                 torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
             net = Net(x.shape[1:], classes, (bounds[0], bounds[1])).to(x.device)
             for number in range(self.rounds + 1):
                 self._train(net, x, y)
-                few = min(len(x), self.limit - len(x))
-                if number == self.rounds or not few:
+                count = min(len(x), self.limit - len(x))
+                if number == self.rounds or not count:
                     break
-                some = torch.randperm(len(x))[:few].to(x.device)
+                some = torch.randperm(len(x))[:count].to(x.device)
                 length = self.step * (bounds[1] - bounds[0]) * (-1) ** number
-                # the Jacobian of that class's probability has the sign of its logarithm's
+                # The Jacobian of the class's probability has the same signs as its logarithm's.
                 new = torch.cat([
                     (a - length * input_gradient(net, a, b, "ce")[0].sign()).clamp(*bounds)
                     for a, b in zip(torch.split(x[some], _CHUNK), torch.split(y[some], _CHUNK),
                                     strict=True)])
-                x, y = torch.cat([x, new]), torch.cat([y, _named(module, new)[0]])
+                x, y = torch.cat([x, new]), torch.cat([y, _predict(module, new)[0]])
         self._net = net.eval().requires_grad_(False)
-        self._agreement = float((_named(net, held)[0] == _named(module, held)[0]).float().mean())
+        same = _predict(net, holdout)[0] == _predict(module, holdout)[0]
+        self._agreement = float(same.float().mean())
 
     def _train(self, net: Net, x: Tensor, y: Tensor) -> None:
         optimizer = torch.optim.Adam(net.parameters(), lr=1e-3)
@@ -169,19 +172,19 @@ class Substitute(InNorm):
 
     def run(self, model: Any, inputs: Any, criterion: Any, *, epsilon: float,
             **kwargs: Any) -> Any:
-        """Return for each image the first point that fools model, else the strongest.
+        """Return for each image the first point that fools the model, else the strongest.
 
         Raises:
-            SpecError: it has not been fitted.
+            SpecError: :meth:`fit` has not been called.
         """
         fb.attacks.base.raise_if_kwargs(kwargs)
         wrapped, restore = ep.astensor_(inputs)
-        found = self._climb(module_of(model), self._fitted(), wrapped.raw, labels_of(criterion),
-                            epsilon, model.bounds)
+        found = self._maximise(module_of(model), self._fitted(), wrapped.raw, labels_of(criterion),
+                               epsilon, model.bounds)
         return restore(ep.astensor(found))
 
-    def _climb(self, module: PixelModel, net: Net, x: Tensor, labels: Tensor, eps: float,
-               bounds: tuple[float, float]) -> Tensor:
+    def _maximise(self, module: PixelModel, net: Net, x: Tensor, labels: Tensor, eps: float,
+                  bounds: tuple[float, float]) -> Tensor:
         best, highest = x.clone(), torch.full(x.shape[:1], -torch.inf, device=x.device)
         for loss in self.losses:
             rows = (highest <= 0).nonzero().squeeze(1)
@@ -192,8 +195,8 @@ class Substitute(InNorm):
                     new = height(module(point), labels[rows])
                 better = new > highest[rows]
                 best[rows[better]], highest[rows[better]] = point[better], new[better]
-                standing = highest[rows] <= 0
-                rows, point = rows[standing], point[standing]
+                survivors = highest[rows] <= 0
+                rows, point = rows[survivors], point[survivors]
                 if number == self.steps or not len(rows):
                     break
                 gradient, _ = input_gradient(net, point, labels[rows], loss)
@@ -203,7 +206,7 @@ class Substitute(InNorm):
 
 
 @torch.no_grad()
-def _named(model: nn.Module, x: Tensor) -> tuple[Tensor, int]:
-    """Return the classes (N,) that a model names, and how many it knows."""
+def _predict(model: nn.Module, x: Tensor) -> tuple[Tensor, int]:
+    """Return a model's predicted classes (N,), and its number of classes."""
     logits = [model(chunk) for chunk in torch.split(x, _CHUNK)]
     return torch.cat([z.argmax(1) for z in logits]), logits[0].shape[1]

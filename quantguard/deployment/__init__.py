@@ -1,0 +1,1 @@
+"""Exported files and the runtimes that run them. Nothing is here yet."""
