@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any, Generic, TypeVar
 
 from torch import Tensor, fx
@@ -12,7 +13,7 @@ from .nodes import attribute, is_shape_query
 V = TypeVar("V")
 
 
-class IntervalInterpreter(Generic[V]):
+class IntervalInterpreter(ABC, Generic[V]):
     """One run of a graph on intervals; subclasses say how rules are applied.
 
     Attributes:
@@ -62,13 +63,13 @@ class IntervalInterpreter(Generic[V]):
         function: Any = self.graph.module(node) if node.op == "call_module" else node.target
         return function(*args, **kwargs)
 
+    @abstractmethod
     def bound(self, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Return the intervals of a node's result."""
-        raise NotImplementedError
 
+    @abstractmethod
     def plain(self, value: V) -> Tensor:
         """Return a tensor of an interval's shape, for operations that only read shapes."""
-        raise NotImplementedError
 
     def computed(self, node: fx.Node, value: Any) -> Any:
         """Return what to keep of a node's value."""
